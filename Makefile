@@ -1,0 +1,81 @@
+# zcache: every target first sets up what it needs and is missing, and nothing twice.
+#
+#   packages (apt) -> .venv (requirements.lock) -> compiled core -> the target
+#
+# Each step decides by itself whether there is something to do (deploy/*.sh), so it may
+# be cut off at any point and simply be started again.
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: setup run test lint soak demo bench clean help \
+        run-packages packages bench-packages venv core strict-core
+unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
+
+PYTHON := .venv/bin/python
+
+# The server: what builds and runs it, and what swaps onto it.
+RUN_PACKAGES := nbdkit nbdkit-plugin-python nbd-client libnbd-bin \
+    gcc libc6-dev make pkg-config python3 python3-dev python3-venv \
+    liblz4-dev libzstd-dev libxxhash-dev libssl-dev
+# The tests: a second kernel that swaps (user-mode-linux), its tools, its network.
+TEST_PACKAGES := git python3-libnbd user-mode-linux busybox-static stress-ng iproute2
+# The measurements.  redis-tools holds the server's program too (as redis-check-rdb),
+# but no service that would start by itself.
+BENCH_PACKAGES := fio nodejs redis-tools
+
+# make run SIZE=8G POOL=2G OPTIONS="allocator=zbud codec=zstd"
+SIZE ?= 4G
+POOL ?= 20%
+OPTIONS ?=
+# make test TESTS="tests/t1_arena.py -k frames"
+TESTS ?= tests
+# Bounds a hang that a single test's own limit cannot end.
+TEST_LIMIT_S ?= 2400
+
+setup: packages venv core ## install what is missing: Debian packages, .venv, compiled core
+
+run: run-packages venv core ## serve a swap device; SIZE=4G POOL=20% OPTIONS="key=value ..."
+	@deploy/run.sh 'size=$(SIZE)' 'pool=$(POOL)' $(OPTIONS)
+
+test: lint ## check the sources, then run every test; TESTS="..." for some of them
+	timeout --foreground -k 10 $(TEST_LIMIT_S) $(PYTHON) -m pytest $(TESTS)
+
+lint: packages venv strict-core ## format, style, types, and the C compiler's warnings as errors
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m mypy $(wildcard zcache_core cluster plugin bench tests)
+
+soak: setup ## the long tests: many minutes
+	$(PYTHON) -m pytest -m soak $(TESTS)
+
+demo: setup ## watch a small Linux swap onto the server, from boot to summary
+	$(PYTHON) -m tests.swaplab.demo
+
+bench: setup bench-packages ## measure side by side with other systems; table, JSON, plot
+	$(PYTHON) -m bench
+
+clean: ## remove everything that setup and tests made, but no Debian package
+	rm -rf .venv build .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find zcache_core cluster plugin bench tests -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
+	rm -f zcache_core/*.so zcache_core/*.c zcache_core/counter_ids.pxd
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+
+run-packages:
+	@deploy/packages.sh $(RUN_PACKAGES)
+
+packages:
+	@deploy/packages.sh $(RUN_PACKAGES) $(TEST_PACKAGES)
+
+bench-packages:
+	@deploy/packages.sh $(BENCH_PACKAGES)
+
+venv:
+	@deploy/venv.sh
+
+core: venv
+	@deploy/core.sh
+
+strict-core: venv
+	@deploy/core.sh strict

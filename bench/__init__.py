@@ -1,0 +1,1 @@
+"""Measurements, and the pages that they (and the swap lab) work on."""

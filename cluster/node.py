@@ -1,0 +1,158 @@
+"""The node process: answers the control and statistics RPC beside the server.
+
+    server process (nbdkit + plugin)          node process (this, asyncio)
+      memory file: counters  <-- read-only --   stats, health
+      starts the node, waits  <-- pidfd ------   ends itself when the server ends
+                                                 control socket, mode 0600
+
+The server never answers a question: whoever polls costs the node's time, not a
+page's.  Counters are read straight from the shared memory file, so a node that is
+killed loses nothing and the next one goes on.
+
+Bound: the link's (connections, calls in flight, deadlines, message size).
+
+What it is not, yet: the owner of peers, membership and foreign pages.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import select
+import signal
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import zcache_core
+from cluster import unixsock
+from cluster.health import health
+from cluster.link import LinkOptions, RpcError, Server
+from zcache_core import counters
+from zcache_core.errors import ConfigError, ZcacheError
+from zcache_core.memfile import MemoryFile
+
+BACKLOG = 64
+
+
+class Node:
+    """The methods, over one attached memory file and the server's configuration."""
+
+    def __init__(self, memory: MemoryFile, config: dict[str, Any], server_pid: int) -> None:
+        self._memory, self._config, self._server_pid = memory, config, server_pid
+        self._started_s = server_start_s(server_pid)
+        self._methods: dict[str, Callable[[], Awaitable[Any]]] = {
+            "ping": self.ping,
+            "stats": self.stats,
+            "config": self.config,
+            "health": self.health,
+        }
+
+    async def dispatch(self, method: str, params: list[Any]) -> Any:
+        """The result of one request.  Raises RpcError."""
+        call = self._methods.get(method)
+        if call is None:
+            known = ", ".join(sorted(self._methods))
+            raise RpcError("unknown_method", f"there is no method {method}; use one of {known}")
+        if params:
+            raise RpcError("bad_params", f"{method} takes no parameters; send an empty array")
+        return await call()
+
+    async def ping(self) -> dict[str, Any]:
+        return {
+            "version": zcache_core.__version__,
+            "pid": os.getpid(),
+            "server_pid": self._server_pid,
+            "uptime_seconds": int(time.clock_gettime(time.CLOCK_BOOTTIME) - self._started_s),
+        }
+
+    async def stats(self) -> dict[str, int]:
+        return counters.read(self._memory)
+
+    async def config(self) -> dict[str, Any]:
+        return self._config
+
+    async def health(self) -> dict[str, Any]:
+        return health(counters.read(self._memory), self._config)
+
+
+def server_start_s(pid: int) -> float:
+    """Seconds from boot to the start of process `pid` (proc(5), stat field 22)."""
+    stat = Path(f"/proc/{pid}/stat").read_text()
+    return int(stat.rsplit(")", 1)[1].split()[19]) / os.sysconf("SC_CLK_TCK")
+
+
+def watch_server(pid: int) -> int:
+    """A pidfd of our parent `pid`; it becomes readable when the server is gone.
+
+    Raises ConfigError when the server has ended already.  That our parent still has
+    this number after the pidfd is open proves that the pidfd is of the right process.
+    """
+    with contextlib.suppress(ProcessLookupError):
+        fd = os.pidfd_open(pid)
+        if os.getppid() == pid and not select.select([fd], [], [], 0)[0]:
+            return fd
+        os.close(fd)
+    raise ConfigError(
+        f"process {pid} is not the server that started this node; let zcache start it"
+    )
+
+
+def become_ordinary() -> None:
+    """Shed what a child of the server inherits: real-time priority, the OOM exemption."""
+    with contextlib.suppress(OSError):
+        os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("0")
+
+
+async def serve(node: Node, control: str, pidfd: int, options: LinkOptions | None = None) -> None:
+    """Answer until the server ends or SIGTERM or SIGINT comes."""
+    loop = asyncio.get_running_loop()
+    finished = asyncio.Event()
+    loop.add_reader(pidfd, finished.set)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, finished.set)
+    sock = unixsock.listen(control, "the control socket", "control=PATH", BACKLOG)
+    inode = os.stat(control).st_ino
+    server = Server(node.dispatch, options)
+    try:
+        await server.start(sock)
+        await finished.wait()
+    finally:
+        unixsock.remove(control, inode)
+        await server.stop()
+        loop.remove_reader(pidfd)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code 0 after the server's end or a signal; a ZcacheError's own otherwise."""
+    parser = argparse.ArgumentParser(prog="zcache-node", description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--control", required=True, help="path of the control socket")
+    parser.add_argument("--shmid", required=True, type=int, help="segment of the memory file")
+    parser.add_argument("--server-pid", required=True, type=int, help="the server, our parent")
+    parser.add_argument("--config", required=True, type=json.loads, help="what `config` answers")
+    args = parser.parse_args(argv)
+    logging.basicConfig(format="zcache node: %(message)s", level=logging.WARNING)
+    become_ordinary()
+    try:
+        pidfd = watch_server(args.server_pid)
+        memory = MemoryFile.attach(args.shmid)
+        try:
+            asyncio.run(serve(Node(memory, args.config, args.server_pid), args.control, pidfd))
+        finally:
+            memory.close()
+    except ZcacheError as error:
+        print(f"zcache node: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,90 @@
+#!/bin/sh
+# Serves a swap device in the foreground and tells how to use it; `make run` calls this.
+#
+#   deploy/run.sh size=4G pool=20% [key=value ...]     keys: see README.md
+#
+# The socket lies in /run/zcache (root) or the user's own runtime folder.  Ctrl-C stops
+# the server, but the first one does not while a network block device is in use as swap:
+# pages would be lost with it, and the processes that they belong to.
+set -u
+cd "$(dirname "$0")/.."
+root=$(pwd -P)
+
+folder=$(.venv/bin/python -c 'from zcache_core.owner import runtime_dir; print(runtime_dir())') || exit
+socket=$folder/zcache.sock
+answers() { timeout 5 nbdinfo --size "nbd+unix:///?socket=$socket" 2>/dev/null; }
+
+if [ -S "$socket" ] && answers >/dev/null; then
+    echo "zcache: a server already answers on $socket; stop that one first." >&2
+    exit 1
+fi
+# Not in the terminal's group: Ctrl-C comes here, not to the server.
+MALLOC_ARENA_MAX=1 setsid nbdkit -f -U "$socket" python "$root/plugin/zcache_plugin.py" \
+    "$@" </dev/null &
+server=$!
+asked=
+
+swapped_on() { grep -q '^/dev/nbd' /proc/swaps; }
+
+alive() { kill -0 $server 2>/dev/null; }
+
+stop() {
+    if [ -z "$asked" ] && swapped_on; then
+        asked=yes
+        echo
+        echo "zcache: still used as swap? swapoff first (see above): stopping the server now would"
+        echo "        kill whatever has pages on it. The server goes on; Ctrl-C again stops it anyway."
+        return
+    fi
+    trap '' INT TERM HUP
+    kill -TERM $server 2>/dev/null
+    tries=0
+    while alive && [ $tries -lt 50 ]; do # nbdkit waits for its clients: ten seconds at most
+        sleep 0.2
+        tries=$((tries + 1))
+    done
+    kill -KILL $server 2>/dev/null
+    wait $server 2>/dev/null
+    rm -f "$socket"
+    echo "zcache: stopped."
+    exit 0
+}
+trap stop INT TERM HUP
+
+until size=$(answers); do
+    if ! alive; then
+        wait $server
+        exit # with the server's own status; it has said why
+    fi
+    sleep 0.1
+done
+
+cat <<END
+
+zcache serves a swap device of $((size / 1048576)) MiB on $socket
+
+  Swap onto it, as root in another terminal:
+      modprobe nbd
+      nbd-client -unix $socket /dev/nbd0 -b 4096 -swap
+      mkswap /dev/nbd0
+      swapon --discard --priority 100 /dev/nbd0
+
+  Watch it:
+      $root/.venv/bin/zcache status
+
+  Take it away again, in this order, before the server stops:
+      swapoff /dev/nbd0
+      nbd-client -d /dev/nbd0
+
+Ctrl-C stops the server.
+
+END
+
+# A signal ends a wait early: wait again until the server is gone.
+while alive; do
+    wait $server
+    status=$?
+done
+rm -f "$socket"
+echo "zcache: the server has ended (exit status ${status:-0})." >&2
+exit "${status:-0}"

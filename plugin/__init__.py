@@ -1,0 +1,1 @@
+"""The nbdkit plugin and the command: the only part that knows all the others."""

@@ -1,0 +1,139 @@
+"""The command `zcache`: what a person or a script asks about servers and the machine.
+
+    zcache status [--json] [--control SOCK]     a running server, over its control socket
+    zcache check [--remove-leftovers]           is this machine fit, and what to do if not
+    zcache version
+
+Exit codes:
+    0  done; for check: fit
+    1  check: something has to be done first
+    2  usage
+    3  an option's value is not possible
+    4  memory file, 5 in use (as zcache_core.errors)
+    6  no server answered
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import zcache_core
+from cluster.link import BlockingClient
+from plugin import fitness, show
+from zcache_core.errors import ControlError, ZcacheError
+
+UNFIT = 1
+BROKEN_PIPE = 141  # as a shell reports a program that SIGPIPE ended
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code."""
+    args = _parser().parse_args(argv)
+    try:
+        code: int = args.run(args)
+        sys.stdout.flush()
+    except ZcacheError as error:
+        print(f"zcache: {error}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    about, _, codes = (__doc__ or "").partition("\n\n")[2].rpartition("\n\nExit codes:\n")
+    parser = argparse.ArgumentParser(
+        prog="zcache",
+        description="Ask a zcache server, or check this machine.",
+        epilog=f"{about}\n\nexit codes:\n{codes}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    status = commands.add_parser("status", help="what a running server holds, and how it is")
+    status.add_argument("--json", action="store_true", help="everything, for scripts")
+    status.add_argument("--control", metavar="SOCK", help="its control socket (found if only one)")
+    status.set_defaults(run=_status)
+
+    check = commands.add_parser("check", help="is this machine fit to swap onto zcache")
+    check.add_argument(
+        "--remove-leftovers",
+        action="store_true",
+        help="remove the memory files of killed servers; their pages are lost",
+    )
+    check.set_defaults(run=_check)
+
+    version = commands.add_parser("version", help="print the version")
+    version.set_defaults(run=_version)
+    return parser
+
+
+def _status(args: argparse.Namespace) -> int:
+    control = args.control or the_only_control()
+    with BlockingClient(control) as client:
+        answers: dict[str, Any] = {
+            method: client.call(method) for method in ("ping", "stats", "config", "health")
+        }
+    if args.json:
+        print(json.dumps({"control": str(control), **answers}, indent=2))
+    else:
+        show.print_lines(show.lines(str(control), **answers))
+    return 0
+
+
+def _check(args: argparse.Namespace) -> int:
+    found = [look() for look in fitness.LOOKS]
+    if all(f.level == fitness.OK for f in found if f.subject == "compiled core"):
+        found += fitness.remove_leftovers() if args.remove_leftovers else fitness.leftover_memory()
+    rows = []
+    for finding in found:
+        rows.append(show.Line(finding.subject, f"{finding.level}: {finding.what}", finding.level))
+        if finding.do:
+            rows.append(show.Line("", f"-> {finding.do}"))
+    show.print_lines(rows)
+    return UNFIT if any(finding.level == fitness.TODO for finding in found) else 0
+
+
+def _version(args: argparse.Namespace) -> int:
+    print(f"zcache {zcache_core.__version__}")
+    return 0
+
+
+def the_only_control() -> str:
+    """The control socket of the one running server.  Raises ControlError."""
+    found = running_controls()
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        raise ControlError(
+            "no zcache server is running here; start one with 'make run', or name its control "
+            "socket with --control"
+        )
+    raise ControlError(
+        f"{len(found)} servers are running; name one of their control sockets: "
+        + " or ".join(f"--control {path}" for path in found)
+    )
+
+
+def running_controls() -> list[str]:
+    """Control sockets of the node processes that we can see, from their command lines."""
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # ended meanwhile, or not ours to see
+            words = [os.fsdecode(word) for word in path.read_bytes().split(b"\0")]
+            if "cluster.node" in words and "--control" in words:
+                found.add(words[words.index("--control") + 1])
+    return sorted(found)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

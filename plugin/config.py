@@ -1,0 +1,305 @@
+"""Configuration: key=value words from nbdkit's command line, parsed once.
+
+    [("size", "8G"), ("pool", "25%")]  --parse-->  Config (frozen)
+
+`KEYS` is the one table: order, default, how a value is read, and its help; usage
+texts, --dump-plugin and messages come from it.  Whatever cannot be meant is
+refused at start, with one sentence that says what to write instead.
+
+What it is not: a check of the machine (`fitness.py`) or of what is in use
+(`wiring.py`).
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+from zcache_core.errors import ConfigError
+
+PAGE_BYTES = 4096
+DEVICE_BYTES_MAX = 1 << 44  # 2^32 pages, what the index can name
+POOL_BYTES_MIN = 1 << 20  # below, the reserve of frames would be the whole pool
+ALLOCATORS = ("zbud",)
+ALLOCATORS_LATER = ("z3fold", "zsmalloc")
+CODECS = ("lz4", "zstd", "none")
+ZSTD_LEVELS = range(1, 20)
+UNITS = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+# Keys that the design has and this version has not: a clear no, not "unknown".
+KEYS_LATER = (
+    "recompress",
+    "recompress_age",
+    "disk",
+    "disk_size",
+    "encrypt",
+    "writeback_limit",
+    "high",
+    "low",
+    "pressure",
+    "peers",
+    "replicas",
+    "backup",
+    "listen",
+    "donate",
+    "tls",
+    "etcd",
+    "metrics",
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """What the server runs with.  Sizes are whole pages."""
+
+    size_bytes: int
+    pool_bytes: int
+    commit: str = "ahead"  # or "all"
+    allocator: str = "zbud"
+    codec: str = "lz4"  # or "zstd:LEVEL", "none"
+    control: str | None = None  # absolute path; None: beside the NBD socket
+    memory: str | None = None  # None: private to the process
+    realtime: bool = True
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values under the names of the keys, sizes in bytes."""
+        values = asdict(self)
+        return {KEY_OF_FIELD.get(name, name): value for name, value in values.items()}
+
+
+class Key(NamedTuple):
+    """One key: `read` turns the text into the value of the Config's `field`."""
+
+    name: str
+    field: str
+    default: str
+    help: str
+    read: Callable[[str, int], Any]  # (text, bytes of RAM)
+
+
+def parse(pairs: Iterable[tuple[str, str]], ram_bytes: int | None = None) -> Config:
+    """The Config of these words, in any order.  Raises ConfigError.
+
+    `ram_bytes` is what percentages are of: this machine's RAM when it is None.
+    """
+    ram_bytes = total_ram_bytes() if ram_bytes is None else ram_bytes
+    values: dict[str, Any] = {"pool_bytes": _pool("20%", ram_bytes)}
+    given: set[str] = set()
+    for name, text in pairs:
+        key = _key(name)
+        if name in given:
+            raise ConfigError(f"{name} is given twice; write {name}= once")
+        given.add(name)
+        values[key.field] = key.read(text, ram_bytes)
+    if "size" not in given:
+        raise ConfigError("size is missing; write size=8G for a swap device of 8 GiB")
+    return Config(**values)
+
+
+def help_text() -> str:
+    """One line for each key."""
+    width = max(len(key.name) for key in KEYS)
+    return "\n".join(f"{key.name:{width}}  {key.help} (default: {key.default})" for key in KEYS)
+
+
+def total_ram_bytes() -> int:
+    """RAM of this machine, as the kernel counts it."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def human(size_bytes: int) -> str:
+    """A size as one would write it for a key: exact, in the largest unit that divides it."""
+    for letter in "TGMK":
+        unit = UNITS[letter.lower()]
+        if size_bytes and size_bytes % unit == 0:
+            return f"{size_bytes // unit}{letter}"
+    return str(size_bytes)
+
+
+def _key(name: str) -> Key:
+    for key in KEYS:
+        if key.name == name:
+            return key
+    if name in KEYS_LATER:
+        raise ConfigError(f"{name}= is not built yet in this version; leave it out")
+    near = difflib.get_close_matches(name, [key.name for key in KEYS], n=1, cutoff=0.5)
+    names = ", ".join(key.name for key in KEYS)
+    hint = f"did you mean {near[0]}=?  The keys are" if near else "use one of"
+    raise ConfigError(f"there is no key {name}; {hint} {names}")
+
+
+# ---- one reader for each kind of value ------------------------------------------
+
+
+def _bytes(name: str, text: str, example: str) -> int:
+    """'8G', '512M', '1.5g', '4096' as bytes; letters are powers of 1024."""
+    match = re.fullmatch(r"(\d{1,19})(\.\d{1,9})?\s*([kmgt]?)(?:i?b)?", text.strip().lower())
+    if match is None:
+        raise ConfigError(f"{name}={text} is no size; write a number and K, M, G or T: {example}")
+    whole, fraction, letter = match.groups()
+    unit = UNITS[letter]
+    total = int(whole) * unit
+    if fraction:
+        numerator, denominator = int(fraction[1:]), 10 ** (len(fraction) - 1)
+        if numerator * unit % denominator:
+            near = total + numerator * unit // denominator
+            raise ConfigError(
+                f"{name}={text} is no whole number of bytes; write {name}={whole_pages(near)}"
+            )
+        total += numerator * unit // denominator
+    return total
+
+
+def whole_pages(size_bytes: int) -> str:
+    """The nearest usable size, as one would write it."""
+    pages = max(1, round(size_bytes / PAGE_BYTES))
+    return human(pages * PAGE_BYTES)
+
+
+def _size(text: str, ram_bytes: int) -> int:
+    if text.strip().endswith("%"):
+        raise ConfigError(
+            f"size={text} is no size of a device; write a number and K, M, G or T: size=8G "
+            f"(only pool= takes a percentage)"
+        )
+    size = _bytes("size", text, "size=8G")
+    if size == 0:
+        raise ConfigError("size=0 is no device; write size=8G")
+    if size % PAGE_BYTES:
+        raise ConfigError(
+            f"size={text} is no multiple of {PAGE_BYTES}, the size of a page; "
+            f"write size={whole_pages(size)}"
+        )
+    if size > DEVICE_BYTES_MAX:
+        raise ConfigError(f"size={text} is more than a device can have; write at most size=16T")
+    return size
+
+
+def _pool(text: str, ram_bytes: int) -> int:
+    if match := re.fullmatch(r"(\d{1,3})(\.\d{1,3})?\s*%", text.strip()):
+        percent = float(match.group(1) + (match.group(2) or ""))
+        if not 0 < percent <= 90:
+            raise ConfigError(
+                f"pool={text} leaves no sense or no RAM for the rest; write 1% to 90%, "
+                f"like pool=20%"
+            )
+        return max(POOL_BYTES_MIN, int(ram_bytes * percent / 100) // PAGE_BYTES * PAGE_BYTES)
+    if "%" in text:
+        raise ConfigError(f"pool={text} is no percentage; write it like pool=20%")
+    pool = _bytes("pool", text, "pool=2G or pool=20%")
+    if pool < POOL_BYTES_MIN:
+        raise ConfigError(f"pool={text} is too small to work; write at least pool=1M")
+    if pool % PAGE_BYTES:
+        raise ConfigError(
+            f"pool={text} is no multiple of {PAGE_BYTES}, the size of a page; "
+            f"write pool={whole_pages(pool)}"
+        )
+    if pool > ram_bytes:
+        raise ConfigError(
+            f"pool={text} is more than this machine's RAM ({ram_bytes >> 20} MiB); "
+            f"write pool=20% or at most pool={ram_bytes * 9 // 10 >> 20}M"
+        )
+    return pool
+
+
+def _choice(name: str, *words: str) -> Callable[[str, int], str]:
+    def read(text: str, ram_bytes: int) -> str:
+        if text not in words:
+            raise ConfigError(f"{name}={text} is not possible; write {_either(name, words)}")
+        return text
+
+    return read
+
+
+def _allocator(text: str, ram_bytes: int) -> str:
+    if text in ALLOCATORS_LATER:
+        raise ConfigError(f"allocator={text} is not built yet; write allocator=zbud")
+    if text not in ALLOCATORS:
+        raise ConfigError(f"there is no allocator {text}; write allocator=zbud")
+    return text
+
+
+def _codec(text: str, ram_bytes: int) -> str:
+    if text in CODECS:
+        return text
+    name, colon, level = text.partition(":")
+    if name == "zstd" and colon:
+        if re.fullmatch(r"\d{1,3}", level) and int(level) in ZSTD_LEVELS:
+            return f"zstd:{int(level)}"
+        raise ConfigError(f"codec={text} has no level from 1 to 19; write it like codec=zstd:3")
+    if name in CODECS and colon:
+        raise ConfigError(f"codec={name} has no levels; write codec={name}")
+    raise ConfigError(
+        f"there is no codec {text}; write codec=lz4, codec=zstd, codec=zstd:3 (level 1 to 19) "
+        f"or codec=none"
+    )
+
+
+def _control(text: str, ram_bytes: int) -> str:
+    if not text or "\0" in text:
+        raise ConfigError("control= is empty; write control=/run/zcache.ctl, or leave it out")
+    return os.path.abspath(text)
+
+
+def _memory(text: str, ram_bytes: int) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9._-]{1,60}", text):
+        raise ConfigError(
+            f"memory={text} is no usable name; write up to 60 letters, digits, dots, dashes or "
+            f"underscores, like memory=swap0"
+        )
+    return text
+
+
+def _yes_no(name: str) -> Callable[[str, int], bool]:
+    def read(text: str, ram_bytes: int) -> bool:
+        words = {"yes": True, "on": True, "1": True, "true": True}
+        words |= {"no": False, "off": False, "0": False, "false": False}
+        if text.lower() not in words:
+            raise ConfigError(f"{name}={text} is not possible; write {name}=yes or {name}=no")
+        return words[text.lower()]
+
+    return read
+
+
+def _either(name: str, words: tuple[str, ...]) -> str:
+    return " or ".join(f"{name}={word}" for word in words)
+
+
+KEYS: tuple[Key, ...] = (
+    Key("size", "size_bytes", "required", "size of the swap device: 8G, 512M", _size),
+    Key("pool", "pool_bytes", "20%", "most RAM for compressed pages: 2G, or 25% of RAM", _pool),
+    Key(
+        "commit",
+        "commit",
+        "ahead",
+        "ahead: keep a reserve of memory ready; all: take the whole pool at start",
+        _choice("commit", "ahead", "all"),
+    ),
+    Key("allocator", "allocator", "zbud", "how pages lie in the pool: zbud", _allocator),
+    Key("codec", "codec", "lz4", "lz4, zstd, zstd:LEVEL (1 to 19) or none", _codec),
+    Key(
+        "control",
+        "control",
+        "beside the NBD socket",
+        "Unix socket of the statistics and control RPC",
+        _control,
+    ),
+    Key(
+        "memory",
+        "memory",
+        "private",
+        "name of the memory file, so that a restart finds its pages",
+        _memory,
+    ),
+    Key(
+        "realtime",
+        "realtime",
+        "yes",
+        "serve in a real-time scheduling class, so that swapping cannot starve it",
+        _yes_no("realtime"),
+    ),
+)
+KEY_OF_FIELD = {key.field: key.name for key in KEYS}

@@ -1,0 +1,139 @@
+"""A server's state as lines for a person: units, ratio, pool bar.
+
+`lines` makes (label, text, style) from the RPC's answers; `print_lines` puts them
+on a terminal in colour, or as plain text into a pipe.  Nothing here asks anybody.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple, TextIO
+
+PAGE_BYTES = 4096
+BAR_CELLS = 30
+STYLES = {"ok": "green", "note": "yellow", "degraded": "yellow", "todo": "red", "critical": "red"}
+
+
+class Line(NamedTuple):
+    label: str
+    text: str
+    style: str = ""  # a key of STYLES, or nothing
+
+
+def size(size_bytes: float) -> str:
+    """12345678 -> '11.8 MiB'."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(size_bytes) < 1024:
+            return f"{size_bytes:.0f} {unit}" if unit == "B" else f"{size_bytes:.1f} {unit}"
+        size_bytes /= 1024
+    return f"{size_bytes:.1f} TiB"
+
+
+def count(number: int) -> str:
+    """1234567 -> '1,234,567'."""
+    return f"{number:,}"
+
+
+def duration(seconds: int) -> str:
+    """93784 -> '1 d 2 h'; the two largest units."""
+    parts = []
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
+        number, seconds = divmod(seconds, length)
+        if number:
+            parts.append(f"{number} {unit}")
+    return " ".join(parts[:2]) or "0 s"
+
+
+def bar(share: float, cells: int = BAR_CELLS) -> str:
+    """0.5 -> '[###############...............]'; a share above nothing shows one cell."""
+    share = min(1.0, max(0.0, share))
+    full = round(share * cells) or (1 if share > 0 else 0)
+    return "[" + "#" * full + "." * (cells - full) + "]"
+
+
+def ratio(part: float, whole: float) -> str:
+    return f"{part / whole:.2f}" if whole else "-"
+
+
+def percent(part: float, whole: float) -> str:
+    return f"{100 * part / whole:.0f} %" if whole else "-"
+
+
+def lines(
+    control: str,
+    ping: Mapping[str, Any],
+    stats: Mapping[str, int],
+    config: Mapping[str, Any],
+    health: Mapping[str, Any],
+) -> list[Line]:
+    """The status of one server."""
+    frames, limit = stats["pers_pageframes"], stats["pool_limit_frames"]
+    stored = stats["pers_zpages"] + stats["same_filled_pages"]
+    device = stats["device_pages"]
+    frame_bytes = frames * PAGE_BYTES
+    found = [
+        Line(
+            "zcache",
+            f"{ping['version']}, server {ping['server_pid']}, up "
+            f"{duration(ping['uptime_seconds'])}, control socket {control}",
+        ),
+        Line("health", str(health["status"]), str(health["status"])),
+    ]
+    for reason in health["reasons"]:
+        found += [Line("", reason["what"]), Line("", f"-> {reason['do']}")]
+    found += [
+        Line(
+            "stored",
+            f"{size(stats['logical_bytes'])} of pages in {size(stats['ram_bytes'])} of RAM, "
+            f"ratio {ratio(stats['logical_bytes'], stats['ram_bytes'])} "
+            f"(frames alone {ratio(stats['pers_zpages'] * PAGE_BYTES, frame_bytes)})",
+        ),
+        Line(
+            "pool",
+            f"{bar(frames / limit if limit else 0)} {size(frame_bytes)} of "
+            f"{size(limit * PAGE_BYTES)} ({percent(frames, limit)}), "
+            f"{config['allocator']}, {config['codec']}",
+        ),
+        Line(
+            "device",
+            f"{bar(stored / device if device else 0)} {size(stored * PAGE_BYTES)} of "
+            f"{size(device * PAGE_BYTES)} ({percent(stored, device)})",
+        ),
+        Line(
+            "pages",
+            f"{count(stats['pers_zpages'])} compressed (of those {count(stats['raw_pages'])} "
+            f"kept raw), {count(stats['same_filled_pages'])} same-filled",
+        ),
+        Line(
+            "traffic",
+            f"{count(stats['succ_stores'])} pages in, {count(stats['loads'])} out, "
+            f"{count(stats['invalidates'])} dropped, {count(stats['failed_stores'])} refused",
+        ),
+        Line(
+            "server",
+            f"{size(stats['server_resident_bytes'])} resident beside the pool, "
+            f"{size(stats['server_locked_bytes'])} locked (VmLck)",
+        ),
+    ]
+    return found
+
+
+def print_lines(found: Iterable[Line], out: TextIO | None = None) -> None:
+    """Labels in a column; coloured when `out` is a terminal."""
+    out = out or sys.stdout
+    found = list(found)
+    width = max((len(line.label) for line in found), default=0)
+    if not out.isatty():
+        for line in found:
+            print(f"{line.label:{width}}  {line.text}".rstrip(), file=out)
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table.grid(padding=(0, 2))
+    for line in found:
+        style = STYLES.get(line.style, "")
+        table.add_row(Text(line.label, "bold"), Text(line.text, style))
+    Console(file=out, highlight=False).print(table)

@@ -1,0 +1,131 @@
+"""nbdkit's entry: callbacks that only forward.  Everything is assembled in `wiring`.
+
+    nbdkit -f -U /run/zcache.sock python plugin/zcache_plugin.py size=8G pool=2G
+
+The data callbacks (pread, pwrite, ...) are the compiled Device's own methods, put
+into this module after the fork; nbdkit 1.32 looks a callback up at every call, so
+no Python runs between it and them.  The `def`s below stand in until then, because
+nbdkit wants to see the names when it loads this file.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+# nbdkit runs this file as __main__ and puts no folder of it on the path.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import nbdkit
+
+from plugin import config as _config
+from plugin import messages, places, wiring
+
+API_VERSION = 2
+MAXIMUM_BLOCK_BYTES = 32 << 20
+DATA_CALLBACKS = ("pread", "pwrite", "trim", "zero", "extents", "cache", "flush")
+
+messages.install()
+_words: list[tuple[str, str]] = []
+_settings: _config.Config
+_where: places.Listening
+_serving: wiring.Serving
+
+
+def thread_model() -> int:
+    return nbdkit.THREAD_MODEL_PARALLEL
+
+
+def dump_plugin() -> None:
+    wiring.dump(sys.stdout)
+
+
+def config(key: str, value: str) -> None:
+    _words.append((key, value))
+
+
+def config_complete() -> None:
+    global _settings
+    _settings = _config.parse(_words)
+
+
+def get_ready() -> None:
+    global _where
+    _where = wiring.check(_settings)
+
+
+def after_fork() -> None:
+    global _serving
+    _serving = wiring.start(_settings, _where, nbdkit.set_error)
+    globals().update((name, getattr(_serving.device, name)) for name in DATA_CALLBACKS)
+
+
+def cleanup() -> None:
+    _serving.stop()
+
+
+def open(readonly: bool) -> bool:
+    return readonly
+
+
+def close(h: bool) -> None:
+    pass
+
+
+def get_size(h: bool) -> int:
+    return _serving.device.size_bytes
+
+
+def export_description(h: bool) -> str:
+    return wiring.description(_settings)
+
+
+def block_size(h: bool) -> tuple[int, int, int]:
+    return (1, 4096, MAXIMUM_BLOCK_BYTES)
+
+
+def is_rotational(h: bool) -> bool:
+    return False
+
+
+def can_multi_conn(h: bool) -> bool:
+    return True
+
+
+def can_write(h: bool) -> bool:
+    return True
+
+
+def can_flush(h: bool) -> bool:
+    return True
+
+
+def can_fua(h: bool) -> int:
+    return nbdkit.FUA_NATIVE
+
+
+def can_trim(h: bool) -> bool:
+    return True
+
+
+def can_zero(h: bool) -> bool:
+    return True
+
+
+def can_fast_zero(h: bool) -> bool:
+    return True
+
+
+def can_extents(h: bool) -> bool:
+    return True
+
+
+def can_cache(h: bool) -> int:
+    return nbdkit.CACHE_NATIVE
+
+
+def _not_yet(*_: object) -> None:
+    raise RuntimeError("nbdkit asked for data before after_fork")
+
+
+pread = pwrite = trim = zero = extents = cache = flush = _not_yet

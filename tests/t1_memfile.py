@@ -1,0 +1,183 @@
+"""The memory file: golden bytes, who owns it, what is left when its owner dies."""
+
+from __future__ import annotations
+
+import os
+import signal
+import struct
+import subprocess
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tests.core_helpers import PAGE, opened_store
+
+from zcache_core import memfile, owner
+from zcache_core.errors import InUseError, MemoryFileError
+from zcache_core.index import pack_entry, pack_place
+from zcache_core.memfile import MemoryFile
+
+DEVICE = 64 * PAGE
+POOL = 16 * PAGE
+
+
+@pytest.fixture(autouse=True)
+def _runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Lock files of these tests stand in a folder of their own; no segment stays."""
+    before = {row.shmid for row in memfile.leftovers()}
+    monkeypatch.setenv("ZCACHE_RUNTIME_DIR", str(tmp_path))
+    yield
+    assert {row.shmid for row in memfile.leftovers()} <= before
+
+
+def test_golden_superblock() -> None:
+    """The format's first bytes, written out by hand; a change is a new FORMAT_VERSION."""
+    memory = MemoryFile.create("golden", DEVICE, POOL)
+    try:
+        counters, index, headers, arena = PAGE, PAGE * 41, PAGE * 42, PAGE * 43
+        geometry = struct.pack(
+            "<8Q", arena + POOL, memory.epoch, 16, counters, headers, arena, index, 64
+        )
+        start = b"ZCACHEMF" + struct.pack("<II", 1, zlib.crc32(geometry)) + geometry
+        assert memory.peek(0, len(start)) == start
+        assert memory.peek(112, 8) == b"golden\0\0"
+        row = struct.pack("<4Q", 64, index, 1, 0)
+        assert memory.peek(176, 32) == row
+        assert memory.offsets() == {
+            "counters": counters,
+            "index": index,
+            "frame_headers": headers,
+            "arena": arena,
+        }
+    finally:
+        memory.destroy()
+
+
+def test_golden_entries_and_headers() -> None:
+    with opened_store(DEVICE, POOL) as store:
+        store.put(3, b"\x01\x02\x03\x04\x05\x06\x07\x08" * 512)
+        store.put(4, b"zcache" * 682 + b"zcac")
+        memory = store.memory
+        assert store.entry(3) == pack_entry(1, 1, 0x0807060504030201)
+        assert store.entry(4) == pack_entry(2, 2, pack_place(0, 31, 1))
+        header = memory.peek(memory.offsets()["arena"], 24)
+        identity, page_checksum, place = struct.unpack("<3Q", header)
+        assert identity == 2 << 12
+        assert page_checksum >> 32 == 4
+        assert place == 30 << 4 | 1
+
+
+@pytest.mark.parametrize(
+    ("device", "pool"),
+    [(0, POOL), (DEVICE, 0), (DEVICE + 512, POOL), (DEVICE, POOL - 1), (1 << 45, POOL)],
+)
+def test_impossible_sizes_are_refused(device: int, pool: int) -> None:
+    with pytest.raises(MemoryFileError, match="; use "):
+        MemoryFile.create(None, device, pool)
+
+
+def test_private_file_is_gone_with_its_last_user() -> None:
+    memory = MemoryFile.create(None, DEVICE, POOL)
+    reader = MemoryFile.attach(memory.shmid)
+    assert reader.device_bytes == DEVICE
+    memory.close()
+    assert reader.peek(0, 8) == b"ZCACHEMF"
+    reader.close()
+    with pytest.raises(MemoryFileError, match="cannot be attached"):
+        MemoryFile.attach(memory.shmid)
+
+
+def test_segment_is_locked_and_mapping_is_not() -> None:
+    memory = MemoryFile.create(None, DEVICE, POOL)
+    assert memory.stays_locked
+    row = next(
+        line.split()
+        for line in Path("/proc/sysvipc/shm").read_text().splitlines()[1:]
+        if line.split()[1] == str(memory.shmid)
+    )
+    assert int(row[2], 8) & 0o2000, "SHM_LOCKED"
+    memory.close()
+
+
+def test_named_file_has_one_owner() -> None:
+    memory = MemoryFile.create("one", DEVICE, POOL)
+    with pytest.raises(InUseError, match="running server"):
+        MemoryFile.open("one")
+    with pytest.raises(InUseError, match="running server"):
+        MemoryFile.create("one", DEVICE, POOL)
+    memory.close()
+    assert memfile.exists("one")
+    with pytest.raises(MemoryFileError, match="exists already"):
+        MemoryFile.create("one", DEVICE, POOL)
+    again = MemoryFile.open("one")
+    assert (again.name, again.device_bytes, again.fresh) == ("one", DEVICE, False)
+    again.destroy()
+    assert not memfile.exists("one")
+    with pytest.raises(MemoryFileError, match="no memory file"):
+        MemoryFile.open("one")
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "x" * 61, "ä", "a b"])
+def test_unusable_names_are_refused(name: str) -> None:
+    with pytest.raises(MemoryFileError, match="not usable"):
+        MemoryFile.create(name, DEVICE, POOL)
+
+
+def test_killed_owner_leaves_a_file_that_is_listed_and_can_be_removed() -> None:
+    child = os.fork()
+    if child == 0:
+        MemoryFile.create("killed", DEVICE, POOL)
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    found = [row for row in memfile.leftovers() if row.name == "killed"]
+    assert len(found) == 1
+    assert found[0].size_bytes > POOL
+    memfile.remove(found[0].shmid)
+    assert not [row for row in memfile.leftovers() if row.name == "killed"]
+
+
+def test_killed_owner_of_a_private_file_leaves_nothing() -> None:
+    before = memfile.leftovers()
+    child = os.fork()
+    if child == 0:
+        MemoryFile.create(None, DEVICE, POOL)
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert [r.shmid for r in memfile.leftovers()] == [r.shmid for r in before]
+
+
+def test_successor_waits_for_the_predecessors_exit(tmp_path: Path) -> None:
+    """The second witness: a living process with the recorded pid and start time."""
+    other = subprocess.Popen(["sleep", "60"])
+    try:
+        lock = owner.OwnerLock.acquire("witness")
+        owner.EXIT_WAIT_S, saved = 0.1, owner.EXIT_WAIT_S
+        with pytest.raises(InUseError, match=str(other.pid)):
+            lock.wait_for_exit(other.pid, owner.start_ticks(other.pid))
+        lock.wait_for_exit(other.pid, owner.start_ticks(other.pid) + 1)  # the number was reused
+        other.kill()
+        owner.EXIT_WAIT_S = saved
+        lock.wait_for_exit(other.pid, owner.start_ticks(other.pid))
+        lock.release()
+    finally:
+        owner.EXIT_WAIT_S = 10.0
+        other.kill()
+        other.wait()
+
+
+@pytest.mark.parametrize(
+    ("offset", "data", "says"),
+    [
+        (0, b"X", "no zcache memory file"),
+        (8, b"\x63", "has format 99, this version reads 1"),
+        (40, b"\xff", "geometry .* is damaged"),
+    ],
+)
+def test_damaged_superblock_is_refused(offset: int, data: bytes, says: str) -> None:
+    memory = MemoryFile.create(None, DEVICE, POOL)
+    memory.poke(offset, data)
+    with pytest.raises(MemoryFileError, match=says):
+        MemoryFile.attach(memory.shmid)
+    memory.poke(0, b"Z")
+    memory.close()

@@ -1,0 +1,228 @@
+"""Configuration: every sentence a user can meet, and sizes that survive a round trip."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from plugin.config import (
+    DEVICE_BYTES_MAX,
+    KEYS,
+    KEYS_LATER,
+    PAGE_BYTES,
+    Config,
+    help_text,
+    human,
+    parse,
+    total_ram_bytes,
+)
+from plugin.places import Listening, control_path, listening
+from plugin.wiring import refusal_warning
+from zcache_core.errors import ConfigError
+
+RAM = 16 << 30
+K, M, G, T = (1 << shift for shift in (10, 20, 30, 40))
+
+
+def config_of(words: str, ram_bytes: int = RAM) -> Config:
+    pairs = (word.partition("=") for word in words.split())
+    return parse([(key, value) for key, _, value in pairs], ram_bytes)
+
+
+def test_defaults() -> None:
+    config = config_of("size=8G")
+    assert config == Config(size_bytes=8 * G, pool_bytes=RAM // 5 // PAGE_BYTES * PAGE_BYTES)
+    assert (config.commit, config.allocator, config.codec) == ("ahead", "zbud", "lz4")
+    assert (config.control, config.memory, config.realtime) == (None, None, True)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.size_bytes = 1  # type: ignore[misc]
+
+
+GOOD = [
+    ("size=4096", "size_bytes", 4096),
+    ("size=4K", "size_bytes", 4 * K),
+    ("size=512m", "size_bytes", 512 * M),
+    ("size=1.5G", "size_bytes", 3 * G // 2),
+    ("size=1GiB", "size_bytes", G),
+    ("size=8gb", "size_bytes", 8 * G),
+    ("size=16T", "size_bytes", DEVICE_BYTES_MAX),
+    ("size=1G pool=25%", "pool_bytes", 4 * G),
+    ("size=1G pool=12.5%", "pool_bytes", 2 * G),
+    ("size=1G pool=2G", "pool_bytes", 2 * G),
+    ("size=1G pool=1M", "pool_bytes", M),
+    ("size=1G commit=all", "commit", "all"),
+    ("size=1G allocator=zbud", "allocator", "zbud"),
+    ("size=1G codec=zstd", "codec", "zstd"),
+    ("size=1G codec=zstd:1", "codec", "zstd:1"),
+    ("size=1G codec=zstd:019", "codec", "zstd:19"),
+    ("size=1G codec=none", "codec", "none"),
+    ("size=1G control=/run/a.ctl", "control", "/run/a.ctl"),
+    ("size=1G control=a.ctl", "control", f"{os.getcwd()}/a.ctl"),
+    ("size=1G memory=swap0", "memory", "swap0"),
+    ("size=1G realtime=no", "realtime", False),
+    ("size=1G realtime=yes", "realtime", True),
+]
+
+
+@pytest.mark.parametrize(("words", "field", "value"), GOOD)
+def test_good_values(words: str, field: str, value: object) -> None:
+    assert getattr(config_of(words), field) == value
+
+
+# What is wrong, and what the sentence tells the user to write instead.
+BAD = [
+    ("", "write size=8G"),
+    ("pool=1G", "write size=8G"),
+    ("size=", "write a number and K, M, G or T: size=8G"),
+    ("size=eight", "write a number and K, M, G or T: size=8G"),
+    ("size=8X", "write a number and K, M, G or T: size=8G"),
+    ("size=-1G", "write a number and K, M, G or T: size=8G"),
+    ("size=1e9", "write a number and K, M, G or T: size=8G"),
+    ("size=25%", "only pool= takes a percentage"),
+    ("size=0", "write size=8G"),
+    ("size=1", "write size=4K"),
+    ("size=5000", "write size=4K"),
+    ("size=1000000", "write size=976K"),
+    ("size=1048577", "write size=1M"),
+    ("size=0.3333G", "write size="),
+    ("size=17T", "write at most size=16T"),
+    ("size=1G size=2G", "size is given twice; write size= once"),
+    ("size=1G pool=0", "write at least pool=1M"),
+    ("size=1G pool=64K", "write at least pool=1M"),
+    ("size=1G pool=2000001", "write pool=1952K"),
+    ("size=1G pool=20G", "write pool=20% or at most pool=14745M"),
+    ("size=1G pool=0%", "write 1% to 90%"),
+    ("size=1G pool=100%", "write 1% to 90%"),
+    ("size=1G pool=x%", "write it like pool=20%"),
+    ("size=1G commit=later", "write commit=ahead or commit=all"),
+    ("size=1G allocator=z3fold", "not built yet; write allocator=zbud"),
+    ("size=1G allocator=zsmalloc", "not built yet; write allocator=zbud"),
+    ("size=1G allocator=slab", "there is no allocator slab; write allocator=zbud"),
+    ("size=1G codec=gzip", "write codec=lz4, codec=zstd"),
+    ("size=1G codec=zstd:0", "level from 1 to 19"),
+    ("size=1G codec=zstd:20", "level from 1 to 19"),
+    ("size=1G codec=zstd:", "level from 1 to 19"),
+    ("size=1G codec=lz4:3", "has no levels; write codec=lz4"),
+    ("size=1G control=", "write control=/run/zcache.ctl"),
+    ("size=1G memory=a/b", "write up to 60 letters"),
+    ("size=1G memory=", "write up to 60 letters"),
+    ("size=1G realtime=maybe", "write realtime=yes or realtime=no"),
+    ("size=1G siez=2G", "did you mean size=?"),
+    ("size=1G polo=2G", "did you mean pool=?"),
+    ("size=1G codecs=lz4", "did you mean codec=?"),
+    ("size=1G zzz=1", "use one of size, pool"),
+]
+
+
+@pytest.mark.parametrize(("words", "advice"), BAD)
+def test_bad_values_say_what_to_write(words: str, advice: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config_of(words)
+    sentence = str(caught.value)
+    assert advice in sentence
+    assert "\n" not in sentence
+
+
+@pytest.mark.parametrize("key", KEYS_LATER)
+def test_keys_to_come_are_refused_as_such(key: str) -> None:
+    with pytest.raises(ConfigError, match=f"{key}= is not built yet"):
+        config_of(f"size=1G {key}=x")
+
+
+def test_every_advised_size_is_accepted() -> None:
+    for _, advice in BAD:
+        if advice.startswith("write size=") and advice[-1] != "=":
+            config_of(advice.removeprefix("write "))
+        elif advice.startswith("write pool="):
+            config_of(f"size=1G {advice.split()[1]}")
+
+
+def test_help_has_every_key() -> None:
+    assert [line.split()[0] for line in help_text().splitlines()] == [key.name for key in KEYS]
+    assert {key.field for key in KEYS} == {field.name for field in dataclasses.fields(Config)}
+
+
+def test_as_dict_uses_the_keys_names() -> None:
+    told = config_of("size=1G pool=64M memory=a").as_dict()
+    assert told.keys() == {key.name for key in KEYS}
+    assert (told["size"], told["pool"], told["memory"]) == (G, 64 * M, "a")
+
+
+def test_default_pool_is_of_this_machines_ram() -> None:
+    assert parse([("size", "1G")]).pool_bytes <= total_ram_bytes() // 5
+
+
+@given(st.integers(1, DEVICE_BYTES_MAX // PAGE_BYTES))
+def test_sizes_survive_a_round_trip(pages: int) -> None:
+    assert config_of(f"size={human(pages * PAGE_BYTES)}").size_bytes == pages * PAGE_BYTES
+    assert config_of(f"size={pages * PAGE_BYTES}").size_bytes == pages * PAGE_BYTES
+
+
+@given(st.text(max_size=12), st.text(max_size=12))
+def test_any_word_is_taken_or_refused_with_a_sentence(key: str, value: str) -> None:
+    sentence = "taken"
+    try:
+        parse([("size", "1G"), (key, value)], RAM)
+    except ConfigError as error:
+        sentence = str(error)
+    assert sentence
+
+
+@given(st.sampled_from([key.name for key in KEYS]), st.text(max_size=12))
+def test_any_value_is_taken_or_refused_with_a_sentence(key: str, value: str) -> None:
+    try:
+        config = parse([(key, value)] + [("size", "1G")] * (key != "size"), RAM)
+    except ConfigError as error:
+        sentence = str(error)
+    else:
+        assert config.size_bytes % PAGE_BYTES == config.pool_bytes % PAGE_BYTES == 0
+        return
+    assert key in sentence
+
+
+def test_warning_only_when_the_pool_can_fill() -> None:
+    assert refusal_warning(config_of("size=1G pool=1G")) is None
+    sentence = refusal_warning(config_of("size=8G pool=2G"))
+    assert sentence is not None
+    for words in ("size=8G", "pool=2G", "ENOSPC", "4.0 to 1"):
+        assert words in sentence
+
+
+# ---- where nbdkit listens, from its own words ------------------------------------------------
+
+COMMAND_LINES = [
+    ("-f -U /run/z.sock python x.py size=1G", Listening("/run/z.sock", None)),
+    ("-fU /run/z.sock python x.py", Listening("/run/z.sock", None)),
+    ("-U/run/z.sock python x.py -U /other", Listening("/run/z.sock", None)),
+    ("--unix=/run/z.sock -t 4 python x.py", Listening("/run/z.sock", None)),
+    ("--unix /run/z.sock python x.py", Listening("/run/z.sock", None)),
+    ("-U - python x.py", Listening(None, None)),
+    ("python x.py", Listening(None, "10809")),
+    ("-p 9000 -i 127.0.0.1 python x.py", Listening(None, "9000")),
+    ("--port=9000 python x.py", Listening(None, "9000")),
+    ("-s python x.py", Listening(None, None)),
+    ("--vsock python x.py", Listening(None, None)),
+    ("--an-option-of-tomorrow python x.py", Listening(None, None)),
+]
+
+
+@pytest.mark.parametrize(("words", "where"), COMMAND_LINES)
+def test_where_nbdkit_listens(words: str, where: Listening) -> None:
+    assert listening(words.split(), {}) == where
+
+
+def test_relative_socket_and_activation() -> None:
+    assert listening(["-U", "z.sock"], {}) == Listening(f"{os.getcwd()}/z.sock", None)
+    assert listening(["python"], {"LISTEN_FDS": "1"}) == Listening(None, None)
+
+
+def test_control_socket_is_beside(monkeypatch: pytest.MonkeyPatch, tmp_path: os.PathLike) -> None:
+    monkeypatch.setenv("ZCACHE_RUNTIME_DIR", str(tmp_path))
+    assert control_path(Listening("/run/z.sock", None), 5) == "/run/z.ctl"
+    assert control_path(Listening("/run/nbd", None), 5) == "/run/nbd.ctl"
+    assert control_path(Listening(None, "9000"), 5) == f"{tmp_path}/tcp-9000.ctl"
+    assert control_path(Listening(None, None), 5) == f"{tmp_path}/nbd-5.ctl"

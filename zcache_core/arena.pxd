@@ -1,0 +1,62 @@
+"""C face of the arena: frames, their table, and the thread that commits ahead."""
+
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+
+from zcache_core.layout cimport BlobHeader
+from zcache_core.pthread cimport pthread_cond_t, pthread_mutex_t, pthread_t
+
+cdef enum:
+    NO_FRAME = 0xFFFFFFFF
+
+cdef enum FrameState:
+    FRAME_UNCOMMITTED = 0       # no memory behind it
+    FRAME_FREE = 1              # committed, in reserve
+    FRAME_TAKEN = 2             # an allocator's
+
+ctypedef struct Frame:          # 16 bytes for each frame, in the server's own locked memory
+    uint32_t next               # links of whatever list the frame is on
+    uint32_t prev
+    uint8_t state
+    uint8_t referenced          # read since the clock hand passed (the store's recency)
+    uint8_t first_chunks        # the allocator's: zbud's buds
+    uint8_t last_chunks
+    uint32_t allocator_word     # the allocator's, else unused
+
+ctypedef struct Arena:
+    uint8_t *base
+    BlobHeader *headers         # for pages kept raw: one per frame, in the memory file
+    Frame *frames               # by frame number
+    uint32_t total              # frames the memory file has room for
+    uint32_t limit              # most frames that may be committed
+    uint32_t reserve            # free frames to keep committed ahead of use
+    # guarded by `lock`
+    pthread_mutex_t lock
+    pthread_cond_t work         # the committer waits here
+    pthread_cond_t room         # takers wait here
+    uint32_t free_head
+    uint32_t free_count
+    uint32_t bare_head          # frames given back, by list
+    uint32_t bare_from          # and all from this number on, never committed yet
+    uint32_t committed
+    uint32_t moving             # of them, being committed or punched at this moment
+    bint stopping
+    bint failing                # the last commit failed
+    bint held                   # a taken-over file: nothing is known to be free yet
+    uint64_t *cells             # counter shard, written under `lock`
+    pthread_t thread
+    bint running
+    void (*quiesce)(void *) noexcept nogil
+    void *quiesce_argument
+
+cdef int arena_init(Arena *arena, uint8_t *base, BlobHeader *headers, uint32_t total, uint64_t *cells) noexcept nogil
+cdef void arena_free(Arena *arena) noexcept nogil
+cdef int arena_start(Arena *arena) noexcept nogil
+cdef void arena_stop(Arena *arena) noexcept nogil
+cdef int arena_commit_now(Arena *arena, uint32_t frames) noexcept nogil
+cdef uint32_t arena_take(Arena *arena) noexcept nogil
+cdef bint arena_wait(Arena *arena, int64_t deadline_us) noexcept nogil
+cdef void arena_give(Arena *arena, uint32_t frame) noexcept nogil
+cdef void arena_adopt(Arena *arena) noexcept nogil
+
+cdef inline uint8_t *frame_address(Arena *arena, uint32_t frame) noexcept nogil:
+    return arena.base + (<uint64_t>frame << 12)

@@ -1,0 +1,18 @@
+"""C face of the codecs."""
+
+from libc.stdint cimport uint8_t, uint32_t
+
+from zcache_core.slots cimport Slot, Slots
+
+ctypedef struct CodecChoice:
+    uint32_t codec              # a layout.Codec; CODEC_RAW: never compress
+    int level                   # zstd only
+
+cdef int codec_prepare(Slots *slots, CodecChoice choice) noexcept nogil
+cdef void codec_discard(Slots *slots) noexcept nogil
+cdef uint32_t codec_compress(
+    Slot *slot, CodecChoice choice, const uint8_t *page, uint8_t *blob, uint32_t room_bytes
+) noexcept nogil
+cdef bint codec_decompress(
+    Slot *slot, uint32_t codec, const uint8_t *blob, uint32_t length_bytes, uint8_t *page
+) noexcept nogil

@@ -1,0 +1,172 @@
+"""Codecs: one 4 KiB page to a blob and back, through liblz4 and libzstd.
+
+An LZ4 blob is one LZ4 block.  A zstd blob is one frame without magic number,
+content size, checksum or dictionary number: the entry knows what it is, the blob
+header checks it, and four to nine bytes a page are worth having.  A blob that
+decompresses to anything but exactly 4096 bytes is damaged; decompression is
+always the bounds-checked variant, because the bytes may come back from a disk or
+a peer, or be read while they change.
+
+States and contexts belong to the slots and are warmed at start: compressing
+allocates nothing.
+
+Sources: lz4 block format (lz4_Block_format.md), RFC 8878 for zstd.
+"""
+
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.string cimport memcpy, memset
+
+from zcache_core.layout cimport CODEC_LZ4, CODEC_RAW, CODEC_ZSTD, PAGE_BYTES
+from zcache_core.slots cimport BLOB_ROOM, SLOTS, Slot, Slots, slot_release, slot_take, slots_free, slots_init
+
+cdef extern from "<lz4.h>" nogil:
+    int LZ4_sizeofState()
+    int LZ4_compress_fast_extState(void *state, const char *src, char *dst, int src_size, int dst_size, int acceleration)
+    int LZ4_decompress_safe(const char *src, char *dst, int src_size, int dst_size)
+
+cdef extern from "<zstd.h>" nogil:
+    ctypedef struct ZSTD_CCtx:
+        pass
+    ctypedef struct ZSTD_DCtx:
+        pass
+    enum ZSTD_cParameter:
+        ZSTD_c_compressionLevel
+        ZSTD_c_contentSizeFlag
+        ZSTD_c_checksumFlag
+        ZSTD_c_dictIDFlag
+        ZSTD_c_experimentalParam2   # ZSTD_c_format
+    enum ZSTD_dParameter:
+        ZSTD_d_experimentalParam1   # ZSTD_d_format
+    ZSTD_CCtx *ZSTD_createCCtx()
+    ZSTD_DCtx *ZSTD_createDCtx()
+    size_t ZSTD_freeCCtx(ZSTD_CCtx *)
+    size_t ZSTD_freeDCtx(ZSTD_DCtx *)
+    size_t ZSTD_CCtx_setParameter(ZSTD_CCtx *, ZSTD_cParameter, int)
+    size_t ZSTD_DCtx_setParameter(ZSTD_DCtx *, ZSTD_dParameter, int)
+    size_t ZSTD_compress2(ZSTD_CCtx *, void *dst, size_t room, const void *src, size_t length)
+    size_t ZSTD_decompressDCtx(ZSTD_DCtx *, void *dst, size_t room, const void *src, size_t length)
+    unsigned ZSTD_isError(size_t)
+
+cdef enum:
+    ZSTD_MAGICLESS = 1          # ZSTD_f_zstd1_magicless
+
+
+cdef int codec_prepare(Slots *slots, CodecChoice choice) noexcept nogil:
+    """Make and warm the contexts that `choice` needs in every slot; -1: no memory."""
+    cdef uint32_t i
+    cdef ZSTD_CCtx *c
+    cdef ZSTD_DCtx *d
+    cdef size_t refused
+    if LZ4_sizeofState() > 16640:
+        return -1
+    if choice.codec == CODEC_ZSTD:
+        for i in range(SLOTS):
+            c = ZSTD_createCCtx()
+            d = ZSTD_createDCtx()
+            slots.slot[i].zstd_compress = c
+            slots.slot[i].zstd_decompress = d
+            if c == NULL or d == NULL:
+                return -1
+            refused = ZSTD_isError(ZSTD_CCtx_setParameter(c, ZSTD_c_compressionLevel, choice.level))
+            refused |= ZSTD_isError(ZSTD_CCtx_setParameter(c, ZSTD_c_contentSizeFlag, 0))
+            refused |= ZSTD_isError(ZSTD_CCtx_setParameter(c, ZSTD_c_checksumFlag, 0))
+            refused |= ZSTD_isError(ZSTD_CCtx_setParameter(c, ZSTD_c_dictIDFlag, 0))
+            refused |= ZSTD_isError(ZSTD_CCtx_setParameter(c, ZSTD_c_experimentalParam2, ZSTD_MAGICLESS))
+            refused |= ZSTD_isError(ZSTD_DCtx_setParameter(d, ZSTD_d_experimentalParam1, ZSTD_MAGICLESS))
+            if refused:
+                return -1
+    for i in range(SLOTS):
+        codec_compress(&slots.slot[i], choice, slots.slot[i].page, slots.slot[i].blob, PAGE_BYTES)
+    return 0
+
+
+cdef void codec_discard(Slots *slots) noexcept nogil:
+    cdef uint32_t i
+    for i in range(SLOTS):
+        ZSTD_freeCCtx(<ZSTD_CCtx *>slots.slot[i].zstd_compress)
+        ZSTD_freeDCtx(<ZSTD_DCtx *>slots.slot[i].zstd_decompress)
+        slots.slot[i].zstd_compress = NULL
+        slots.slot[i].zstd_decompress = NULL
+
+
+cdef uint32_t codec_compress(
+    Slot *slot, CodecChoice choice, const uint8_t *page, uint8_t *blob, uint32_t room_bytes
+) noexcept nogil:
+    """Compress one page into `blob`; its length, or 0 when it needs more than `room_bytes`."""
+    cdef int n
+    cdef size_t z
+    if choice.codec == CODEC_LZ4:
+        n = LZ4_compress_fast_extState(
+            slot.lz4_state, <const char *>page, <char *>blob, PAGE_BYTES, room_bytes, 1
+        )
+        return n if n > 0 else 0
+    if choice.codec == CODEC_ZSTD:
+        z = ZSTD_compress2(<ZSTD_CCtx *>slot.zstd_compress, blob, room_bytes, page, PAGE_BYTES)
+        return 0 if ZSTD_isError(z) else <uint32_t>z
+    return 0
+
+
+cdef bint codec_decompress(
+    Slot *slot, uint32_t codec, const uint8_t *blob, uint32_t length_bytes, uint8_t *page
+) noexcept nogil:
+    """Write the 4096 bytes of the page; False when the blob is damaged."""
+    cdef size_t z
+    if codec == CODEC_LZ4:
+        return LZ4_decompress_safe(<const char *>blob, <char *>page, length_bytes, PAGE_BYTES) == PAGE_BYTES
+    if codec == CODEC_RAW:
+        memcpy(page, blob, PAGE_BYTES)
+        return length_bytes == PAGE_BYTES
+    if codec == CODEC_ZSTD and slot.zstd_decompress != NULL:
+        z = ZSTD_decompressDCtx(<ZSTD_DCtx *>slot.zstd_decompress, page, PAGE_BYTES, blob, length_bytes)
+        return z == PAGE_BYTES
+    return False
+
+
+NAMES = {"none": CODEC_RAW, "lz4": CODEC_LZ4, "zstd": CODEC_ZSTD}
+
+
+def parse(str text):
+    """`lz4`, `zstd`, `zstd:LEVEL` (1 to 19) or `none` -> (codec number, level).
+
+    Raises ValueError with a sentence that says what to write instead.
+    """
+    name, _, level = text.partition(":")
+    if name not in NAMES or (level and name != "zstd"):
+        raise ValueError(f"unknown codec {text!r}; use lz4, zstd, zstd:LEVEL or none")
+    if level and not (level.isdigit() and 1 <= int(level) <= 19):
+        raise ValueError(f"zstd level {level!r} is out of range; use zstd:1 to zstd:19")
+    return NAMES[name], int(level or 3)
+
+
+cdef class Codec:
+    """One codec with contexts of its own, for tests and benchmarks (the store has its slots)."""
+
+    cdef Slots slots
+    cdef uint64_t[34][512] cells      # SLOTS + 2 shards
+    cdef CodecChoice choice
+
+    def __cinit__(self, str text="lz4"):
+        self.choice.codec, self.choice.level = parse(text)
+        memset(&self.slots, 0, sizeof(Slots))
+        memset(self.cells, 0, sizeof(self.cells))
+        if slots_init(&self.slots, &self.cells[0][0]) or codec_prepare(&self.slots, self.choice):
+            raise MemoryError("no memory for compression contexts")
+
+    def __dealloc__(self):
+        codec_discard(&self.slots)
+        slots_free(&self.slots)
+
+    def compress(self, bytes page, uint32_t room_bytes=PAGE_BYTES):
+        """One page (4096 bytes) -> blob, or None when it needs more than room_bytes."""
+        cdef uint8_t blob[BLOB_ROOM]
+        if len(page) != PAGE_BYTES or not 0 < room_bytes <= PAGE_BYTES:
+            raise ValueError("a page is 4096 bytes, and room at most as much")
+        n = codec_compress(&self.slots.slot[0], self.choice, page, blob, room_bytes)
+        return (<char *>blob)[:n] if n else None
+
+    def decompress(self, bytes blob):
+        """Blob -> page of 4096 bytes.  Raises ValueError when it is damaged."""
+        cdef uint8_t page[PAGE_BYTES]
+        if not codec_decompress(&self.slots.slot[0], self.choice.codec, blob, len(blob), page):
+            raise ValueError("damaged blob: it does not decompress to one page")
+        return (<char *>page)[:PAGE_BYTES]

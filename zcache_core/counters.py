@@ -1,0 +1,135 @@
+"""The counter table: every counter declared once, with its name, unit, kind and help.
+
+The compiled code gets its cell numbers from here (setup.py writes
+`counter_ids.pxd`), and so do statistics, `zcache status` and the reference page.
+Cells live in the memory file, in shards that are each written by one thread at a
+time with plain adds, so any process may read them at any time without asking the
+server:
+
+    counter   sum of the shards, only grows (for the life of the memory file)
+    gauge     sum of the shards as a signed number; rebuilt when a server takes over
+    max       largest of the shards
+    derived   computed here from the others when it is read
+
+Names that the kernel's zcache, zbud and frontswap had mean the same thing here.
+"""
+
+from __future__ import annotations
+
+import array
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from zcache_core.memfile import MemoryFile
+
+CELLS = 512  # as COUNTER_CELLS in layout.pxd
+PAGE_BYTES = 4096
+
+
+class Counter(NamedTuple):
+    """One row: `unit` is pages, bytes, frames, requests, events or microseconds."""
+
+    name: str
+    unit: str
+    kind: str
+    help: str
+
+
+COUNTERS: tuple[Counter, ...] = (
+    # what clients asked for
+    Counter("read_requests", "requests", "counter", "read requests served"),
+    Counter("write_requests", "requests", "counter", "write requests served"),
+    Counter("trim_requests", "requests", "counter", "trim (discard) requests served"),
+    Counter("zero_requests", "requests", "counter", "write-zeroes requests served"),
+    Counter("flush_requests", "requests", "counter", "flush requests served"),
+    Counter("failed_requests", "requests", "counter", "requests answered with an error"),
+    Counter("partial_writes", "pages", "counter", "pages changed in part (read-modify-write)"),
+    # pages in and out
+    Counter("succ_stores", "pages", "counter", "pages stored"),
+    Counter("failed_stores", "pages", "counter", "pages refused because no tier had room"),
+    Counter("loads", "pages", "counter", "pages read"),
+    Counter("loads_empty", "pages", "counter", "pages read that held nothing (zeros)"),
+    Counter("loads_same_filled", "pages", "counter", "pages read that were same-filled"),
+    Counter("invalidates", "pages", "counter", "stored pages dropped by trim or zero"),
+    Counter("compress_poor", "pages", "counter", "pages that did not compress; kept raw"),
+    # trouble and contention
+    Counter("corrupt_loads", "pages", "counter", "reads that found a damaged copy (answered EIO)"),
+    Counter("lost_pages", "pages", "gauge", "pages whose last copy is gone (answer EIO)"),
+    Counter("read_retries", "events", "counter", "reads repeated because the page changed"),
+    Counter("flip_retries", "events", "counter", "index flips repeated because of a race"),
+    Counter("superseded_stores", "pages", "counter", "writes that a newer write overtook"),
+    Counter("slot_waits", "events", "counter", "requests that waited for a request slot"),
+    Counter("commit_waits", "events", "counter", "writes that waited for committed memory"),
+    Counter("commit_wait_us", "microseconds", "counter", "time writes waited for committed memory"),
+    Counter("commit_failures", "events", "counter", "times the kernel gave no memory to the pool"),
+    # what is stored
+    Counter("same_filled_pages", "pages", "gauge", "pages stored as one repeated word"),
+    Counter("same_filled_pages_max", "pages", "max", "most same-filled pages so far"),
+    Counter("pers_zpages", "pages", "gauge", "compressed pages whose only copy is in RAM"),
+    Counter("pers_zpages_max", "pages", "max", "most of them so far"),
+    Counter("pers_zbytes", "bytes", "gauge", "their compressed bytes, without headers"),
+    Counter("pers_zbytes_max", "bytes", "max", "most of those so far"),
+    Counter("pers_pageframes", "frames", "gauge", "frames that hold them"),
+    Counter("pers_pageframes_max", "frames", "max", "most of those so far"),
+    Counter("raw_pages", "pages", "gauge", "of pers_zpages: kept raw, one frame each"),
+    Counter("buddied_count", "frames", "gauge", "zbud frames with two buds"),
+    Counter("unbuddied_count", "frames", "gauge", "zbud frames with one bud"),
+    # the arena
+    Counter("pool_limit_frames", "frames", "gauge", "most frames the pool may hold"),
+    Counter("committed_frames", "frames", "gauge", "frames backed by memory, reserve included"),
+    Counter("committed_frames_max", "frames", "max", "most of those so far"),
+    Counter("free_frames", "frames", "gauge", "committed frames waiting for use: the reserve"),
+    Counter("punched_frames", "frames", "counter", "frames given back to the system"),
+    Counter("private_table_bytes", "bytes", "gauge", "server's own tables: frames and slots"),
+    # the device
+    Counter("device_pages", "pages", "gauge", "size of the swap device"),
+    Counter("rebuilt_pages", "pages", "counter", "pages found again by a restarted server"),
+    Counter("rebuild_us", "microseconds", "counter", "time restarts took to find them"),
+    # made from the others
+    Counter("logical_bytes", "bytes", "derived", "pages stored, times 4096"),
+    Counter("ram_bytes", "bytes", "derived", "all RAM the store costs: frames, index, tables"),
+    Counter("index_bytes", "bytes", "derived", "of ram_bytes: index, counters, superblock"),
+    Counter("server_resident_bytes", "bytes", "derived", "resident size of the server, pool apart"),
+    Counter("server_locked_bytes", "bytes", "derived", "of that, locked in memory (VmLck)"),
+)
+
+STORED = tuple(c for c in COUNTERS if c.kind != "derived")
+CELL = {c.name: i for i, c in enumerate(STORED)}
+
+
+def _status_bytes(pid: int) -> dict[str, int]:
+    """VmLck, RssAnon, RssFile in bytes of a process; empty when it is gone."""
+    wanted = ("VmLck", "RssAnon", "RssFile")
+    try:
+        with open(f"/proc/{pid}/status", encoding="ascii", errors="replace") as file:
+            rows = [line.split() for line in file]
+    except OSError:
+        return {}
+    return {row[0][:-1]: int(row[1]) * 1024 for row in rows if row[0][:-1] in wanted}
+
+
+def read(memory: MemoryFile) -> dict[str, int]:
+    """Every counter by name.  Values are consistent each, not with one another."""
+    cells = array.array("Q")
+    cells.frombytes(memory.counter_cells())
+    values: dict[str, int] = {}
+    for index, counter in enumerate(STORED):
+        shards = cells[index::CELLS]
+        if counter.kind == "max":
+            values[counter.name] = max(shards)
+        else:
+            total = sum(shards) & (1 << 64) - 1
+            signed = counter.kind == "gauge" and total >> 63
+            values[counter.name] = total - (1 << 64) if signed else total
+    stored = values["pers_zpages"] + values["same_filled_pages"]
+    committed = values["committed_frames"] * PAGE_BYTES
+    frame_headers = values["committed_frames"] * 24
+    values["logical_bytes"] = stored * PAGE_BYTES
+    values["index_bytes"] = memory.overhead_bytes
+    values["ram_bytes"] = (
+        committed + frame_headers + memory.overhead_bytes + values["private_table_bytes"]
+    )
+    status = _status_bytes(memory.owner_pid)
+    values["server_resident_bytes"] = status.get("RssAnon", 0) + status.get("RssFile", 0)
+    values["server_locked_bytes"] = status.get("VmLck", 0)
+    return values

@@ -1,0 +1,286 @@
+"""The device: byte ranges of a block device as pages of the store.
+
+The one place of the core that crosses the GIL (with callbacks.h).  What it hands
+out are compiled functions with the very signatures that nbdkit's Python plugins
+have; they are assigned as the callbacks, and no bytecode runs for a request:
+
+    nbdkit thread -> GIL -> pread (callbacks.h) -> the buffer's pointer
+        -> (GIL released when the request is long enough to pay)
+        -> request_read: slot -> pages -> slot back
+
+A range that starts or ends inside a page is a read-modify-write of that page,
+under the page's lock, and onto exactly the entry that was read: a full write of
+the page that comes in between makes it start again.
+
+What it does not know: sockets, nbdkit (errors go to a callable that it is given).
+"""
+
+from libc.errno cimport EINVAL, EIO, ENOSPC
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.string cimport memcpy, memset
+
+from zcache_core.counter_ids cimport (
+    C_FAILED_REQUESTS, C_FLUSH_REQUESTS, C_PARTIAL_WRITES, C_READ_REQUESTS, C_TRIM_REQUESTS,
+    C_WRITE_REQUESTS, C_ZERO_REQUESTS,
+)
+from zcache_core.index cimport entry_load, versions_take
+from zcache_core.layout cimport PAGE_BYTES, PAGE_SHIFT, ST_EMPTY, ST_SAME, Entry, entry_is_sound, state_of
+from zcache_core.pthread cimport pthread_mutex_lock, pthread_mutex_unlock
+from zcache_core.slots cimport Slot, count, slot_release, slot_take
+from zcache_core.store cimport (
+    PAGE_LOCKS, RAN_OUT, Core, Store, store_get, store_invalidate, store_put, store_replace,
+    store_wait_ready,
+)
+
+cdef extern from "callbacks.h":
+    ctypedef int (*zc_request)(void *core, void *data, uint64_t length, uint64_t offset, uint32_t flags) noexcept nogil
+    enum: ZC_PREAD, ZC_PWRITE, ZC_TRIM, ZC_ZERO, ZC_CACHE, ZC_FLUSH, ZC_REQUESTS
+    object zc_new_device(void *core, const zc_request *run, const uint64_t *release_bytes, object set_error, object owner)
+    object zc_callback(object capsule, int what)
+
+cdef enum:
+    # Requests shorter than this keep the GIL: a 4 KiB read takes 2 us, handing the
+    # GIL over and back to a waiting thread takes longer.
+    RELEASE_READ_BYTES = 8192
+    RELEASE_WRITE_BYTES = 4096
+    FLAG_MAY_TRIM = 1           # nbdkit's values
+    EXTENT_HOLE = 1
+    EXTENT_ZERO = 2
+    # Most extents in one answer: the client asks on; a page-by-page map of a large
+    # device would be built in memory that a swap server must not need.
+    MOST_EXTENTS = 4096
+
+
+# ---- requests, without the GIL ----------------------------------------------------------
+
+cdef int change_part(
+    Core *core, Slot *slot, uint64_t page, uint32_t start, uint32_t n, const uint8_t *data
+) noexcept nogil:
+    """Replace n bytes of a page from `start` on (zeros when data is NULL); 0 or an errno."""
+    cdef Entry seen
+    cdef int error
+    cdef uint32_t stripe = page % PAGE_LOCKS
+    count(slot, C_PARTIAL_WRITES, 1)
+    pthread_mutex_lock(&core.page_lock[stripe])
+    while True:
+        error = store_get(core, slot, page, slot.page, &seen)
+        if error:
+            break
+        if data != NULL:
+            memcpy(slot.page + start, data, n)
+        else:
+            memset(slot.page + start, 0, n)
+        error = store_replace(core, slot, page, slot.page, versions_take(&core.index, 1), &seen)
+        if error != RAN_OUT:
+            break
+    pthread_mutex_unlock(&core.page_lock[stripe])
+    return error
+
+
+cdef int read_range(Core *core, Slot *slot, uint64_t offset, uint64_t length, uint8_t *out) noexcept nogil:
+    cdef uint32_t start = offset & (PAGE_BYTES - 1)
+    cdef uint64_t page = offset >> PAGE_SHIFT
+    cdef uint64_t n
+    cdef int error
+    while length:
+        if start == 0 and length >= PAGE_BYTES:
+            n = PAGE_BYTES
+            error = store_get(core, slot, page, out, NULL)
+        else:
+            n = min(length, <uint64_t>(PAGE_BYTES - start))
+            error = store_get(core, slot, page, slot.page, NULL)
+            if error == 0:
+                memcpy(out, slot.page + start, n)
+        if error:
+            return error
+        out += n
+        length -= n
+        page += 1
+        start = 0
+    return 0
+
+
+cdef int write_range(
+    Core *core, Slot *slot, uint64_t offset, uint64_t length, const uint8_t *data
+) noexcept nogil:
+    """Write; `data` NULL writes zeros that are not holes."""
+    cdef uint32_t start = offset & (PAGE_BYTES - 1)
+    cdef uint64_t page = offset >> PAGE_SHIFT
+    cdef uint64_t n
+    cdef uint64_t version = versions_take(&core.index, (length >> PAGE_SHIFT) + 1)
+    cdef int error
+    store_wait_ready(core)
+    if data == NULL:
+        memset(slot.page, 0, PAGE_BYTES)
+    while length:
+        if start == 0 and length >= PAGE_BYTES:
+            n = PAGE_BYTES
+            error = store_put(core, slot, page, data if data != NULL else slot.page, version)
+            version += 1
+        else:
+            n = min(length, <uint64_t>(PAGE_BYTES - start))
+            error = change_part(core, slot, page, start, <uint32_t>n, data)
+            if data == NULL:
+                memset(slot.page, 0, PAGE_BYTES)
+        if error:
+            return error
+        if data != NULL:
+            data += n
+        length -= n
+        page += 1
+        start = 0
+    return 0
+
+
+cdef void drop_pages(Core *core, Slot *slot, uint64_t first, uint64_t end) noexcept nogil:
+    cdef uint64_t page
+    cdef uint64_t version = versions_take(&core.index, 1)
+    store_wait_ready(core)
+    for page in range(first, end):
+        store_invalidate(core, slot, page, version)
+
+
+cdef int zero_range(Core *core, Slot *slot, uint64_t offset, uint64_t length, bint may_trim) noexcept nogil:
+    """Zeros: holes where whole pages may be trimmed, else same-filled pages."""
+    cdef uint64_t first = (offset + PAGE_BYTES - 1) >> PAGE_SHIFT
+    cdef uint64_t end = (offset + length) >> PAGE_SHIFT
+    cdef int error
+    if not may_trim or first >= end:
+        return write_range(core, slot, offset, length, NULL)
+    if offset & (PAGE_BYTES - 1):
+        error = write_range(core, slot, offset, (first << PAGE_SHIFT) - offset, NULL)
+        if error:
+            return error
+    drop_pages(core, slot, first, end)
+    if (offset + length) & (PAGE_BYTES - 1):
+        return write_range(core, slot, end << PAGE_SHIFT, offset + length - (end << PAGE_SHIFT), NULL)
+    return 0
+
+
+cdef uint32_t extent_type(Core *core, uint64_t page) noexcept nogil:
+    cdef Entry e = entry_load(&core.index, page)
+    if state_of(e.version) == ST_EMPTY and entry_is_sound(e.location, e.version):
+        return EXTENT_HOLE | EXTENT_ZERO
+    if state_of(e.version) == ST_SAME and e.location == 0:
+        return EXTENT_ZERO
+    return 0
+
+
+# ---- requests, as callbacks.h calls them ---------------------------------------------------
+
+cdef inline bint inside(Core *core, uint64_t offset, uint64_t length) noexcept nogil:
+    cdef uint64_t size = core.index.pages << PAGE_SHIFT
+    return offset <= size and length <= size - offset
+
+
+cdef inline int leave(Slot *slot, uint32_t cell, int error) noexcept nogil:
+    count(slot, cell, 1)
+    if error:
+        count(slot, C_FAILED_REQUESTS, 1)
+    slot_release(slot)
+    return error
+
+
+cdef int request_read(void *core, void *data, uint64_t length, uint64_t offset, uint32_t flags) noexcept nogil:
+    cdef Slot *slot = slot_take(&(<Core *>core).slots)
+    cdef int error = EINVAL
+    if inside(<Core *>core, offset, length):
+        error = read_range(<Core *>core, slot, offset, length, <uint8_t *>data)
+    return leave(slot, C_READ_REQUESTS, error)
+
+
+cdef int request_write(void *core, void *data, uint64_t length, uint64_t offset, uint32_t flags) noexcept nogil:
+    cdef Slot *slot = slot_take(&(<Core *>core).slots)
+    cdef int error = ENOSPC
+    if inside(<Core *>core, offset, length):
+        error = write_range(<Core *>core, slot, offset, length, <const uint8_t *>data)
+    return leave(slot, C_WRITE_REQUESTS, error)
+
+
+cdef int request_trim(void *core, void *data, uint64_t length, uint64_t offset, uint32_t flags) noexcept nogil:
+    cdef Slot *slot = slot_take(&(<Core *>core).slots)
+    cdef int error = EINVAL
+    if inside(<Core *>core, offset, length):
+        drop_pages(<Core *>core, slot, (offset + PAGE_BYTES - 1) >> PAGE_SHIFT, (offset + length) >> PAGE_SHIFT)
+        error = 0
+    return leave(slot, C_TRIM_REQUESTS, error)
+
+
+cdef int request_zero(void *core, void *data, uint64_t length, uint64_t offset, uint32_t flags) noexcept nogil:
+    cdef Slot *slot = slot_take(&(<Core *>core).slots)
+    cdef int error = ENOSPC
+    if inside(<Core *>core, offset, length):
+        error = zero_range(<Core *>core, slot, offset, length, flags & FLAG_MAY_TRIM)
+    return leave(slot, C_ZERO_REQUESTS, error)
+
+
+cdef int request_cache(void *core, void *data, uint64_t length, uint64_t offset, uint32_t flags) noexcept nogil:
+    """Nothing to do while every page is in RAM; the range is checked."""
+    return 0 if inside(<Core *>core, offset, length) else EINVAL
+
+
+cdef int request_flush(void *core, void *data, uint64_t length, uint64_t offset, uint32_t flags) noexcept nogil:
+    """Nothing to do: an acknowledged write is where it will stay."""
+    return leave(slot_take(&(<Core *>core).slots), C_FLUSH_REQUESTS, 0)
+
+
+# ---- Python's view -----------------------------------------------------------------------------
+
+cdef class Device:
+    """A block device over one started store.
+
+    `pread(h, buf, offset, flags)`, `pwrite`, `trim(h, length, offset, flags)`, `zero`,
+    `cache` and `flush(h, flags)` are compiled functions, to be assigned as nbdkit's
+    callbacks as they are.  `set_error` (nbdkit.set_error) is called with the errno
+    before OSError is raised.  The handle `h` is not looked at.
+    """
+
+    cdef Core *core
+    cdef Store store
+    cdef readonly uint64_t size_bytes
+    cdef readonly object pread, pwrite, trim, zero, cache, flush
+
+    def __cinit__(self, Store store not None, set_error=None):
+        cdef zc_request[6] run
+        cdef uint64_t[6] release_bytes
+        self.store = store
+        self.core = &store.core
+        self.size_bytes = store.core.index.pages << PAGE_SHIFT
+        run[<int>ZC_PREAD] = request_read
+        run[<int>ZC_PWRITE] = request_write
+        run[<int>ZC_TRIM] = request_trim
+        run[<int>ZC_ZERO] = request_zero
+        run[<int>ZC_CACHE] = request_cache
+        run[<int>ZC_FLUSH] = request_flush
+        for what in range(6):
+            release_bytes[what] = 0
+        release_bytes[<int>ZC_PREAD] = RELEASE_READ_BYTES
+        release_bytes[<int>ZC_PWRITE] = RELEASE_WRITE_BYTES
+        release_bytes[<int>ZC_CACHE] = release_bytes[<int>ZC_FLUSH] = <uint64_t>-1
+        capsule = zc_new_device(self.core, run, release_bytes, set_error, store)
+        self.pread = zc_callback(capsule, ZC_PREAD)
+        self.pwrite = zc_callback(capsule, ZC_PWRITE)
+        self.trim = zc_callback(capsule, ZC_TRIM)
+        self.zero = zc_callback(capsule, ZC_ZERO)
+        self.cache = zc_callback(capsule, ZC_CACHE)
+        self.flush = zc_callback(capsule, ZC_FLUSH)
+
+    def extents(self, h, uint64_t length, uint64_t offset, flags=0):
+        """[(offset, length, type)] in bytes: hole and zero, zero, or data (0)."""
+        cdef uint64_t page = offset >> PAGE_SHIFT
+        cdef uint64_t end = (offset + length + PAGE_BYTES - 1) >> PAGE_SHIFT
+        cdef uint64_t first
+        cdef uint32_t kind
+        if not inside(self.core, offset, length):
+            raise OSError(EINVAL, "the range is past the end of the device")
+        found = []
+        while page < end and len(found) < MOST_EXTENTS:
+            first = page
+            kind = extent_type(self.core, page)
+            with nogil:
+                while page < end and extent_type(self.core, page) == kind:
+                    page += 1
+            if page == first:       # it changed between the two looks
+                continue
+            found.append((first << PAGE_SHIFT, (page - first) << PAGE_SHIFT, kind))
+        return found

@@ -1,0 +1,167 @@
+"""The memory-file format: sizes, the index entry, the blob header, the superblock.
+
+Everything here is on the "disk" of this project, a locked memory segment that
+outlives its server, so a change of any line is a change of FORMAT_VERSION
+(`docs/memory-format.md` has the pictures; t1_layout holds the golden bytes).
+
+An index entry is two 64-bit words, changed only together:
+
+    location   63........................16 15......4 3..0
+               where (48 bits)              length-1  codec      RAM, DISK, PEER
+               the repeated 8-byte word                          SAME
+
+    version    63......................12 11......4 3..0
+               version (52 bits)          check     state
+
+`where` is a byte offset into the arena for RAM, and the tier's own address for
+DISK and PEER.  `check` is an extended Hamming code over the other 120 bits.
+
+A blob header is three words; it stands before its blob in the frame, or, for a
+page kept raw (which fills its frame), in the table of frame headers:
+
+    identity   version (52) | device (8) | 0 (4)
+    page and checksum       page (32)  | checksum (32)
+    place      where the page also is, below (48) | length-1 (12) | codec (4)
+
+The checksum covers the blob's bytes, the identity, the page and the length and
+codec; the lower location may change without touching it.
+"""
+
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+
+from zcache_core.native cimport zc_blob_checksum, zc_entry_check
+
+
+cdef enum:
+    FORMAT_VERSION = 1
+    PAGE_BYTES = 4096
+    PAGE_SHIFT = 12
+    HEADER_BYTES = 24
+    CHUNK_BYTES = 64            # zbud's unit; NCHUNKS of them in a frame
+    NCHUNKS = 64
+
+    MAX_DEVICES = 8             # rows in the superblock's device table
+    NAME_BYTES = 64
+
+    # Counters: one shard for each request slot and each background thread, so
+    # that a count is a plain add; a reader sums them.  512 cells leave room for
+    # latency histograms.
+    COUNTER_CELLS = 512
+    COUNTER_SHARDS = 40
+
+cdef enum State:
+    ST_EMPTY = 0                # never written, or trimmed: reads as zeros
+    ST_SAME = 1                 # location is the repeated word
+    ST_RAM = 2                  # the only copy is in the arena (persistent)
+    ST_RAM_EPHEMERAL = 3        # in the arena, and also where the header says, below
+    ST_DISK = 4
+    ST_PEER = 5
+    ST_LOST = 6                 # the last copy is gone: reads answer EIO
+
+cdef enum Codec:
+    CODEC_RAW = 0
+    CODEC_LZ4 = 1
+    CODEC_ZSTD = 2
+
+ctypedef struct Entry:
+    uint64_t location
+    uint64_t version
+
+ctypedef struct BlobHeader:
+    uint64_t identity
+    uint64_t page_checksum
+    uint64_t place
+
+ctypedef struct DeviceRow:      # 32 bytes
+    uint64_t pages              # 0: row unused
+    uint64_t index_offset
+    uint64_t versions_reserved  # every version below may have been used
+    uint64_t generation         # of the last attach (fences workers of older ones)
+
+ctypedef struct Superblock:     # the first page of the file
+    char magic[8]               # "ZCACHEMF"
+    uint32_t format_version
+    uint32_t header_crc         # CRC-32 of the geometry words below
+    # geometry, fixed for the life of the file
+    uint64_t file_bytes
+    uint64_t epoch              # random identity of this file's contents
+    uint64_t pool_frames
+    uint64_t counters_offset
+    uint64_t frame_headers_offset
+    uint64_t arena_offset
+    uint64_t index_offset
+    uint64_t device_pages
+    # what changes
+    uint64_t owner_pid
+    uint64_t owner_start_ticks  # with the pid: which process, not which number
+    uint64_t nonces_reserved    # for encryption, as versions are
+    uint64_t created_s
+    char name[NAME_BYTES]
+    DeviceRow devices[MAX_DEVICES]
+    uint8_t key[64]             # pages at rest; this file is never dumped or swapped
+
+
+# ---- entry words --------------------------------------------------------------
+
+cdef inline uint64_t version_word(uint64_t version, uint32_t state, uint64_t location) noexcept nogil:
+    cdef uint64_t word = (version << 12) | state
+    return word | (<uint64_t>zc_entry_check(location, word) << 4)
+
+cdef inline bint entry_is_sound(uint64_t location, uint64_t word) noexcept nogil:
+    return zc_entry_check(location, word) == ((word >> 4) & 0xFF)
+
+cdef inline uint32_t state_of(uint64_t word) noexcept nogil:
+    return word & 0xF
+
+cdef inline uint64_t version_of(uint64_t word) noexcept nogil:
+    return word >> 12
+
+cdef inline uint64_t place_word(uint64_t where, uint32_t length_bytes, uint32_t codec) noexcept nogil:
+    return (where << 16) | (<uint64_t>(length_bytes - 1) << 4) | codec
+
+cdef inline uint64_t where_of(uint64_t location) noexcept nogil:
+    return location >> 16
+
+cdef inline uint32_t length_of(uint64_t location) noexcept nogil:
+    return <uint32_t>((location >> 4) & 0xFFF) + 1
+
+cdef inline uint32_t codec_of(uint64_t location) noexcept nogil:
+    return location & 0xF
+
+
+# ---- blob headers ---------------------------------------------------------------
+
+cdef inline void header_fill(
+    BlobHeader *header, uint64_t version, uint32_t device, uint32_t page,
+    uint32_t length_bytes, uint32_t codec, const uint8_t *blob,
+) noexcept nogil:
+    cdef uint64_t identity = (version << 12) | (device << 4)
+    cdef uint64_t place = place_word(0, length_bytes, codec)
+    cdef uint32_t checksum = zc_blob_checksum(blob, length_bytes, identity, (<uint64_t>page << 16) | place)
+    header.identity = identity
+    header.page_checksum = (<uint64_t>page << 32) | checksum
+    header.place = place
+
+cdef inline uint32_t header_page(const BlobHeader *header) noexcept nogil:
+    return <uint32_t>(header.page_checksum >> 32)
+
+cdef inline uint64_t header_version(const BlobHeader *header) noexcept nogil:
+    return header.identity >> 12
+
+cdef inline uint32_t header_length(const BlobHeader *header) noexcept nogil:
+    return length_of(header.place)
+
+cdef inline bint header_matches(
+    const BlobHeader *header, uint64_t version, uint32_t device, uint32_t page,
+    uint64_t location, const uint8_t *blob,
+) noexcept nogil:
+    """Whether header and blob are the ones that the entry (version, location) means."""
+    cdef uint64_t identity = (version << 12) | (device << 4)
+    cdef uint64_t length_codec = location & 0xFFFF
+    if header.identity != identity or header_page(header) != page:
+        return False
+    if (header.place & 0xFFFF) != length_codec:
+        return False
+    return <uint32_t>header.page_checksum == zc_blob_checksum(
+        blob, length_of(location), identity, (<uint64_t>page << 16) | length_codec
+    )

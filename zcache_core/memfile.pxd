@@ -1,0 +1,24 @@
+"""C face of the memory file: where its parts lie in this process."""
+
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+
+from zcache_core.layout cimport BlobHeader, Entry, Superblock
+
+
+cdef class MemoryFile:
+    cdef readonly int shmid
+    cdef readonly bint writable
+    cdef readonly bint stays_locked
+    cdef readonly bint fresh
+    cdef object _name
+    cdef object _lock
+    cdef uint8_t *base
+    cdef Superblock *super
+    cdef uint64_t *counters
+    cdef Entry *index
+    cdef BlobHeader *frame_headers
+    cdef uint8_t *arena
+
+    cdef Superblock *_open_super(self) except NULL
+    cdef object _attach(self, bint writable)
+    cdef object _check(self)

@@ -1,0 +1,374 @@
+"""The memory file: one System V segment that holds all that must outlive a server.
+
+    +------------+----------+---------------------+----------------+-------------- - - -
+    | superblock | counters | index: 16 B per page | frame headers  | arena: 4 KiB frames
+    | 4 KiB      | 160 KiB  | of the device        | 24 B per frame |
+    +------------+----------+---------------------+----------------+-------------- - - -
+
+A System V segment, not a file and not anonymous memory, because of what happens
+when its owner dies: memory locked with mlock becomes evictable at that moment
+(and may be swapped to the very device that waits for it), a segment under
+SHM_LOCK stays where it is with nobody attached.  It is addressed by offset only,
+holds no lock word, and its holes are punched with MADV_REMOVE; that is refused
+inside an mlocked mapping, so the mapping is munlocked again after every
+mlockall (`unlock_mapping`).
+
+A private file (no name) is removed by the kernel at the last detach, whatever
+ended its owner.  A named one is found again through the owner's lock file
+(`owner.py`), which holds its segment number; a successor maps it for writing
+only after the lock is free and the old owner's process is gone.
+
+What it is not: durable.  It does not survive a reboot, and is not meant to.
+"""
+
+import os
+import struct
+import time
+import zlib
+
+from libc.errno cimport errno
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.string cimport memcpy, memset
+
+from zcache_core.layout cimport (
+    COUNTER_CELLS, COUNTER_SHARDS, FORMAT_VERSION, NAME_BYTES, PAGE_BYTES,
+    BlobHeader, Entry, Superblock,
+)
+
+from zcache_core.errors import MemoryFileError
+from zcache_core.owner import OwnerLock, runtime_dir, start_ticks, unattached_segments
+
+cdef extern from "<sys/ipc.h>" nogil:
+    enum: IPC_PRIVATE, IPC_CREAT, IPC_EXCL, IPC_RMID
+
+cdef extern from "<sys/shm.h>" nogil:
+    enum: SHM_LOCK, SHM_RDONLY, SHM_NORESERVE
+    int shmget(int key, size_t size, int flags)
+    void *shmat(int shmid, const void *addr, int flags)
+    int shmdt(const void *addr)
+    int shmctl(int shmid, int cmd, void *buf)
+
+cdef extern from "<sys/mman.h>" nogil:
+    enum: MADV_DONTDUMP
+    int madvise(void *addr, size_t length, int advice)
+    int munlock(const void *addr, size_t length)
+
+MAGIC = b"ZCACHEMF"
+FORMAT = FORMAT_VERSION
+GEOMETRY = struct.Struct("<8Q")
+
+
+def _page_up(n: int) -> int:
+    return (n + PAGE_BYTES - 1) // PAGE_BYTES * PAGE_BYTES
+
+
+def _geometry(device_bytes: int, pool_bytes: int, epoch: int) -> bytes:
+    """The eight fixed words of the superblock, in file order."""
+    device_pages = device_bytes // PAGE_BYTES
+    frames = pool_bytes // PAGE_BYTES
+    counters_offset = PAGE_BYTES
+    index_offset = counters_offset + _page_up(COUNTER_CELLS * COUNTER_SHARDS * 8)
+    headers_offset = index_offset + _page_up(device_pages * sizeof(Entry))
+    arena_offset = headers_offset + _page_up(frames * sizeof(BlobHeader))
+    file_bytes = arena_offset + frames * PAGE_BYTES
+    return GEOMETRY.pack(
+        file_bytes, epoch, frames, counters_offset, headers_offset, arena_offset,
+        index_offset, device_pages,
+    )
+
+
+def _check_sizes(device_bytes: int, pool_bytes: int) -> None:
+    for what, n in (("device", device_bytes), ("pool", pool_bytes)):
+        if n <= 0 or n % PAGE_BYTES:
+            raise MemoryFileError(
+                f"the {what} size {n} is no positive multiple of {PAGE_BYTES} bytes; "
+                f"use {max(PAGE_BYTES, n // PAGE_BYTES * PAGE_BYTES)}"
+            )
+    if device_bytes // PAGE_BYTES > 1 << 32:
+        raise MemoryFileError("a device has at most 16 TiB (2^32 pages); use a smaller size")
+
+
+cdef class MemoryFile:
+    """One attached memory file; made by `create`, `open` or `attach`."""
+
+    def __cinit__(self):
+        self.base = NULL
+        self.shmid = -1
+
+    def __init__(self):
+        raise TypeError("use MemoryFile.create, MemoryFile.open or MemoryFile.attach")
+
+    @classmethod
+    def create(cls, name, device_bytes, pool_bytes):
+        """A new, empty, locked segment; private to this process when `name` is None.
+
+        Raises MemoryFileError when sizes or name are wrong or the kernel refuses,
+        InUseError when a living process owns the name.
+        """
+        _check_sizes(device_bytes, pool_bytes)
+        cdef MemoryFile self = cls.__new__(cls)
+        self._name = name
+        self._lock = OwnerLock.acquire(name) if name is not None else None
+        if self._lock is not None and self._lock.shmid >= 0 and _is_ours(self._lock.shmid):
+            self._lock.release()
+            raise MemoryFileError(
+                f"a memory file named {name} exists already (segment {self._lock.shmid}); "
+                f"open it, or remove it with 'zcache check --remove-leftovers'"
+            )
+        geometry = _geometry(device_bytes, pool_bytes, int.from_bytes(os.urandom(8), "little"))
+        file_bytes = GEOMETRY.unpack(geometry)[0]
+        self.shmid = shmget(IPC_PRIVATE, file_bytes, IPC_CREAT | IPC_EXCL | 0o600 | SHM_NORESERVE)
+        if self.shmid < 0:
+            error = os.strerror(errno)
+            self._release()
+            raise MemoryFileError(
+                f"the kernel refused a segment of {file_bytes} bytes ({error}); choose a smaller "
+                f"size or pool, or raise kernel.shmmax and kernel.shmall"
+            )
+        try:
+            self._attach(True)
+        except MemoryFileError:
+            shmctl(self.shmid, IPC_RMID, NULL)
+            self._release()
+            raise
+        if name is None:
+            shmctl(self.shmid, IPC_RMID, NULL)      # gone with the last detach, even after SIGKILL
+        memcpy(self.super.magic, b"ZCACHEMF", 8)
+        self.super.format_version = FORMAT_VERSION
+        self.super.header_crc = zlib.crc32(geometry)
+        memcpy(&self.super.file_bytes, <const char *>geometry, 64)
+        self.super.created_s = int(time.time())
+        encoded = (name or "").encode()
+        memcpy(self.super.name, <const char *>encoded, len(encoded))
+        self._map_parts()
+        self.fresh = True
+        self.super.devices[0].pages = self.super.device_pages
+        self.super.devices[0].index_offset = self.super.index_offset
+        self.super.devices[0].versions_reserved = 1
+        self._own()
+        return self
+
+    @classmethod
+    def open(cls, name):
+        """The existing file of that name, for writing, once its last owner is gone.
+
+        Raises InUseError while the owner lives, MemoryFileError when there is no
+        such file or it cannot be read by this version.
+        """
+        cdef MemoryFile self = cls.__new__(cls)
+        self._name = name
+        self._lock = OwnerLock.acquire(name)
+        if self._lock.shmid < 0 or not _is_ours(self._lock.shmid):
+            self._release()
+            raise MemoryFileError(f"there is no memory file named {name}; start without one first")
+        self.shmid = self._lock.shmid
+        try:
+            self._attach(True)
+            self._check()
+            self._lock.wait_for_exit(self.super.owner_pid, self.super.owner_start_ticks)
+        except Exception:
+            self.close()
+            raise
+        self._map_parts()
+        self._own()
+        return self
+
+    @classmethod
+    def attach(cls, shmid):
+        """Any memory file, read-only, at any time: what a reader of counters uses."""
+        cdef MemoryFile self = cls.__new__(cls)
+        self.shmid = shmid
+        self._attach(False)
+        try:
+            self._check()
+        except MemoryFileError:
+            self.close()
+            raise
+        encoded = self.super.name[:NAME_BYTES].rstrip(b"\0")
+        self._name = encoded.decode() or None
+        self._map_parts()
+        return self
+
+    cdef object _attach(self, bint writable):
+        cdef void *base = shmat(self.shmid, NULL, 0 if writable else SHM_RDONLY)
+        if base == <void *>-1:
+            raise MemoryFileError(
+                f"segment {self.shmid} cannot be attached ({os.strerror(errno)}); "
+                f"run as the user that made it"
+            )
+        self.base = <uint8_t *>base
+        self.super = <Superblock *>base
+        self.writable = writable
+
+    cdef object _check(self):
+        if self.super.magic[:8] != MAGIC:
+            raise MemoryFileError(f"segment {self.shmid} is no zcache memory file; name another")
+        if self.super.format_version != FORMAT_VERSION:
+            raise MemoryFileError(
+                f"the memory file has format {self.super.format_version}, this version reads "
+                f"{FORMAT_VERSION}; swapoff with the version that made it, then start this one"
+            )
+        words = (<char *>&self.super.file_bytes)[:64]
+        if zlib.crc32(words) != self.super.header_crc:
+            raise MemoryFileError(
+                f"the geometry of segment {self.shmid} is damaged; its pages cannot be found: "
+                f"remove it with 'zcache check --remove-leftovers'"
+            )
+
+    def _map_parts(self):
+        cdef Superblock *s = self.super
+        self.counters = <uint64_t *>(self.base + s.counters_offset)
+        self.index = <Entry *>(self.base + s.index_offset)
+        self.frame_headers = <BlobHeader *>(self.base + s.frame_headers_offset)
+        self.arena = self.base + s.arena_offset
+        madvise(self.base, s.file_bytes, MADV_DONTDUMP)
+        self.unlock_mapping()
+
+    def _own(self):
+        """Lock the segment in memory and write down whose it is."""
+        self.stays_locked = shmctl(self.shmid, SHM_LOCK, NULL) == 0
+        self.super.owner_pid = os.getpid()
+        self.super.owner_start_ticks = start_ticks(os.getpid())
+        if self._lock is not None:
+            self._lock.record(self.shmid)
+
+    def unlock_mapping(self):
+        """Undo mlock on the mapping (not SHM_LOCK): holes can be punched again."""
+        munlock(self.base, self.super.file_bytes)
+
+    def _release(self):
+        if self._lock is not None:
+            self._lock.release()
+
+    def close(self):
+        """Detach; a private file is gone with its last user, a named one stays."""
+        if self.base != NULL:
+            if self.writable and self.super.owner_pid == <uint64_t>os.getpid():
+                self.super.owner_pid = 0        # an orderly end: nobody has to wait for our exit
+            shmdt(self.base)
+            self.base = NULL
+        self._release()
+
+    def destroy(self):
+        """Remove a named file for good (at an orderly end); then detach."""
+        if self.base != NULL and self._name is not None and self.writable:
+            shmctl(self.shmid, IPC_RMID, NULL)
+            if self._lock is not None:
+                self._lock.forget()
+        self.close()
+
+    def __dealloc__(self):
+        if self.base != NULL:
+            shmdt(self.base)
+
+    @property
+    def name(self):
+        return self._name
+
+    @property
+    def device_bytes(self):
+        return self._open_super().device_pages * PAGE_BYTES
+
+    @property
+    def pool_bytes(self):
+        return self._open_super().pool_frames * PAGE_BYTES
+
+    @property
+    def size_bytes(self):
+        return self._open_super().file_bytes
+
+    @property
+    def epoch(self):
+        """Random 64-bit identity of this file's contents."""
+        return self._open_super().epoch
+
+    @property
+    def owner_pid(self):
+        return self._open_super().owner_pid
+
+    @property
+    def overhead_bytes(self):
+        """Superblock, counters and index: committed as long as the file lives."""
+        return self._open_super().frame_headers_offset
+
+    cdef Superblock *_open_super(self) except NULL:
+        if self.base == NULL:
+            raise MemoryFileError("the memory file is closed; open it again")
+        return self.super
+
+    def counter_cells(self):
+        """The counter shards as bytes: COUNTER_SHARDS rows of COUNTER_CELLS uint64."""
+        self._open_super()
+        return (<char *>self.counters)[: COUNTER_CELLS * COUNTER_SHARDS * 8]
+
+    def peek(self, offset_bytes, length_bytes):
+        """Raw bytes of the file (for tests and forensics)."""
+        if offset_bytes < 0 or length_bytes < 0 or offset_bytes + length_bytes > self.size_bytes:
+            raise ValueError("outside of the memory file")
+        return (<char *>self.base + <size_t>offset_bytes)[:length_bytes]
+
+    def poke(self, offset_bytes, bytes data):
+        """Overwrite raw bytes of the file: damage on purpose, for tests."""
+        if offset_bytes < 0 or offset_bytes + len(data) > self.size_bytes or not self.writable:
+            raise ValueError("outside of the memory file, or read-only")
+        memcpy(self.base + <size_t>offset_bytes, <const char *>data, len(data))
+
+    def offsets(self):
+        """Where the parts lie, in bytes: counters, index, frame_headers, arena."""
+        cdef Superblock *s = self._open_super()
+        return {
+            "counters": s.counters_offset, "index": s.index_offset,
+            "frame_headers": s.frame_headers_offset, "arena": s.arena_offset,
+        }
+
+
+def _is_ours(int shmid):
+    """Whether the segment exists, can be read by us, and is a zcache memory file."""
+    cdef void *base = shmat(shmid, NULL, SHM_RDONLY)
+    if base == <void *>-1:
+        return False
+    try:
+        return (<char *>base)[:8] == MAGIC
+    finally:
+        shmdt(base)
+
+
+def exists(str name):
+    """Whether a memory file of that name is there to be opened (its owner may live)."""
+    path = runtime_dir() / f"{name}.mem"
+    try:
+        text = path.read_text().strip()
+    except OSError:
+        return False
+    return text.isdigit() and _is_ours(int(text))
+
+
+def segment_name(int shmid):
+    """Name of the memory file in that segment, None when it is no memory file."""
+    cdef void *base = shmat(shmid, NULL, SHM_RDONLY)
+    if base == <void *>-1:
+        return None
+    try:
+        if (<char *>base)[:8] != MAGIC:
+            return None
+        return (<Superblock *>base).name[:NAME_BYTES].rstrip(b"\0").decode(errors="replace")
+    finally:
+        shmdt(base)
+
+
+def remove(int shmid):
+    """Remove a memory file; its pages are lost.  Raises MemoryFileError."""
+    if not _is_ours(shmid):
+        raise MemoryFileError(f"segment {shmid} is no zcache memory file; nothing removed")
+    if shmctl(shmid, IPC_RMID, NULL) != 0:
+        raise MemoryFileError(f"segment {shmid} cannot be removed ({os.strerror(errno)})")
+
+
+def leftovers():
+    """Memory files that nobody has attached, as a list of `owner.Leftover`."""
+    found = []
+    for row in unattached_segments():
+        name = segment_name(row.shmid)
+        if name is not None:
+            found.append(row._replace(name=name))
+    return found

@@ -1,0 +1,73 @@
+"""Making a process fit to serve swap: locked on fault, never in I/O for its own memory.
+
+A swap server may be asked for memory's sake by the very machine that runs it, so it
+must not need memory that can only be had by swapping out to it:
+
+    mlockall(CURRENT | FUTURE | ONFAULT)   what is touched stays (nbdkit's tables are
+                                           192 MiB of zeros, locking all would cost that)
+    PR_SET_IO_FLUSHER                      its own allocations start no I/O in reclaim;
+                                           inherited by the threads made after it
+    SCHED_FIFO                             serving threads run before those they unblock
+    oom_score_adj -1000                    never the one to be killed
+    one malloc arena                       no 64 MiB heap for each thread
+
+Each is asked for; what is refused comes back as one sentence, and the server goes on.
+Linux: mlock2(2), prctl(2), sched(7), proc(5).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+
+MCL_CURRENT, MCL_FUTURE, MCL_ONFAULT = 1, 2, 4
+PR_SET_IO_FLUSHER = 57
+M_ARENA_MAX = -8
+FIFO_PRIORITY = 1  # above every ordinary thread, below all that chose more
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _why() -> str:
+    return os.strerror(ctypes.get_errno())
+
+
+def _lock_on_fault() -> str:
+    if _libc.mlockall(MCL_CURRENT | MCL_FUTURE | MCL_ONFAULT) == 0:
+        return ""
+    return f"memory is not locked ({_why()}): give CAP_IPC_LOCK or raise 'ulimit -l'"
+
+
+def _io_flusher() -> str:
+    if _libc.prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0) == 0:
+        return ""
+    return f"PR_SET_IO_FLUSHER is refused ({_why()}): give CAP_SYS_RESOURCE"
+
+
+def _never_killed() -> str:
+    try:
+        with open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
+            file.write("-1000")
+    except OSError as error:
+        return f"oom_score_adj -1000 is refused ({error.strerror}): give CAP_SYS_RESOURCE"
+    return ""
+
+
+def _realtime() -> str:
+    try:
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(FIFO_PRIORITY))
+    except OSError as error:
+        return f"real-time priority is refused ({error.strerror}): give CAP_SYS_NICE"
+    return ""
+
+
+def prepare(realtime: bool = True) -> list[str]:
+    """Ask for all of it in the calling thread, before others are made.
+
+    Returns a sentence for each thing that was refused; empty when all is well.
+    """
+    _libc.mallopt(M_ARENA_MAX, 1)
+    steps = [_lock_on_fault, _io_flusher, _never_killed]
+    if realtime:
+        steps.append(_realtime)
+    return [sentence for step in steps if (sentence := step())]

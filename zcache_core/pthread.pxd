@@ -1,0 +1,79 @@
+"""The few pthread calls that the core's own threads and locks need.
+
+Mutexes are made with priority inheritance: serving threads may run under
+SCHED_FIFO, and a background thread that holds a lock they want must then run.
+"""
+
+from libc.stdint cimport int64_t
+from posix.time cimport timespec
+
+
+cdef extern from "<pthread.h>" nogil:
+    ctypedef struct pthread_t:
+        pass
+    ctypedef struct pthread_mutex_t:
+        pass
+    ctypedef struct pthread_mutexattr_t:
+        pass
+    ctypedef struct pthread_cond_t:
+        pass
+    ctypedef struct pthread_condattr_t:
+        pass
+    ctypedef struct pthread_attr_t:
+        pass
+    enum: PTHREAD_PRIO_INHERIT
+    int pthread_attr_init(pthread_attr_t *)
+    int pthread_attr_setstacksize(pthread_attr_t *, size_t)
+    int pthread_create(pthread_t *, const pthread_attr_t *, void *(*)(void *) noexcept nogil, void *)
+    int pthread_join(pthread_t, void **)
+    int pthread_mutexattr_init(pthread_mutexattr_t *)
+    int pthread_mutexattr_setprotocol(pthread_mutexattr_t *, int)
+    int pthread_mutex_init(pthread_mutex_t *, const pthread_mutexattr_t *)
+    int pthread_mutex_lock(pthread_mutex_t *)
+    int pthread_mutex_unlock(pthread_mutex_t *)
+    int pthread_condattr_init(pthread_condattr_t *)
+    int pthread_condattr_setclock(pthread_condattr_t *, int)
+    int pthread_cond_init(pthread_cond_t *, const pthread_condattr_t *)
+    int pthread_cond_wait(pthread_cond_t *, pthread_mutex_t *)
+    int pthread_cond_timedwait(pthread_cond_t *, pthread_mutex_t *, const timespec *)
+    int pthread_cond_signal(pthread_cond_t *)
+    int pthread_cond_broadcast(pthread_cond_t *)
+
+cdef extern from "<time.h>" nogil:
+    enum: CLOCK_MONOTONIC
+    int clock_gettime(int, timespec *)
+
+cdef extern from "<sched.h>" nogil:
+    int sched_yield()
+
+
+cdef inline void lock_init(pthread_mutex_t *lock) noexcept nogil:
+    cdef pthread_mutexattr_t attributes
+    pthread_mutexattr_init(&attributes)
+    pthread_mutexattr_setprotocol(&attributes, PTHREAD_PRIO_INHERIT)
+    pthread_mutex_init(lock, &attributes)
+
+cdef inline void cond_init(pthread_cond_t *cond) noexcept nogil:
+    """A condition whose deadlines are on the monotonic clock."""
+    cdef pthread_condattr_t attributes
+    pthread_condattr_init(&attributes)
+    pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC)
+    pthread_cond_init(cond, &attributes)
+
+cdef inline int64_t now_us() noexcept nogil:
+    cdef timespec t
+    clock_gettime(CLOCK_MONOTONIC, &t)
+    return <int64_t>t.tv_sec * 1000000 + t.tv_nsec // 1000
+
+cdef inline timespec at_us(int64_t deadline_us) noexcept nogil:
+    cdef timespec t
+    t.tv_sec = deadline_us // 1000000
+    t.tv_nsec = (deadline_us % 1000000) * 1000
+    return t
+
+cdef inline int thread_start(pthread_t *thread, void *(*run)(void *) noexcept nogil, void *argument) noexcept nogil:
+    """A thread with a small stack (256 KiB: compression states live elsewhere)."""
+    cdef pthread_attr_t attributes
+    pthread_attr_init(&attributes)
+    pthread_attr_setstacksize(&attributes, 256 * 1024)
+    return pthread_create(thread, &attributes, run, argument)

@@ -1,0 +1,36 @@
+"""C face of the request slots."""
+
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+
+from zcache_core.layout cimport COUNTER_CELLS
+
+cdef enum:
+    SLOTS = 32                  # requests in flight inside the core; nbdkit starts 16 threads
+    BLOB_ROOM = 4096 + 64       # one compressed page, and what a codec may write past it
+
+ctypedef struct Slot:
+    uint32_t busy               # 0 free, 1 taken; changed by compare-and-swap only
+    uint32_t number
+    uint64_t turn               # counts releases: how a waiter sees that a request ended
+    uint64_t *shard             # this slot's counters; plain adds, one writer at a time
+    void *lz4_state
+    void *zstd_compress
+    void *zstd_decompress
+    uint8_t *blob               # BLOB_ROOM bytes: a page after compression
+    uint8_t *page               # 4096 bytes: a page before or after a partial write
+
+ctypedef struct Slots:
+    Slot slot[SLOTS]
+    uint64_t *shared            # the counter shard whose writers hold the allocator's lock
+    uint64_t *background        # the counter shard whose writers hold the arena's lock
+    uint8_t *memory
+    uint64_t memory_bytes
+
+cdef int slots_init(Slots *slots, uint64_t *counters) noexcept nogil
+cdef void slots_free(Slots *slots) noexcept nogil
+cdef Slot *slot_take(Slots *slots) noexcept nogil
+cdef void slot_release(Slot *slot) noexcept nogil
+cdef void slots_quiesce(void *slots) noexcept nogil
+
+cdef inline void count(Slot *slot, uint32_t cell, uint64_t n) noexcept nogil:
+    slot.shard[cell] += n

@@ -1,0 +1,117 @@
+"""Request slots: everything a request needs, allocated once, at start.
+
+A request takes one of 32 slots for its time inside the core and finds there its
+compression states, its buffers and its shard of the counters.  So the hot path
+allocates nothing, and the number of requests inside is bounded; a thirty-third
+waits (counted as slot_waits).
+
+The slots are also how the core knows that no reader can still look at a frame
+that has left the index: `slots_quiesce` waits until every request that was inside
+when it was called has left.  (A reader that raced with an overwrite checks the
+entry again and tries anew; but it must not touch a frame that has been punched,
+because that would bring the memory back.)
+
+    slot[i]  | busy | turn | shard -> counters | lz4 16 KiB | blob 4160 | page 4096 |
+
+Bound: 32 slots x about 25 KiB, plus zstd's contexts when zstd is the codec.
+"""
+
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.string cimport memset
+from posix.mman cimport (
+    MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, PROT_READ, PROT_WRITE, mmap, munmap,
+)
+from posix.time cimport nanosleep, timespec
+
+from zcache_core.counter_ids cimport C_SLOT_WAITS
+from zcache_core.layout cimport COUNTER_CELLS, PAGE_BYTES
+from zcache_core.native cimport zc_cas32, zc_full_fence, zc_load32, zc_load64, zc_store32, zc_store64
+from zcache_core.pthread cimport sched_yield
+
+cdef extern from *:
+    """
+    static __thread unsigned zc_last_slot;      /* where this thread looks first */
+    """
+    unsigned int zc_last_slot
+
+cdef extern from "<sys/mman.h>" nogil:
+    enum: MAP_POPULATE
+
+cdef enum:
+    LZ4_STATE_BYTES = 16640     # LZ4_sizeofState() of every 1.x; checked by the codec
+    SLOT_BYTES = LZ4_STATE_BYTES + BLOB_ROOM + PAGE_BYTES
+
+
+cdef int slots_init(Slots *slots, uint64_t *counters) noexcept nogil:
+    """Allocate and touch all slots; -1 when the system has no memory."""
+    cdef uint32_t i
+    cdef uint8_t *at
+    memset(slots, 0, sizeof(Slots))
+    slots.memory_bytes = SLOTS * SLOT_BYTES
+    slots.memory = <uint8_t *>mmap(
+        NULL, slots.memory_bytes, PROT_READ | PROT_WRITE,
+        MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0,
+    )
+    if slots.memory == MAP_FAILED:
+        return -1
+    for i in range(SLOTS):
+        at = slots.memory + i * SLOT_BYTES
+        slots.slot[i].number = i
+        slots.slot[i].shard = counters + i * COUNTER_CELLS
+        slots.slot[i].lz4_state = at
+        slots.slot[i].blob = at + LZ4_STATE_BYTES
+        slots.slot[i].page = at + LZ4_STATE_BYTES + BLOB_ROOM
+    slots.shared = counters + SLOTS * COUNTER_CELLS
+    slots.background = counters + (SLOTS + 1) * COUNTER_CELLS
+    return 0
+
+
+cdef void slots_free(Slots *slots) noexcept nogil:
+    if slots.memory != NULL and slots.memory != MAP_FAILED:
+        munmap(slots.memory, slots.memory_bytes)
+    slots.memory = NULL
+
+
+cdef Slot *slot_take(Slots *slots) noexcept nogil:
+    """A free slot, the one this thread had last if possible; waits when all are taken."""
+    global zc_last_slot
+    cdef uint32_t first = zc_last_slot
+    cdef uint32_t i, at
+    cdef uint32_t rounds = 0
+    cdef timespec nap
+    nap.tv_sec = 0
+    nap.tv_nsec = 50000
+    while True:
+        for i in range(SLOTS):
+            at = (first + i) % SLOTS
+            if zc_load32(&slots.slot[at].busy) == 0 and zc_cas32(&slots.slot[at].busy, 0, 1):
+                zc_last_slot = at
+                if rounds:
+                    slots.slot[at].shard[C_SLOT_WAITS] += 1
+                return &slots.slot[at]
+        rounds += 1
+        if rounds < 16:
+            sched_yield()
+        else:
+            nanosleep(&nap, NULL)
+
+
+cdef void slot_release(Slot *slot) noexcept nogil:
+    zc_store64(&slot.turn, slot.turn + 1)
+    zc_store32(&slot.busy, 0)
+
+
+cdef void slots_quiesce(void *argument) noexcept nogil:
+    """Return when every request that is inside now has left.  Slots * as void *."""
+    cdef Slots *slots = <Slots *>argument
+    cdef uint64_t turns[SLOTS]
+    cdef uint32_t i
+    cdef timespec nap
+    nap.tv_sec = 0
+    nap.tv_nsec = 20000
+    zc_full_fence()
+    for i in range(SLOTS):
+        turns[i] = zc_load64(&slots.slot[i].turn)
+    for i in range(SLOTS):
+        while zc_load32(&slots.slot[i].busy) and zc_load64(&slots.slot[i].turn) == turns[i]:
+            nanosleep(&nap, NULL)

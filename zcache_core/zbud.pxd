@@ -1,0 +1,8 @@
+"""C face of zbud."""
+
+from libc.stdint cimport uint64_t
+
+from zcache_core.allocator cimport Allocator
+from zcache_core.arena cimport Arena
+
+cdef Allocator *zbud_make(Arena *arena, uint64_t *cells) noexcept nogil
