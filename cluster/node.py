@@ -33,12 +33,15 @@ from typing import Any
 import zcache_core
 from cluster import unixsock
 from cluster.health import health
-from cluster.link import LinkOptions, RpcError, Server
+from cluster.link import RpcError, Server
+from cluster.logrelay import LogRelay
 from zcache_core import counters
 from zcache_core.errors import ConfigError, ZcacheError
 from zcache_core.memfile import MemoryFile
 
 BACKLOG = 64
+STDERR = 2
+LOG_READ_BYTES = 64 * 1024
 
 
 class Node:
@@ -112,16 +115,41 @@ def become_ordinary() -> None:
         Path("/proc/self/oom_score_adj").write_text("0")
 
 
-async def serve(node: Node, control: str, pidfd: int, options: LinkOptions | None = None) -> None:
+def relay_log(fd: int) -> Callable[[], None]:
+    """Pass the server's log on to ours from now on; returns what to call at the end."""
+    relay = LogRelay()
+    os.set_blocking(fd, False)
+    loop = asyncio.get_running_loop()
+
+    def pass_on() -> bool:
+        with contextlib.suppress(OSError):  # nothing to read now, or nobody reads our log
+            if data := os.read(fd, LOG_READ_BYTES):
+                os.write(STDERR, relay.feed(data, loop.time()))
+                return True
+            loop.remove_reader(fd)
+        return False
+
+    def finish() -> None:
+        while pass_on():
+            pass
+        with contextlib.suppress(OSError):
+            os.write(STDERR, relay.close())
+
+    loop.add_reader(fd, pass_on)
+    return finish
+
+
+async def serve(node: Node, control: str, pidfd: int, log_fd: int | None) -> None:
     """Answer until the server ends or SIGTERM or SIGINT comes."""
     loop = asyncio.get_running_loop()
+    finish_log = relay_log(log_fd) if log_fd is not None else None
     finished = asyncio.Event()
     loop.add_reader(pidfd, finished.set)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, finished.set)
     sock = unixsock.listen(control, "the control socket", "control=PATH", BACKLOG)
     inode = os.stat(control).st_ino
-    server = Server(node.dispatch, options)
+    server = Server(node.dispatch)
     try:
         await server.start(sock)
         await finished.wait()
@@ -129,6 +157,8 @@ async def serve(node: Node, control: str, pidfd: int, options: LinkOptions | Non
         unixsock.remove(control, inode)
         await server.stop()
         loop.remove_reader(pidfd)
+        if finish_log is not None:
+            finish_log()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -138,6 +168,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--shmid", required=True, type=int, help="segment of the memory file")
     parser.add_argument("--server-pid", required=True, type=int, help="the server, our parent")
     parser.add_argument("--config", required=True, type=json.loads, help="what `config` answers")
+    parser.add_argument("--log-fd", type=int, help="pipe with the server's log, to pass on")
     args = parser.parse_args(argv)
     logging.basicConfig(format="zcache node: %(message)s", level=logging.WARNING)
     become_ordinary()
@@ -145,7 +176,8 @@ def main(argv: list[str] | None = None) -> int:
         pidfd = watch_server(args.server_pid)
         memory = MemoryFile.attach(args.shmid)
         try:
-            asyncio.run(serve(Node(memory, args.config, args.server_pid), args.control, pidfd))
+            node = Node(memory, args.config, args.server_pid)
+            asyncio.run(serve(node, args.control, pidfd, args.log_fd))
         finally:
             memory.close()
     except ZcacheError as error:

@@ -36,7 +36,7 @@ fi
 
 apt() {
     $as_root env DEBIAN_FRONTEND=noninteractive apt-get -y -q \
-        -o DPkg::Lock::Timeout=300 -o Acquire::Retries=3 "$@" </dev/null
+        -o DPkg::Lock::Timeout=300 -o Acquire::Retries=3 -o Dpkg::Use-Pty=0 "$@" </dev/null
 }
 
 echo "zcache: installing Debian packages: $wanted"

@@ -9,31 +9,33 @@
 set -u
 cd "$(dirname "$0")/.."
 root=$(pwd -P)
+swaps=${ZCACHE_SWAPS:-/proc/swaps} # a test has a file of its own
 
 folder=$(.venv/bin/python -c 'from zcache_core.owner import runtime_dir; print(runtime_dir())') || exit
 socket=$folder/zcache.sock
+
 answers() { timeout 5 nbdinfo --size "nbd+unix:///?socket=$socket" 2>/dev/null; }
+swapped_on() { grep -q '^/dev/nbd' "$swaps"; }
+alive() { kill -0 $server 2>/dev/null; }
 
 if [ -S "$socket" ] && answers >/dev/null; then
     echo "zcache: a server already answers on $socket; stop that one first." >&2
     exit 1
 fi
-# Not in the terminal's group: Ctrl-C comes here, not to the server.
-MALLOC_ARENA_MAX=1 setsid nbdkit -f -U "$socket" python "$root/plugin/zcache_plugin.py" \
-    "$@" </dev/null &
+
+# In a session of its own: Ctrl-C comes here, not to the server.
+MALLOC_ARENA_MAX=1 setsid nbdkit -f -U "$socket" \
+    python "$root/plugin/zcache_plugin.py" "$@" </dev/null &
 server=$!
-asked=
-
-swapped_on() { grep -q '^/dev/nbd' /proc/swaps; }
-
-alive() { kill -0 $server 2>/dev/null; }
+warned=
 
 stop() {
-    if [ -z "$asked" ] && swapped_on; then
-        asked=yes
+    if [ -z "$warned" ] && swapped_on; then
+        warned=yes
         echo
-        echo "zcache: still used as swap? swapoff first (see above): stopping the server now would"
-        echo "        kill whatever has pages on it. The server goes on; Ctrl-C again stops it anyway."
+        echo "zcache: a network block device is in use as swap. If it is this one, run swapoff first:"
+        echo "        a server that stops now takes pages with it, and kills whose they are."
+        echo "        It goes on; Ctrl-C again stops it anyway."
         return
     fi
     trap '' INT TERM HUP
@@ -58,12 +60,21 @@ until size=$(answers); do
     fi
     sleep 0.1
 done
+tries=0 # the node process, which answers `zcache status`, is a moment later
+until [ -S "$folder/zcache.ctl" ] || [ $tries -ge 50 ]; do
+    sleep 0.1
+    tries=$((tries + 1))
+done
+
+looking="as root in another terminal"
+[ "$(id -u)" -eq 0 ] ||
+    looking="better not: this server may not lock its memory; start it as root"
 
 cat <<END
 
 zcache serves a swap device of $((size / 1048576)) MiB on $socket
 
-  Swap onto it, as root in another terminal:
+  Swap onto it ($looking):
       modprobe nbd
       nbd-client -unix $socket /dev/nbd0 -b 4096 -swap
       mkswap /dev/nbd0
@@ -80,11 +91,12 @@ Ctrl-C stops the server.
 
 END
 
-# A signal ends a wait early: wait again until the server is gone.
-while alive; do
+wait $server
+status=$?
+while alive; do # a signal ended the wait, not the server
     wait $server
     status=$?
 done
 rm -f "$socket"
-echo "zcache: the server has ended (exit status ${status:-0})." >&2
-exit "${status:-0}"
+echo "zcache: the server has ended by itself (exit status $status)." >&2
+exit $status

@@ -18,10 +18,11 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable
+
+from plugin.spawn import Program
 
 BACKOFF_FIRST_S = 0.1
 BACKOFF_MAX_S = 30.0
@@ -31,10 +32,10 @@ STACK_BYTES = 256 * 1024  # the default of 8 MiB would be locked as far as touch
 
 
 class Keeper:
-    """Keeps `command` running with the environment `env` until `stop`."""
+    """Keeps `program` running until `stop`; tells of its ends through `say`."""
 
-    def __init__(self, what: str, command: Sequence[str], env: Mapping[str, str]) -> None:
-        self._what, self._command, self._env = what, list(command), dict(env)
+    def __init__(self, what: str, program: Program, say: Callable[[str], None]) -> None:
+        self._what, self._program, self._say = what, program, say
         self._stopping = threading.Event()
         # Protects _pid: a number is only signalled while its process is not reaped.
         self._lock = threading.Lock()
@@ -71,10 +72,9 @@ class Keeper:
             if lived_s > CALM_S:
                 wait_s = BACKOFF_FIRST_S
             if wait_s < BACKOFF_MAX_S:
-                print(
+                self._say(
                     f"zcache: {self._what} ended ({how}) after {lived_s:.1f} s; "
-                    f"starting it again in {wait_s:.1f} s",
-                    file=sys.stderr,
+                    f"starting it again in {wait_s:.1f} s"
                 )
             self._stopping.wait(wait_s)
             wait_s = min(2 * wait_s, BACKOFF_MAX_S)
@@ -83,17 +83,9 @@ class Keeper:
         """One life of the child; how it ended, in a few words."""
         try:
             with self._lock:
-                # posix_spawn: a fork would copy the page tables of the whole pool.
-                self._pid = pid = os.posix_spawn(
-                    self._command[0],
-                    self._command,
-                    self._env,
-                    setsigmask=[],
-                    setsigdef=[signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP],
-                    scheduler=(os.SCHED_OTHER, os.sched_param(0)),
-                )
+                self._pid = pid = self._program.spawn()
         except OSError as error:
-            return f"{self._command[0]}: {error.strerror}"
+            return f"{self._program.path}: {error.strerror}"
         if self._stopping.is_set():  # stop() came before there was anything to signal
             self._signal(signal.SIGTERM)
         os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)

@@ -23,17 +23,23 @@ _whole_story = traceback.format_exception
 
 def install() -> None:
     """Put our `format_exception` in place, for this process."""
-    traceback.format_exception = _format  # type: ignore[assignment]
+    traceback.format_exception = _format
+
+
+def say(sentence: str) -> None:
+    """One line on the server's log."""
+    print(sentence, file=sys.stderr, flush=True)
 
 
 def warn(sentence: str) -> None:
-    """One line on the server's log."""
-    print(f"zcache: warning: {sentence}", file=sys.stderr, flush=True)
+    """One line on the server's log that asks for attention."""
+    say(f"zcache: warning: {sentence}")
 
 
 def _format(kind: Any, value: Any = None, tb: Any = None, *rest: Any, **options: Any) -> list[str]:
     if isinstance(value, ZcacheError):
         return [str(value)]
     if isinstance(value, OSError):
-        return [value.strerror or str(value)]
+        # Without the number, and without "None" for a file that there is not.
+        return [str(value) if value.filename else value.strerror or str(value)]
     return _whole_story(kind, value, tb, *rest, **options)

@@ -74,10 +74,11 @@ NBD_PORT = "10809"
 
 
 class Listening(NamedTuple):
-    """What nbdkit was told: an absolute Unix path, or a TCP port, or neither."""
+    """What nbdkit was told: an absolute Unix path, or a TCP port, or neither; and -v."""
 
     unix: str | None
     tcp_port: str | None
+    verbose: bool = False
 
 
 def own_command_line() -> list[str]:
@@ -93,14 +94,15 @@ def listening(words: Sequence[str], env: Mapping[str, str]) -> Listening:
     except getopt.GetoptError:
         return Listening(None, None)
     given = dict(options)
-    if "LISTEN_FDS" in env:  # systemd hands over sockets; -U and -p are not given then
-        return Listening(None, None)
+    verbose = "-v" in given or "--verbose" in given
     unix = given.get("-U", given.get("--unix"))
     if unix is not None:
-        return Listening(None if unix == "-" else os.path.abspath(unix), None)
-    if given.keys() & {"-s", "--single", "--stdin", "--vsock", "--run"}:
-        return Listening(None, None)
-    return Listening(None, given.get("-p", given.get("--port", NBD_PORT)))
+        return Listening(None if unix == "-" else os.path.abspath(unix), None, verbose)
+    # systemd hands sockets over; then neither -U nor -p is given.
+    elsewhere = given.keys() & {"-s", "--single", "--stdin", "--vsock", "--run"}
+    if elsewhere or "LISTEN_FDS" in env:
+        return Listening(None, None, verbose)
+    return Listening(None, given.get("-p", given.get("--port", NBD_PORT)), verbose)
 
 
 def control_path(where: Listening, pid: int) -> str:

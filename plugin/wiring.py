@@ -22,32 +22,65 @@ from typing import Any, TextIO
 
 import zcache_core
 from cluster import unixsock
+from plugin import logpipe, messages
 from plugin.config import ALLOCATORS, CODECS, KEYS, PAGE_BYTES, Config, human
 from plugin.keeper import Keeper
+from plugin.logpipe import STDERR, LogPipe
 from plugin.messages import warn
 from plugin.places import Listening, control_path, listening, own_command_line
+from plugin.spawn import Program
+from zcache_core import memfile, process
 from zcache_core.device import Device
 from zcache_core.errors import ConfigError
-from zcache_core import memfile, process
 from zcache_core.memfile import MemoryFile
 from zcache_core.store import Store
 
 ROOT = Path(__file__).resolve().parent.parent
 # A thread that wants the GIL asks for it after this time instead of after 5 ms.
 SWITCH_INTERVAL_S = 50e-6
+NODE_LOG_FD = 3
+SetError = Callable[[int], None]
 
 
 class Serving:
     """A running server: what nbdkit's callbacks are made from."""
 
-    def __init__(self, memory: MemoryFile, store: Store, device: Device, keeper: Keeper) -> None:
-        self._memory, self._store, self.device, self._keeper = memory, store, device, keeper
+    def __init__(self, config: Config, where: Listening, set_error: SetError) -> None:
+        self._where = where
+        self._memory = open_memory(config)
+        self.pool_is_locked = self._memory.stays_locked
+        self._store = Store(
+            self._memory, allocator=config.allocator, codec=config.codec, commit=config.commit
+        )
+        self._store.start()
+        self.device = Device(self._store, set_error)
+        self._socket_inode = os.stat(where.unix).st_ino if where.unix is not None else 0
+        self._log: LogPipe | None = None
+        self._keeper: Keeper | None = None
+
+    def start_node(self, control: str, told: Mapping[str, Any]) -> None:
+        """The node process, and the log through it.  Nothing may fail after this."""
+        words = ["--control", control, "--shmid", str(self._memory.shmid)]
+        words += ["--server-pid", str(os.getpid()), "--config", json.dumps(dict(told))]
+        fds, say = {}, messages.say
+        if logpipe.is_wanted(self._where.verbose):
+            self._log = LogPipe()
+            fds, say = {STDERR: self._log.log_fd, NODE_LOG_FD: self._log.read_fd}, self._log.say
+            words += ["--log-fd", str(NODE_LOG_FD)]
+        program = Program([python_path(), "-m", "cluster.node", *words], node_env(), fds)
+        self._keeper = Keeper("the node process", program, say)
+        self._keeper.start()
 
     def stop(self) -> None:
-        """End everything that `start` started.  A named memory file stays."""
-        self._keeper.stop()
+        """End everything.  A named memory file stays, for the next server."""
+        if self._log is not None:
+            self._log.close()
+        if self._keeper is not None:
+            self._keeper.stop()
         self._store.stop()
         self._memory.close()
+        if self._where.unix is not None:  # nbdkit leaves it behind
+            unixsock.remove(self._where.unix, self._socket_inode)
 
 
 def check(config: Config) -> Listening:
@@ -56,7 +89,7 @@ def check(config: Config) -> Listening:
     if where.unix is not None:
         unixsock.claim(where.unix, "the NBD socket", "-U PATH")
     # A default with a process number in it is nobody's yet: the number is our child's.
-    if config.control or where != Listening(None, None):
+    if config.control or (where.unix or where.tcp_port):
         control = config.control or control_path(where, os.getpid())
         unixsock.claim(control, "the control socket", "control=PATH")
     if (sentence := refusal_warning(config)) is not None:
@@ -77,25 +110,22 @@ def refusal_warning(config: Config) -> str | None:
     )
 
 
-def start(config: Config, where: Listening, set_error: Callable[[int], None]) -> Serving:
+def start(config: Config, where: Listening, set_error: SetError) -> Serving:
     """Everything running.  Raises ZcacheError."""
     refused = process.prepare(realtime=config.realtime)
+    control = config.control or control_path(where, os.getpid())
+    serving = Serving(config, where, set_error)
+    if not serving.pool_is_locked:
+        refused.append("the pool is not locked in memory: give CAP_IPC_LOCK")
     if refused:
         warn(f"not fit for swapping under pressure: {'; '.join(refused)} (see 'zcache check')")
-    control = config.control or control_path(where, os.getpid())
-    memory = open_memory(config)
-    store = Store(memory, allocator=config.allocator, codec=config.codec, commit=config.commit)
-    store.start()
-    device = Device(store, set_error)
-    told = config.as_dict() | {"control": control, "refused": refused}
-    keeper = Keeper("the node process", node_command(memory.shmid, control, told), node_env())
-    keeper.start()
     sys.setswitchinterval(SWITCH_INTERVAL_S)
+    serving.start_node(control, config.as_dict() | {"control": control, "refused": refused})
     # What exists now lives as long as the server, and no request makes a cycle.
     gc.collect()
     gc.freeze()
     gc.disable()
-    return Serving(memory, store, device, keeper)
+    return serving
 
 
 def open_memory(config: Config) -> MemoryFile:
@@ -116,12 +146,6 @@ def open_memory(config: Config) -> MemoryFile:
                 f"or remove the file with 'zcache check --remove-leftovers'"
             )
     return memory
-
-
-def node_command(shmid: int, control: str, config: Mapping[str, Any]) -> list[str]:
-    """The node process as a command."""
-    words = ["--control", control, "--shmid", str(shmid), "--server-pid", str(os.getpid())]
-    return [python_path(), "-m", "cluster.node", *words, "--config", json.dumps(dict(config))]
 
 
 def node_env() -> dict[str, str]:

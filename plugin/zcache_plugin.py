@@ -33,7 +33,7 @@ _serving: wiring.Serving
 
 
 def thread_model() -> int:
-    return nbdkit.THREAD_MODEL_PARALLEL
+    return int(nbdkit.THREAD_MODEL_PARALLEL)
 
 
 def dump_plugin() -> None:
@@ -101,7 +101,7 @@ def can_flush(h: bool) -> bool:
 
 
 def can_fua(h: bool) -> int:
-    return nbdkit.FUA_NATIVE
+    return int(nbdkit.FUA_NATIVE)
 
 
 def can_trim(h: bool) -> bool:
@@ -121,7 +121,7 @@ def can_extents(h: bool) -> bool:
 
 
 def can_cache(h: bool) -> int:
-    return nbdkit.CACHE_NATIVE
+    return int(nbdkit.CACHE_NATIVE)
 
 
 def _not_yet(*_: object) -> None:

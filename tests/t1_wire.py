@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgpack
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from cluster.wire import (
+    DEFAULT_LIMITS,
     NEED_DATA,
     Decoder,
     EncodeError,
@@ -36,9 +39,10 @@ GOLDEN = [
 ]  # fmt: skip
 
 
-def decode_all(data: bytes, sizes: list[int], limits: Limits = Limits()) -> list[object]:  # noqa: B008
+def decode_all(data: bytes, sizes: list[int], limits: Limits = DEFAULT_LIMITS) -> list[Any]:
     """Messages and then, if it came, the error's type and text; cut into `sizes`."""
-    decoder, found = Decoder(limits), []
+    decoder = Decoder(limits)
+    found: list[Any] = []
     position = 0
     for size in [*sizes, len(data)]:
         decoder.receive(data[position : position + size])

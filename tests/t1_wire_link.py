@@ -168,7 +168,8 @@ def test_in_flight_is_bounded(path: Path) -> None:
             await asyncio.sleep(0.05)
             assert methods.running == 3
             methods.gate.set()
-            unpacker, answers = msgpack.Unpacker(), []
+            unpacker = msgpack.Unpacker()
+            answers: list[list[Any]] = []
             while len(answers) < 5:
                 unpacker.feed(await reader.read(1000))
                 answers += list(unpacker)
@@ -255,26 +256,26 @@ def test_idle_connection_is_closed(path: Path) -> None:
 
 def test_client_sees_the_server_go(path: Path) -> None:
     async def test() -> None:
-        async with serving(path, LinkOptions(answer_s=20)) as (server, methods):
-            async with connected(path) as client:
-                waiting = asyncio.create_task(client.call("gated"))
-                while not methods.running:
-                    await asyncio.sleep(0.01)
-                await server.stop()
-                with pytest.raises(ControlError, match="connect again"):
-                    await waiting
+        patient = LinkOptions(answer_s=20)
+        async with serving(path, patient) as (server, methods), connected(path) as client:
+            waiting = asyncio.create_task(client.call("gated"))
+            while not methods.running:
+                await asyncio.sleep(0.01)
+            await server.stop()
+            with pytest.raises(ControlError, match="connect again"):
+                await waiting
 
     run(test)
 
 
 def test_client_deadline(path: Path) -> None:
     async def test() -> None:
-        async with serving(path, LinkOptions(answer_s=20)) as (_, methods):
-            async with connected(path) as client:
-                with pytest.raises(ControlError, match=r"within 0\.1 s"):
-                    await client.call("gated", deadline_s=0.1)
-                methods.gate.set()
-                assert await client.call("echo", 1) == [1]  # the late answer was dropped
+        patient = LinkOptions(answer_s=20)
+        async with serving(path, patient) as (_, methods), connected(path) as client:
+            with pytest.raises(ControlError, match=r"within 0\.1 s"):
+                await client.call("gated", deadline_s=0.1)
+            methods.gate.set()
+            assert await client.call("echo", 1) == [1]  # the late answer was dropped
 
     run(test)
 
@@ -314,9 +315,11 @@ def test_blocking_client_without_a_server(path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as silent:
         silent.bind(str(path))
         silent.listen()
-        with BlockingClient(path, deadline_s=0.1) as client:
-            with pytest.raises(ControlError, match=r"did not answer ping within 0\.1 s"):
-                client.call("ping")
+        with (
+            BlockingClient(path, deadline_s=0.1) as client,
+            pytest.raises(ControlError, match=r"did not answer ping within 0\.1 s"),
+        ):
+            client.call("ping")
 
 
 # ---- the path ------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -220,7 +221,7 @@ def test_relative_socket_and_activation() -> None:
     assert listening(["python"], {"LISTEN_FDS": "1"}) == Listening(None, None)
 
 
-def test_control_socket_is_beside(monkeypatch: pytest.MonkeyPatch, tmp_path: os.PathLike) -> None:
+def test_control_socket_is_beside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("ZCACHE_RUNTIME_DIR", str(tmp_path))
     assert control_path(Listening("/run/z.sock", None), 5) == "/run/z.ctl"
     assert control_path(Listening("/run/nbd", None), 5) == "/run/nbd.ctl"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -202,12 +202,13 @@ def test_what_a_kernel_asks_before_it_swaps(server: Server) -> None:
 def test_requests_outside_are_refused(server: Server) -> None:
     handle = server.connect()
     handle.set_strict_mode(0)
-    for request in (
+    requests: tuple[Callable[[], Any], ...] = (
         lambda: handle.pread(PAGE, DEVICE_BYTES),
         lambda: handle.pwrite(b"x", DEVICE_BYTES),
         lambda: handle.trim(PAGE, DEVICE_BYTES - 100),
         lambda: handle.zero(PAGE, DEVICE_BYTES - 100),
-    ):
+    )
+    for request in requests:
         with pytest.raises(nbd.Error):
             request()
     handle.pwrite(b"x" * 100, DEVICE_BYTES - 100)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 import signal
 import socket
 import subprocess
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import msgpack
 import nbd
@@ -62,7 +64,7 @@ REFUSED = [
     (("size=8G", "allocator=slub"), "there is no allocator slub; write allocator=zbud"),
     (("size=8G", "disk=/dev/null"), "disk= is not built yet"),
     (("size=8G", "codec=brotli"), "there is no codec brotli"),
-    (("size=8G", "control=/nonexistent/z.ctl"), "does not exist; make it, or write another control="),
+    (("size=8G", "control=/nonexistent/z.ctl"), "make it, or write another control=PATH"),
 ]  # fmt: skip
 
 
@@ -226,7 +228,7 @@ def test_generic_messagepack_rpc_client(server: Server) -> None:
         sock.settimeout(30)
         sock.connect(str(server.control))
 
-        def ask(msgid: int, method: str, *params: object) -> tuple[object, object]:
+        def ask(msgid: int, method: str, *params: object) -> tuple[Any, Any]:
             sock.sendall(msgpack.packb([0, msgid, method, params]))
             while True:
                 for kind, answered, error, result in unpacker:
@@ -263,6 +265,40 @@ def test_control_socket_is_the_owners(server: Server) -> None:
     assert server.control.stat().st_mode & 0o777 == 0o600
 
 
+# ---- the log ---------------------------------------------------------------------------------
+
+
+def test_a_flood_of_failures_is_thinned_out_and_waits_for_nobody(tmp_path: Path) -> None:
+    """The reader of the log stands still, as if swapped out to us: pages are served."""
+    with Server(tmp_path, "size=4M", "pool=1M") as server:
+        handle = server.connect()
+        noise = os.urandom(PAGE)
+        handle.pwrite(noise, 0)
+
+        def refused(times: int) -> int:
+            count = 0
+            while count < times:
+                for page in range(1024):
+                    with contextlib.suppress(nbd.Error):
+                        handle.pwrite(noise, page * PAGE)
+                        continue
+                    count += 1
+            return count
+
+        refused(500)
+        wait_for("the log", lambda: "No space left on device" in server.log())
+        os.kill(server.node_pid, signal.SIGSTOP)
+        try:
+            refused(3000)  # of about 100 bytes each: the pipe holds 65536
+            assert handle.pread(PAGE, 0) == noise
+        finally:
+            os.kill(server.node_pid, signal.SIGCONT)
+        assert server.ping()
+        server.end()
+        assert server.log().count("No space left on device") < 100
+        assert "more lines like one above were left out" in server.log()
+
+
 # ---- ends ------------------------------------------------------------------------------------
 
 
@@ -282,10 +318,7 @@ def test_killed_node_is_started_again(server: Server) -> None:
         old = server.ping()["pid"]
         os.kill(old, signal.SIGKILL)
         assert handle.pread(PAGE, 0) == b"kept" * 1024
-        wait_for(
-            "another node process",
-            lambda old=old: (ping := server.ping()) and ping["pid"] != old,
-        )
+        wait_for("another node process", functools.partial(answers_other_than, server, old))
     assert server.rpc("stats")["loads"] >= 2
     assert len(node_processes(server.pid)) == 1
     assert server.log().count("the node process ended (signal 9)") == 2
@@ -376,11 +409,12 @@ def test_connections_come_and_go(server: Server) -> None:
     for thread in threads:
         thread.join()
     assert not errors
-    wait_for("the threads of closed connections", lambda: time.sleep(0.05) or few(server))
+    wait_for("the end of closed connections' threads", lambda: len(server.threads()) < 16)
 
 
-def few(server: Server) -> bool:
-    return len(server.threads()) < 16
+def answers_other_than(server: Server, pid: int) -> bool:
+    ping = server.ping()
+    return bool(ping) and ping["pid"] != pid
 
 
 def locked_bytes(pid: int) -> int:

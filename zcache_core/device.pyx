@@ -28,7 +28,7 @@ from zcache_core.layout cimport PAGE_BYTES, PAGE_SHIFT, ST_EMPTY, ST_SAME, Entry
 from zcache_core.pthread cimport pthread_mutex_lock, pthread_mutex_unlock
 from zcache_core.slots cimport Slot, count, slot_release, slot_take
 from zcache_core.store cimport (
-    PAGE_LOCKS, RAN_OUT, Core, Store, store_get, store_invalidate, store_put, store_replace,
+    PAGE_LOCKS, RAN_OUT, Core, Store, store_expect, store_get, store_invalidate, store_put, store_replace,
     store_wait_ready,
 )
 
@@ -83,6 +83,8 @@ cdef int read_range(Core *core, Slot *slot, uint64_t offset, uint64_t length, ui
     cdef uint64_t n
     cdef int error
     while length:
+        if start + length > PAGE_BYTES:
+            store_expect(core, page + 1)
         if start == 0 and length >= PAGE_BYTES:
             n = PAGE_BYTES
             error = store_get(core, slot, page, out, NULL)

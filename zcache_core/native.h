@@ -14,8 +14,29 @@
 #include <stdint.h>
 #include <string.h>
 
+/* XXH3 over a blob: twice as fast with AVX2, which the build's baseline (x86-64-v2)
+ * lacks.  So the header-only variant is compiled for AVX2 alone, and other machines
+ * call the shared library. */
+#if defined(__x86_64__)
+#pragma GCC push_options
+#pragma GCC target("avx2")
+#endif
 #define XXH_INLINE_ALL
 #include <xxhash.h>
+static uint64_t zc_xxh3(const void *data, size_t length_bytes) { return XXH3_64bits(data, length_bytes); }
+#if defined(__x86_64__)
+#pragma GCC pop_options
+extern uint64_t zc_xxh3_shared(const void *data, size_t length_bytes) __asm__("XXH3_64bits");
+#endif
+
+static inline uint64_t zc_hash(const void *data, size_t length_bytes)
+{
+#if defined(__x86_64__)
+    if (!__builtin_cpu_supports("avx2"))
+        return zc_xxh3_shared(data, length_bytes);
+#endif
+    return zc_xxh3(data, length_bytes);
+}
 
 /* ---- atomics ------------------------------------------------------------ */
 
@@ -75,7 +96,7 @@ static inline uint32_t zc_entry_check(uint64_t location, uint64_t version_word)
 static inline uint32_t zc_blob_checksum(const void *data, uint64_t length_bytes,
                                         uint64_t identity, uint64_t place)
 {
-    uint64_t h = XXH3_64bits(data, (size_t)length_bytes);
+    uint64_t h = zc_hash(data, (size_t)length_bytes);
     h ^= identity * 0x9E3779B97F4A7C15ull;
     h ^= (place + 0x632BE59BD9B4E019ull) * 0xD6E8FEB86659FD93ull;
     h ^= h >> 32;

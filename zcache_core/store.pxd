@@ -34,6 +34,7 @@ cdef int store_replace(
     Core *core, Slot *slot, uint64_t page, const uint8_t *data, uint64_t version, const Entry *expected
 ) noexcept nogil
 cdef int store_get(Core *core, Slot *slot, uint64_t page, uint8_t *data, Entry *seen) noexcept nogil
+cdef void store_expect(Core *core, uint64_t page) noexcept nogil
 cdef void store_invalidate(Core *core, Slot *slot, uint64_t page, uint64_t version) noexcept nogil
 cdef void store_wait_ready(Core *core) noexcept nogil
 cdef uint32_t store_victims(Core *core, uint32_t *frames, uint32_t most) noexcept nogil

@@ -1,0 +1,119 @@
+"""The systems that are measured side by side: nbdkit each time, with one plugin or another.
+
+    null          answers at once, keeps nothing: the price of socket, nbdkit and client alone
+    memory        nbdkit's uncompressed RAM disk, in C
+    memory-zstd   nbdkit's compressed one: zstd over 32 KiB blocks under a lock
+    zcache        this project
+
+Each listens on a Unix socket in a folder of its own, with the same `-t` and size.  A server's CPU
+time is read from its process clock, so threads that ended are counted too.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+ROOT = Path(__file__).resolve().parent.parent
+PLUGIN = ROOT / "plugin" / "zcache_plugin.py"
+START_LIMIT_S = 30.0
+END_LIMIT_S = 20.0
+POLL_S = 0.01
+
+
+class ServerError(Exception):
+    """A measured server did not start or did not live."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to start one: words for nbdkit after its own options."""
+
+    name: str
+    words: tuple[str, ...]
+    threads: int | None = None
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+def null(size: str, threads: int | None = None) -> Recipe:
+    return Recipe("null", ("null", f"size={size}"), threads)
+
+
+def memory(size: str, threads: int | None = None) -> Recipe:
+    return Recipe("memory", ("memory", f"size={size}"), threads)
+
+
+def memory_zstd(size: str, threads: int | None = None) -> Recipe:
+    return Recipe("memory-zstd", ("memory", f"size={size}", "allocator=zstd"), threads)
+
+
+def zcache(
+    size: str, pool: str, threads: int | None = None, name: str = "zcache", *words: str
+) -> Recipe:
+    arguments = ("python", str(PLUGIN), f"size={size}", f"pool={pool}", *words)
+    return Recipe(name, arguments, threads, {"ZCACHE_PYTHON": sys.executable})
+
+
+class Server:
+    """A running server: `with Server(recipe, folder) as server: ... server.socket`."""
+
+    def __init__(self, recipe: Recipe, folder: Path) -> None:
+        self.name = recipe.name
+        folder = folder / recipe.name
+        folder.mkdir()
+        self.socket = folder / "nbd.sock"
+        self.control = folder / "nbd.ctl"
+        self._log_path = folder / "server.log"
+        threads = [] if recipe.threads is None else ["-t", str(recipe.threads)]
+        command = ["nbdkit", "-f", "-U", str(self.socket), *threads, *recipe.words]
+        environment = {**os.environ, "ZCACHE_RUNTIME_DIR": str(folder), **recipe.environment}
+        with open(self._log_path, "wb") as log:
+            self.process = subprocess.Popen(
+                command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            )
+        self.pid = self.process.pid
+
+    def __enter__(self) -> Self:
+        try:
+            deadline = time.monotonic() + START_LIMIT_S
+            while not self.socket.exists():
+                if self.process.poll() is not None or time.monotonic() > deadline:
+                    raise ServerError(f"{self.name} did not start: {self.log()}")
+                time.sleep(POLL_S)
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(END_LIMIT_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+    def log(self) -> str:
+        return self._log_path.read_text(errors="replace")
+
+    def cpu_s(self) -> float:
+        """User and system time of all threads so far (man clock_getcpuclockid)."""
+        return time.clock_gettime((~self.pid << 3) | 2)
+
+    def memory_bytes(self) -> dict[str, int]:
+        """Of /proc/PID/status: VmRSS, RssAnon, RssFile, RssShmem, VmLck, VmHWM."""
+        wanted = {"VmRSS", "RssAnon", "RssFile", "RssShmem", "VmLck", "VmHWM"}
+        rows = Path(f"/proc/{self.pid}/status").read_text().splitlines()
+        pairs = (row.split(":", 1) for row in rows)
+        return {name: int(value.split()[0]) * 1024 for name, value in pairs if name in wanted}
