@@ -36,7 +36,7 @@ class Load:
 class Outcome:
     """What nbdload says; latencies are from sending a request to its answer."""
 
-    requests: int
+    requests: float
     seconds: float
     requests_per_s: float
     mb_per_s: float

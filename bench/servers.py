@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,8 @@ PLUGIN = ROOT / "plugin" / "zcache_plugin.py"
 START_LIMIT_S = 30.0
 END_LIMIT_S = 20.0
 POLL_S = 0.01
+THREADS: int | None = 1
+"""nbdkit's workers of a connection, for all servers alike; docs/performance.md has the study."""
 
 
 class ServerError(Exception):
@@ -41,20 +44,20 @@ class Recipe:
     environment: dict[str, str] = field(default_factory=dict)
 
 
-def null(size: str, threads: int | None = None) -> Recipe:
-    return Recipe("null", ("null", f"size={size}"), threads)
+def null(size: str, threads: int | None = None, name: str = "null") -> Recipe:
+    return Recipe(name, ("null", f"size={size}"), threads)
 
 
-def memory(size: str, threads: int | None = None) -> Recipe:
-    return Recipe("memory", ("memory", f"size={size}"), threads)
+def memory(size: str, threads: int | None = None, name: str = "memory") -> Recipe:
+    return Recipe(name, ("memory", f"size={size}"), threads)
 
 
-def memory_zstd(size: str, threads: int | None = None) -> Recipe:
-    return Recipe("memory-zstd", ("memory", f"size={size}", "allocator=zstd"), threads)
+def memory_zstd(size: str, threads: int | None = None, name: str = "memory-zstd") -> Recipe:
+    return Recipe(name, ("memory", f"size={size}", "allocator=zstd"), threads)
 
 
 def zcache(
-    size: str, pool: str, threads: int | None = None, name: str = "zcache", *words: str
+    size: str, pool: str, *words: str, threads: int | None = None, name: str = "zcache"
 ) -> Recipe:
     arguments = ("python", str(PLUGIN), f"size={size}", f"pool={pool}", *words)
     return Recipe(name, arguments, threads, {"ZCACHE_PYTHON": sys.executable})
@@ -65,8 +68,7 @@ class Server:
 
     def __init__(self, recipe: Recipe, folder: Path) -> None:
         self.name = recipe.name
-        folder = folder / recipe.name
-        folder.mkdir()
+        folder = Path(tempfile.mkdtemp(prefix=f"{recipe.name}-", dir=folder))
         self.socket = folder / "nbd.sock"
         self.control = folder / "nbd.ctl"
         self._log_path = folder / "server.log"

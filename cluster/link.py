@@ -120,7 +120,10 @@ class Server:
             self.dropped_connections += 1
             log.debug("connection dropped: %s", error)
         finally:
-            writer.transport.abort() if writer.transport.get_write_buffer_size() else writer.close()
+            if writer.transport.get_write_buffer_size():
+                writer.transport.abort()  # the peer does not read: nothing to wait for
+            else:
+                writer.close()
 
 
 class _Conversation:

@@ -93,6 +93,7 @@ def lines(
             "pool",
             f"{bar(frames / limit if limit else 0)} {size(frame_bytes)} of "
             f"{size(limit * PAGE_BYTES)} ({percent(frames, limit)}), "
+            f"{size(stats['committed_frames'] * PAGE_BYTES)} committed, "
             f"{config['allocator']}, {config['codec']}",
         ),
         Line(
@@ -112,8 +113,8 @@ def lines(
         ),
         Line(
             "server",
-            f"{size(stats['server_resident_bytes'])} resident beside the pool, "
-            f"{size(stats['server_locked_bytes'])} locked (VmLck)",
+            f"{size(stats['server_resident_bytes'])} resident beside the pool; "
+            f"{size(stats['server_locked_bytes'])} of addresses locked as they are used (VmLck)",
         ),
     ]
     return found

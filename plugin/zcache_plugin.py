@@ -18,8 +18,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import nbdkit
 
-from plugin import config as _config
-from plugin import messages, places, wiring
+try:
+    from plugin import config as _config
+    from plugin import messages, places, wiring
+except ImportError as error:
+    sys.exit(f"zcache: {error}; run 'make setup', which builds the core for nbdkit's own Python")
 
 API_VERSION = 2
 MAXIMUM_BLOCK_BYTES = 32 << 20

@@ -270,6 +270,58 @@ def test_full_pool_refuses_and_keeps(tmp_path: Path, rng: random.Random) -> None
         assert server.rpc("stats")["committed_frames"] <= 512
 
 
+def test_pool_too_small_against_the_model(tmp_path: Path, seed: int) -> None:
+    """Four clients in a pool that is always nearly full: a refused page is old or new, whole."""
+    errors: list[str] = []
+    part = DEVICE_BYTES // 4
+
+    def client(server: Server, number: int) -> None:
+        rng, handle = random.Random(f"{seed} {number}"), server.connect()
+        base, model = number * part, bytearray(part)
+        for _ in range(300):
+            length = rng.choice((512, PAGE, 8 * PAGE, rng.randrange(1, 100_000)))
+            at = rng.randrange(part - length + 1) // 512 * 512
+            match rng.choices(("write", "read", "trim"), (5, 4, 1))[0]:
+                case "write":
+                    data = content(rng, length)
+                    try:
+                        handle.pwrite(data, base + at)
+                        model[at : at + length] = data
+                    except nbd.Error:
+                        old, new = bytes(model), bytearray(model)
+                        new[at : at + length] = data
+                        now = handle.pread(part, base)
+                        for page in range(0, part, PAGE):
+                            is_now = now[page : page + PAGE]
+                            if is_now not in (old[page : page + PAGE], new[page : page + PAGE]):
+                                errors.append(f"client {number}: page at {page} is neither")
+                        model[:] = now
+                case "read":
+                    if handle.pread(length, base + at) != model[at : at + length]:
+                        errors.append(f"client {number}: read of {length} at {at}")
+                case "trim":
+                    handle.trim(length, base + at)
+                    first, last = -(-at // PAGE) * PAGE, (at + length) // PAGE * PAGE
+                    if first < last:
+                        model[first:last] = bytes(last - first)
+        if handle.pread(part, base) != model:
+            errors.append(f"client {number}: at the end")
+
+    with Server(tmp_path, f"size={DEVICE_BYTES}", "pool=1M") as server:
+        threads = [threading.Thread(target=client, args=(server, number)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not errors, errors[:3]
+        stats = server.rpc("stats")
+        assert stats["failed_stores"] > 0
+        assert stats["corrupt_loads"] == 0
+        assert stats["pers_pageframes_max"] <= stats["pool_limit_frames"] == 256
+        server.connect().trim(DEVICE_BYTES, 0)
+        assert server.rpc("stats")["pers_pageframes"] == 0
+
+
 def test_refused_writes_do_not_leak(tmp_path: Path, rng: random.Random) -> None:
     """nbdkit 1.32 drops no reference to an exception; ours must not be made anew each time."""
     with Server(tmp_path, "size=8M", "pool=1M") as server:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -21,6 +22,7 @@ from plugin.config import KEYS
 from plugin.fitness import CAPABILITIES, has_capability
 from tests.plugin_helpers import (
     PLUGIN,
+    ROOT,
     Server,
     environment,
     node_processes,
@@ -80,6 +82,16 @@ def test_bad_configuration_is_one_sentence(
     assert advice in log
     assert "Traceback" not in log
     assert not (tmp_path / "x.sock").exists()
+
+
+def test_core_that_is_not_built(tmp_path: Path) -> None:
+    for part in ("zcache_core", "cluster", "plugin"):
+        shutil.copytree(ROOT / part, tmp_path / part, ignore=shutil.ignore_patterns("*.so"))
+    command = ["nbdkit", "-f", "-U", "-", "python", str(tmp_path / "plugin/zcache_plugin.py")]
+    done = subprocess.run([*command, "size=1M"], capture_output=True, text=True, timeout=30)
+    assert done.returncode != 0
+    assert "run 'make setup'" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_sockets_in_use_are_refused(server: Server, tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ from zcache_core.counter_ids cimport (
 from zcache_core.layout cimport HEADER_BYTES, PAGE_BYTES, PAGE_SHIFT, BlobHeader
 from zcache_core.pthread cimport (
     at_us, cond_init, lock_init, now_us, pthread_cond_broadcast, pthread_cond_signal,
-    pthread_cond_timedwait, pthread_cond_wait, pthread_join, pthread_mutex_lock,
+    pthread_cond_timedwait, pthread_cond_wait, pthread_join, lock_take,
     pthread_mutex_unlock, thread_start,
 )
 
@@ -140,7 +140,7 @@ cdef inline bint wants_punch(Arena *arena) noexcept nogil:
 cdef uint32_t arena_take(Arena *arena) noexcept nogil:
     """A committed frame, or NO_FRAME at once when the reserve is empty."""
     cdef uint32_t frame
-    pthread_mutex_lock(&arena.lock)
+    lock_take(&arena.lock)
     frame = arena.free_head
     if frame != NO_FRAME:
         arena.free_head = arena.frames[frame].next
@@ -168,7 +168,7 @@ cdef void push_free(Arena *arena, uint32_t frame) noexcept nogil:
 
 cdef void arena_give(Arena *arena, uint32_t frame) noexcept nogil:
     """Take a frame back from an allocator."""
-    pthread_mutex_lock(&arena.lock)
+    lock_take(&arena.lock)
     push_free(arena, frame)
     arena.cells[C_FREE_FRAMES] = arena.free_count
     if wants_punch(arena):
@@ -181,7 +181,7 @@ cdef bint arena_wait(Arena *arena, int64_t deadline_us) noexcept nogil:
     """Wait for a free frame.  True: try again.  False: full, no memory, or too late."""
     cdef bint again
     cdef timespec until = at_us(deadline_us)
-    pthread_mutex_lock(&arena.lock)
+    lock_take(&arena.lock)
     while arena.free_count == 0:
         if arena.failing or not arena.running:
             break
@@ -248,7 +248,7 @@ cdef bint commit_batch(Arena *arena, uint32_t most) noexcept nogil:
         error = commit_range(arena, batch[done], run)
         if error == 0:
             done += run
-    pthread_mutex_lock(&arena.lock)
+    lock_take(&arena.lock)
     arena.moving -= n
     for i in range(done):
         push_free(arena, batch[done - 1 - i])
@@ -284,7 +284,7 @@ cdef void punch_batch(Arena *arena) noexcept nogil:
             run += 1
         madvise(frame_address(arena, batch[at]), <size_t>run << PAGE_SHIFT, MADV_REMOVE)
         at += run
-    pthread_mutex_lock(&arena.lock)
+    lock_take(&arena.lock)
     arena.moving -= n
     return_bare(arena, batch, n)
     arena.cells[C_PUNCHED_FRAMES] += n
@@ -295,7 +295,7 @@ cdef void punch_batch(Arena *arena) noexcept nogil:
 cdef void *committer(void *argument) noexcept nogil:
     cdef Arena *arena = <Arena *>argument
     cdef timespec until
-    pthread_mutex_lock(&arena.lock)
+    lock_take(&arena.lock)
     while not arena.stopping:
         if wants_commit(arena):
             if not commit_batch(arena, arena.reserve - arena.free_count):
@@ -313,7 +313,7 @@ cdef int arena_commit_now(Arena *arena, uint32_t frames) noexcept nogil:
     """Commit that many frames before returning; 0 or ENOMEM."""
     cdef uint32_t goal
     cdef bint good = True
-    pthread_mutex_lock(&arena.lock)
+    lock_take(&arena.lock)
     goal = min(arena.limit, arena.committed + frames)
     while good and arena.committed < goal:
         good = commit_batch(arena, goal - arena.committed)
@@ -333,7 +333,7 @@ cdef int arena_start(Arena *arena) noexcept nogil:
 cdef void arena_stop(Arena *arena) noexcept nogil:
     if not arena.running:
         return
-    pthread_mutex_lock(&arena.lock)
+    lock_take(&arena.lock)
     arena.stopping = True
     arena.running = False
     pthread_cond_broadcast(&arena.work)
@@ -350,7 +350,7 @@ cdef void arena_adopt(Arena *arena) noexcept nogil:
     cdef uint32_t i = 0
     cdef uint32_t start
     cdef uint32_t taken = 0
-    pthread_mutex_lock(&arena.lock)
+    lock_take(&arena.lock)
     arena.bare_from = arena.total
     arena.bare_head = NO_FRAME
     while i < arena.total:

@@ -25,7 +25,7 @@ from zcache_core.counter_ids cimport (
 )
 from zcache_core.index cimport entry_load, versions_take
 from zcache_core.layout cimport PAGE_BYTES, PAGE_SHIFT, ST_EMPTY, ST_SAME, Entry, entry_is_sound, state_of
-from zcache_core.pthread cimport pthread_mutex_lock, pthread_mutex_unlock
+from zcache_core.pthread cimport lock_take, pthread_mutex_unlock
 from zcache_core.slots cimport Slot, count, slot_release, slot_take
 from zcache_core.store cimport (
     PAGE_LOCKS, RAN_OUT, Core, Store, store_expect, store_get, store_invalidate, store_put, store_replace,
@@ -61,7 +61,7 @@ cdef int change_part(
     cdef int error
     cdef uint32_t stripe = page % PAGE_LOCKS
     count(slot, C_PARTIAL_WRITES, 1)
-    pthread_mutex_lock(&core.page_lock[stripe])
+    lock_take(&core.page_lock[stripe])
     while True:
         error = store_get(core, slot, page, slot.page, &seen)
         if error:

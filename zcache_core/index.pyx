@@ -25,7 +25,7 @@ from zcache_core.layout cimport (
     version_word, where_of,
 )
 from zcache_core.native cimport zc_add64, zc_cas16, zc_load64, zc_store64
-from zcache_core.pthread cimport lock_init, pthread_mutex_lock, pthread_mutex_unlock
+from zcache_core.pthread cimport lock_init, lock_take, pthread_mutex_unlock
 
 cdef enum:
     RANGE_STEP = 1 << 20        # versions reserved at a time: one store each million pages
@@ -44,7 +44,7 @@ cdef uint64_t versions_take(Index *index, uint64_t n) noexcept nogil:
     """The first of `n` consecutive versions that nobody had or will have."""
     cdef uint64_t first = zc_add64(&index.next_version, n)
     if first + n > zc_load64(&index.reserved):
-        pthread_mutex_lock(&index.lock)
+        lock_take(&index.lock)
         if first + n > index.row.versions_reserved:
             zc_store64(&index.row.versions_reserved, first + n + RANGE_STEP)
             zc_store64(&index.reserved, index.row.versions_reserved)

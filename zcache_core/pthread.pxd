@@ -30,6 +30,7 @@ cdef extern from "<pthread.h>" nogil:
     int pthread_mutexattr_setprotocol(pthread_mutexattr_t *, int)
     int pthread_mutex_init(pthread_mutex_t *, const pthread_mutexattr_t *)
     int pthread_mutex_lock(pthread_mutex_t *)
+    int pthread_mutex_trylock(pthread_mutex_t *)
     int pthread_mutex_unlock(pthread_mutex_t *)
     int pthread_condattr_init(pthread_condattr_t *)
     int pthread_condattr_setclock(pthread_condattr_t *, int)
@@ -52,6 +53,32 @@ cdef inline void lock_init(pthread_mutex_t *lock) noexcept nogil:
     pthread_mutexattr_init(&attributes)
     pthread_mutexattr_setprotocol(&attributes, PTHREAD_PRIO_INHERIT)
     pthread_mutex_init(lock, &attributes)
+
+cdef extern from *:
+    """
+    #if defined(__x86_64__)
+    #define zc_pause() __builtin_ia32_pause()
+    #else
+    #define zc_pause() ((void)0)
+    #endif
+    """
+    void zc_pause() nogil
+
+cdef enum:
+    # Looks at a taken lock before sleeping.  Holders need 0.1 to 0.3 us, a sleep and
+    # its wakeup 10 us and more: two threads that store 128 KiB each ran at 0.67 of
+    # two bare compression loops without it.  Short enough to be nothing where the
+    # holder cannot run (one CPU): then priority inheritance has to help.
+    SPINS = 100
+
+cdef inline void lock_take(pthread_mutex_t *lock) noexcept nogil:
+    """Lock; spin a moment first."""
+    cdef int i
+    for i in range(SPINS):
+        if pthread_mutex_trylock(lock) == 0:
+            return
+        zc_pause()
+    pthread_mutex_lock(lock)
 
 cdef inline void cond_init(pthread_cond_t *cond) noexcept nogil:
     """A condition whose deadlines are on the monotonic clock."""

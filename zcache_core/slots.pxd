@@ -18,6 +18,7 @@ ctypedef struct Slot:
     void *zstd_decompress
     uint8_t *blob               # BLOB_ROOM bytes: a page after compression
     uint8_t *page               # 4096 bytes: a page before or after a partial write
+    uint64_t padding[7]         # 128 bytes a slot: no cache line is two slots'
 
 ctypedef struct Slots:
     Slot slot[SLOTS]

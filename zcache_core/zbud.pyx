@@ -33,7 +33,7 @@ from zcache_core.counter_ids cimport (
 )
 from zcache_core.layout cimport CHUNK_BYTES, HEADER_BYTES, NCHUNKS, PAGE_BYTES, PAGE_SHIFT
 from zcache_core.native cimport zc_ctz64
-from zcache_core.pthread cimport lock_init, pthread_mutex_lock, pthread_mutex_unlock
+from zcache_core.pthread cimport lock_init, lock_take, pthread_mutex_unlock
 
 cdef enum:
     LARGEST_CHUNKS = NCHUNKS - 1
@@ -144,7 +144,7 @@ cdef bint zbud_alloc(Allocator *self, uint32_t bytes, uint64_t *where) noexcept 
     cdef Zbud *z = <Zbud *>self
     cdef uint32_t opened = 0
     cdef bint placed
-    pthread_mutex_lock(&self.lock)
+    lock_take(&self.lock)
     if bytes == PAGE_BYTES:
         placed = place_raw(z, where)
         opened = 1
@@ -160,7 +160,7 @@ cdef void zbud_release(Allocator *self, uint64_t where, uint32_t bytes) noexcept
     cdef Zbud *z = <Zbud *>self
     cdef uint32_t frame = <uint32_t>(where >> PAGE_SHIFT)
     cdef Frame *f = &self.arena.frames[frame]
-    pthread_mutex_lock(&self.lock)
+    lock_take(&self.lock)
     self.cells[C_PERS_ZPAGES] -= 1
     if bytes == PAGE_BYTES:
         self.cells[C_PERS_ZBYTES] -= PAGE_BYTES
@@ -218,7 +218,7 @@ cdef void zbud_adopted(Allocator *self) noexcept nogil:
     cdef uint32_t frame
     cdef Frame *f
     arena_adopt(self.arena)
-    pthread_mutex_lock(&self.lock)
+    lock_take(&self.lock)
     for frame in range(self.arena.total):
         f = &self.arena.frames[frame]
         if f.state == FRAME_TAKEN and f.first_chunks < NCHUNKS:
@@ -232,7 +232,7 @@ cdef uint32_t zbud_objects(
     """Sizes are rounded up to chunks; the exact length is in each header."""
     cdef uint32_t n = 0
     cdef Frame *f = &self.arena.frames[frame]
-    pthread_mutex_lock(&self.lock)
+    lock_take(&self.lock)
     if f.state == FRAME_TAKEN:
         if f.first_chunks and n < most:
             where[n] = <uint64_t>frame << PAGE_SHIFT
@@ -256,7 +256,7 @@ cdef uint32_t zbud_check(Allocator *self) noexcept nogil:
     cdef uint64_t raw = 0
     cdef uint32_t broken = 0
     cdef uint32_t which, frame
-    pthread_mutex_lock(&self.lock)
+    lock_take(&self.lock)
     for which in range(NCHUNKS):
         frame = z.head[which]
         if which != BUDDIED and (frame != NO_FRAME) != ((z.filled >> which) & 1):

@@ -1,0 +1,114 @@
+"""python -m bench: everything that is measured, as a table, a JSON file and a plot.
+
+    python -m bench [--only PART ...] [--rounds N] [--seconds S] [--quick]
+                    [--json FILE] [--plot FILE | --no-plot]
+
+Parts:
+    store     the store alone, against bare lz4 loops
+    nbd       over NBD, against nbdkit's null, memory and memory with zstd
+    threads   nbdkit thread counts
+    polling   latency while the control RPC is polled
+    memory    resident size, index, density
+    lab       a real Linux with more to hold than it has, against kernel zram and others
+
+Seeds are fixed, and everything is bounded: about ten minutes with the defaults.  Run it on a quiet
+machine; what others do meanwhile is in the figures (the load before is in the JSON file).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from bench import corpus, footprint, nbd_goals, polling, store_alone, thread_study
+from bench.report import Section, print_goals, print_section
+from bench.rounds import Plan
+from bench.servers import ROOT
+from bench.setup import Setup, machine
+
+PARTS: dict[str, Callable[[Setup], Section]] = {
+    "store": store_alone.measure,
+    "nbd": nbd_goals.measure,
+    "threads": thread_study.measure,
+    "polling": polling.measure,
+    "memory": footprint.measure,
+}
+CORPUS_MIB = 64
+QUICK_MIB = 4
+REGION_BYTES = 256 << 20
+BUSY_LOAD = 0.7
+JSON_FILE = ROOT / "build" / "bench.json"
+PLOT_FILE = ROOT / "docs" / "img" / "performance.svg"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = _parser().parse_args(argv)
+    console = Console(width=None if sys.stdout.isatty() else 132)
+    about = machine()
+    if os.getloadavg()[0] > BUSY_LOAD:
+        console.print(f"this machine is busy (load {about['load_before']}): figures will spread")
+    sections = run(options, console)
+    print_goals(sections, console)
+    document = {
+        "machine": about,
+        "corpus": corpus.manifest(),
+        "options": {"rounds": options.rounds, "seconds": options.seconds, "quick": options.quick},
+        "sections": {section.name: section.as_json() for section in sections},
+    }
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    options.json.write_text(json.dumps(document, indent=1, default=str) + "\n")
+    console.print(f"\nall figures: {options.json}", highlight=False)
+    if not options.no_plot:
+        from bench import plot
+
+        if plot.draw(document, options.plot):
+            console.print(f"plot: {options.plot}", highlight=False)
+    return 0
+
+
+def run(options: argparse.Namespace, console: Console) -> list[Section]:
+    """The parts that are asked for, each shown when it is done."""
+    mib = QUICK_MIB if options.quick else CORPUS_MIB
+    data = corpus.pages_file(mib)
+    region_bytes = mib << 20 if options.quick else REGION_BYTES
+    sections = []
+    with tempfile.TemporaryDirectory(prefix="zcache-bench-") as folder:
+        plan = Plan(data, region_bytes, options.seconds, options.rounds)
+        setup = Setup(plan, memoryview(corpus.pages(mib)), Path(folder))
+        for name in options.only or PARTS:
+            start_s = time.monotonic()
+            section = PARTS[name](setup)
+            section.seconds = time.monotonic() - start_s
+            print_section(section, console)
+            sections.append(section)
+    return sections
+
+
+def _parser() -> argparse.ArgumentParser:
+    summary, _, about = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(
+        prog="python -m bench",
+        description=summary,
+        epilog=about.partition("\n\n")[2],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help="these parts")
+    parser.add_argument("--rounds", type=int, default=7, help="of each measurement (default 7)")
+    parser.add_argument("--seconds", type=float, default=0.3, help="of a load (default 0.3)")
+    parser.add_argument("--quick", action="store_true", help="few pages: does it run at all")
+    parser.add_argument("--json", type=Path, default=JSON_FILE, metavar="FILE")
+    parser.add_argument("--plot", type=Path, default=PLOT_FILE, metavar="FILE")
+    parser.add_argument("--no-plot", action="store_true")
+    return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,186 @@
+"""Over NBD on a Unix socket, with real pages as data: null, memory, memory-zstd and zcache.
+
+What a swapping kernel sends comes first: one request at a time, 4 and 32 KiB reads and 128 KiB
+writes.  There the goals are about latency, and the codec's own time is added to what an
+uncompressed server takes.  Then deep queues, where they are about requests per second.
+
+    goal                              bound
+    4 KiB read, depth 1               1.15 x memory
+    32 KiB read, depth 1              memory + 1.1 x decompressing 8 pages
+    128 KiB write, depth 1            null + 1.1 x compressing 32 pages
+    4 KiB, depth 32                   0.9 / (1 / null + codec)     requests/s, one core's codec
+    4 KiB write, depth 32             3 x memory-zstd
+    128 KiB, depth 4                  0.8 x the codec on all cores
+
+Latency is the p50, also of the codec (of 128 KiB pieces).  The same number of nbdkit threads for
+all (THREADS in servers.py says why that many).
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from bench import servers
+from bench.bare import PAGE_BYTES, BareLoops, CodecTimes
+from bench.load import KIB, Load
+from bench.report import Goal, Section, figure
+from bench.rounds import Results, interleave
+from bench.setup import POOL, SIZE, Setup
+
+READ_4K = Load("read", 4 * KIB)
+READ_32K = Load("read", 32 * KIB)
+WRITE_128K = Load("write", 128 * KIB, order="sequential")
+DEEP_READ = Load("read", 4 * KIB, depth=32)
+DEEP_WRITE = Load("write", 4 * KIB, depth=32)
+WIDE_READ = Load("read", 128 * KIB, depth=4)
+WIDE_WRITE = Load("write", 128 * KIB, depth=4)
+WIDE_READ_2 = Load("read", 128 * KIB, depth=4, connections=2)
+WIDE_WRITE_2 = Load("write", 128 * KIB, depth=4, connections=2)
+ROWS = (
+    READ_4K,
+    READ_32K,
+    WRITE_128K,
+    DEEP_READ,
+    DEEP_WRITE,
+    WIDE_READ,
+    WIDE_WRITE,
+    WIDE_READ_2,
+    WIDE_WRITE_2,
+)
+NAMES = ("null", "memory", "memory-zstd", "zcache")
+CODEC_MIB = 32
+
+
+def measure(setup: Setup) -> Section:
+    loops = BareLoops(setup.pages[: min(CODEC_MIB << 20, len(setup.pages))])
+    codec: list[CodecTimes] = []
+    recipes = (
+        servers.null(SIZE, servers.THREADS),
+        servers.memory(SIZE, servers.THREADS),
+        servers.memory_zstd(SIZE, servers.THREADS),
+        servers.zcache(SIZE, POOL, threads=servers.THREADS),
+    )
+    with setup.serving(recipes) as running:
+        results = interleave(
+            running, ROWS, setup.plan, each_round=lambda: codec.append(loops.measure())
+        )
+    head = ["", *NAMES, "zcache: CPU", "null: CPU"]
+    section = Section("nbd", "Over NBD, Unix socket: p50 us, or requests/s", head)
+    section.rows = [_row(load, results) for load in ROWS]
+    section.goals = goals(results, codec, loops.cores)
+    section.notes = [_codec_note(codec, loops.cores), "CPU: the server's, us per request"]
+    section.raw = {"loads": results.as_json(), "codec": [vars(times) for times in codec]}
+    return section
+
+
+def _row(load: Load, results: Results) -> list[str]:
+    cells = [str(load)]
+    for name in NAMES:
+        middle = results.median(load, name)
+        cells.append(
+            f"{figure(middle.p50_us)} us"
+            if load.depth == 1
+            else f"{figure(middle.requests_per_s)}/s"
+        )
+    return [*cells, *(figure(results.cpu_us(load, name)) for name in ("zcache", "null"))]
+
+
+def _codec_note(codec: Sequence[CodecTimes], cores: int) -> str:
+    def middle(get: Callable[[CodecTimes], float]) -> float:
+        return statistics.median(map(get, codec))
+
+    both = (
+        middle(lambda t: t.compress_together_per_s),
+        middle(lambda t: t.decompress_together_per_s),
+    )
+    return (
+        f"bare lz4, us/page: compress {figure(middle(lambda t: t.compress_us))}, "
+        f"decompress {figure(middle(lambda t: t.decompress_us))}; on {cores} cores at once, "
+        f"pages/s: {both[0]:.0f} and {both[1]:.0f}"
+    )
+
+
+def goals(results: Results, codec: Sequence[CodecTimes], cores: int) -> list[Goal]:
+    """Each from the ratios of the rounds."""
+
+    def p50(load: Load, name: str) -> list[float]:
+        return results.each(load, name, "p50_us")
+
+    def rate(load: Load, name: str) -> list[float]:
+        return results.each(load, name, "requests_per_s")
+
+    def ratio(ours: Sequence[float], bound: Sequence[float]) -> float:
+        return statistics.median(a / b for a, b in zip(ours, bound, strict=True))
+
+    def plus(base: Sequence[float], codec_us: Sequence[float]) -> list[float]:
+        return [b + 1.1 * c for b, c in zip(base, codec_us, strict=True)]
+
+    found = [
+        Goal(
+            "4 KiB read, depth 1",
+            ratio(p50(READ_4K, "zcache"), p50(READ_4K, "memory")),
+            1.15,
+            True,
+            "latency, of memory's",
+        ),
+        Goal(
+            "32 KiB read, depth 1",
+            ratio(
+                p50(READ_32K, "zcache"),
+                plus(p50(READ_32K, "memory"), [8 * t.decompress_p50_us for t in codec]),
+            ),
+            1.0,
+            True,
+            "latency, of memory + 1.1 codec",
+        ),
+        Goal(
+            "128 KiB write, depth 1",
+            ratio(
+                p50(WRITE_128K, "zcache"),
+                plus(p50(WRITE_128K, "null"), [32 * t.compress_p50_us for t in codec]),
+            ),
+            1.0,
+            True,
+            "latency, of null + 1.1 codec",
+        ),
+    ]
+    for load, per_page in (
+        (DEEP_READ, [t.decompress_us for t in codec]),
+        (DEEP_WRITE, [t.compress_us for t in codec]),
+    ):
+        bound = [
+            1 / (1 / null + us / 1e6) for null, us in zip(rate(load, "null"), per_page, strict=True)
+        ]
+        measured = ratio(rate(load, "zcache"), bound)
+        text = "requests/s, of 1/(1/null + codec)"
+        found.append(Goal(f"4 KiB {load.op}, depth 32", measured, 0.9, False, text))
+    measured = ratio(rate(DEEP_WRITE, "zcache"), rate(DEEP_WRITE, "memory-zstd"))
+    found.append(
+        Goal("4 KiB write, depth 32", measured, 3.0, False, "requests/s, of memory-zstd's")
+    )
+    for load, together in (
+        (WIDE_READ, [t.decompress_together_per_s for t in codec]),
+        (WIDE_WRITE, [t.compress_together_per_s for t in codec]),
+        (WIDE_READ_2, [t.decompress_together_per_s for t in codec]),
+        (WIDE_WRITE_2, [t.compress_together_per_s for t in codec]),
+    ):
+        pages = load.block_bytes // PAGE_BYTES
+        measured = ratio([pages * r for r in rate(load, "zcache")], together)
+        lines = f", {load.connections} connections" if load.connections > 1 else ""
+        name = f"128 KiB {load.op}, depth 4{lines}"
+        found.append(Goal(name, measured, 0.8, False, f"pages/s, of the codec on {cores} cores"))
+    return found
+
+
+def for_plot(section: Section) -> dict[str, Any]:
+    """Medians by load and server, from the section's raw data."""
+    table: dict[str, Any] = {}
+    for entry in section.raw["loads"]:
+        for key in ("p50_us", "requests_per_s"):
+            values = [outcome[key] for outcome in entry["rounds"]]
+            table.setdefault(entry["load"], {}).setdefault(entry["server"], {})[key] = (
+                statistics.median(values)
+            )
+    return table

@@ -1,0 +1,156 @@
+"""The store without nbdkit: requests of 128 KiB into the compiled Device, against a bare loop.
+
+    bare    compress (decompress) page after page, nothing else
+    store   Device.pwrite (pread): the same pages, and checksum, allocation, copy, index, counters
+
+One thread, then two threads that each have pages of their own.  `put` finds the range empty,
+`overwrite` frees the old page each time.  Everything is done in each round, so that a ratio
+compares what stands side by side.
+"""
+
+from __future__ import annotations
+
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from bench.report import Goal, Section, figure
+from bench.setup import Setup
+from zcache_core.codec import Codec
+from zcache_core.device import Device
+from zcache_core.memfile import MemoryFile
+from zcache_core.store import Store
+
+PAGE_BYTES = 4096
+REQUEST_BYTES = 128 << 10
+PART_BYTES = 16 << 20
+ROUNDS_OF_ONE = 3
+"""Rounds of all this take a third of a second each, so there are more than of the others."""
+
+REPEATS = 12
+"""Of the decompressing sides in one measurement.  The bare loop compresses its pages first, under
+the GIL, so that two of them start 20 ms apart: they have to run for longer than that."""
+
+Work = Callable[[], float]
+
+
+class Part:
+    """What one thread works on: its pages, its range of the device, a codec of its own."""
+
+    def __init__(self, device: Device, pages: memoryview, start_bytes: int) -> None:
+        self._device = device
+        self._pages = pages
+        self._codec = Codec()
+        self._start_bytes = start_bytes
+        spots = range(0, len(pages), REQUEST_BYTES)
+        self._out = [(start_bytes + n, pages[n : n + REQUEST_BYTES]) for n in spots]
+        room = memoryview(bytearray(len(pages)))
+        self._in = [(start_bytes + n, room[n : n + REQUEST_BYTES]) for n in spots]
+        self._room = room
+
+    def put(self) -> float:
+        write = self._device.pwrite
+        start_s = time.perf_counter()
+        for offset, piece in self._out:
+            write(None, piece, offset, 0)
+        return time.perf_counter() - start_s
+
+    def get(self) -> float:
+        read = self._device.pread
+        start_s = time.perf_counter()
+        for _ in range(REPEATS):
+            for offset, piece in self._in:
+                read(None, piece, offset, 0)
+        return (time.perf_counter() - start_s) / REPEATS
+
+    def compress(self) -> float:
+        return self._codec.time_compress(self._pages)
+
+    def decompress(self) -> float:
+        return self._codec.time_decompress(self._pages, REPEATS) / REPEATS
+
+    def forget(self) -> None:
+        self._device.trim(None, len(self._pages), self._start_bytes, 0)
+
+    def came_back(self) -> bool:
+        return self._room == self._pages
+
+
+def at_once(work: Sequence[Work]) -> float:
+    """Each of the work in a thread; seconds for one of them at the speed of all together."""
+    if len(work) == 1:
+        return work[0]()
+    spent = [0.0] * len(work)
+    gate = threading.Barrier(len(work))
+
+    def run(number: int) -> None:
+        gate.wait()
+        spent[number] = work[number]()
+
+    threads = [threading.Thread(target=run, args=(n,)) for n in range(len(work))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return 1 / sum(1 / seconds for seconds in spent)
+
+
+@contextmanager
+def device(size_bytes: int, pool_bytes: int, codec: str = "lz4") -> Iterator[tuple[Device, Store]]:
+    """A Device over a private memory file of its own."""
+    memory = MemoryFile.create(None, size_bytes, pool_bytes)
+    store = Store(memory, codec=codec)
+    store.start()
+    try:
+        yield Device(store), store
+    finally:
+        store.stop()
+        memory.close()
+
+
+def measure(setup: Setup) -> Section:
+    section = Section("store", "Store alone, 128 KiB requests", ["", "bare loop", "store", "ratio"])
+    part_bytes = min(PART_BYTES, len(setup.pages) // 2)
+    spent: dict[tuple[int, str], list[float]] = {}
+    with device(256 << 20, 128 << 20) as (target, _):
+        parts = [
+            Part(target, setup.pages[n * part_bytes : (n + 1) * part_bytes], n * part_bytes)
+            for n in (0, 1)
+        ]
+        for part in parts:  # warm: frames committed, buffers touched
+            part.put()
+            part.get()
+        for _ in range(setup.plan.rounds * ROUNDS_OF_ONE):
+            for threads in (1, 2):
+                for name, seconds in _one_round(parts[:threads]).items():
+                    spent.setdefault((threads, name), []).append(seconds)
+        if not all(part.came_back() for part in parts):
+            raise AssertionError("the store gave other bytes than it was given")
+    pages = part_bytes // PAGE_BYTES
+    for threads, least in ((1, 0.85), (2, 0.90)):
+        for name, bare in (("put", "compress"), ("overwrite", "compress"), ("get", "decompress")):
+            pairs = list(zip(spent[threads, bare], spent[threads, name], strict=True))
+            ratio = statistics.median(alone / stored for alone, stored in pairs)
+            label = f"{name}, {threads} thread{'s' if threads > 1 else ''}"
+            us = [1e6 * statistics.median(side) / pages for side in zip(*pairs, strict=True)]
+            section.rows.append([label, *(f"{figure(u)} us/page" for u in us), f"{ratio:.2f}"])
+            if name != "overwrite":
+                text = f"speed, of {threads} bare {bare} loop{'s' if threads > 1 else ''}"
+                section.goals.append(Goal(f"store {label}", ratio, least, False, text))
+    section.raw = {f"{name}, {threads}": times for (threads, name), times in spent.items()}
+    section.notes.append("time per page of all threads together; ratio: median over the rounds")
+    return section
+
+
+def _one_round(parts: Sequence[Part]) -> dict[str, float]:
+    """Seconds per `part`, of all threads together."""
+    spent = {"compress": at_once([part.compress for part in parts])}
+    for part in parts:
+        part.forget()
+    spent["put"] = at_once([part.put for part in parts])
+    spent["overwrite"] = at_once([part.put for part in parts])
+    spent["decompress"] = at_once([part.decompress for part in parts])
+    spent["get"] = at_once([part.get for part in parts])
+    return spent
