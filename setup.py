@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent
 CORE = ROOT / "zcache_core"
 sys.path.insert(0, str(ROOT))
 
-LIBRARIES = {"codec": ["lz4", "zstd"], "store": ["xxhash"]}
+LIBRARIES = {"codec": ["lz4", "zstd"], "store": ["xxhash"], "ramtier": ["xxhash"]}
 
 
 def write_counter_ids() -> None:
@@ -41,7 +41,12 @@ def flags() -> list[str]:
     """Compiler flags: x86-64-v2 has cmpxchg16b and popcnt (every CPU since 2009)."""
     found = ["-O3", "-g", "-fno-strict-aliasing", "-Wall", "-Wextra"]
     # Cython's own scaffolding, not our code
-    found += ["-Wno-unused-parameter", "-Wno-missing-field-initializers", "-Wno-unused-function", "-Wno-sign-compare"]
+    found += [
+        "-Wno-unused-parameter",
+        "-Wno-missing-field-initializers",
+        "-Wno-unused-function",
+        "-Wno-sign-compare",
+    ]
     if platform.machine() == "x86_64":
         found += ["-march=x86-64-v2"]
     if os.environ.get("ZCACHE_WERROR"):

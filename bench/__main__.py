@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import tempfile
 import time
@@ -28,7 +27,17 @@ from pathlib import Path
 
 from rich.console import Console
 
-from bench import corpus, footprint, nbd_goals, polling, store_alone, thread_study
+from bench import (
+    corpus,
+    footprint,
+    nbd_goals,
+    overcommit,
+    plot,
+    polling,
+    quiet,
+    store_alone,
+    thread_study,
+)
 from bench.report import Section, print_goals, print_section
 from bench.rounds import Plan
 from bench.servers import ROOT
@@ -40,11 +49,12 @@ PARTS: dict[str, Callable[[Setup], Section]] = {
     "threads": thread_study.measure,
     "polling": polling.measure,
     "memory": footprint.measure,
+    "lab": overcommit.measure,
 }
 CORPUS_MIB = 64
 QUICK_MIB = 4
+LAB_SECONDS = 2.0
 REGION_BYTES = 256 << 20
-BUSY_LOAD = 0.7
 JSON_FILE = ROOT / "build" / "bench.json"
 PLOT_FILE = ROOT / "docs" / "img" / "performance.svg"
 
@@ -52,10 +62,11 @@ PLOT_FILE = ROOT / "docs" / "img" / "performance.svg"
 def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     console = Console(width=None if sys.stdout.isatty() else 132)
-    about = machine()
-    if os.getloadavg()[0] > BUSY_LOAD:
-        console.print(f"this machine is busy (load {about['load_before']}): figures will spread")
-    sections = run(options, console)
+    with quiet.preferred():
+        about = machine()
+        if quiet.busy():
+            console.print(f"this machine is busy (load {about['load_before']}): figures spread")
+        sections = run(options, console)
     print_goals(sections, console)
     document = {
         "machine": about,
@@ -66,11 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(document, indent=1, default=str) + "\n")
     console.print(f"\nall figures: {options.json}", highlight=False)
-    if not options.no_plot:
-        from bench import plot
-
-        if plot.draw(document, options.plot):
-            console.print(f"plot: {options.plot}", highlight=False)
+    if not options.no_plot and plot.draw(document, options.plot):
+        console.print(f"plot: {options.plot}", highlight=False)
     return 0
 
 
@@ -82,7 +90,8 @@ def run(options: argparse.Namespace, console: Console) -> list[Section]:
     sections = []
     with tempfile.TemporaryDirectory(prefix="zcache-bench-") as folder:
         plan = Plan(data, region_bytes, options.seconds, options.rounds)
-        setup = Setup(plan, memoryview(corpus.pages(mib)), Path(folder))
+        lab = (1, 1.0) if options.quick else (options.lab_rounds, LAB_SECONDS)
+        setup = Setup(plan, memoryview(corpus.pages(mib)), Path(folder), *lab)
         for name in options.only or PARTS:
             start_s = time.monotonic()
             section = PARTS[name](setup)
@@ -102,6 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help="these parts")
     parser.add_argument("--rounds", type=int, default=7, help="of each measurement (default 7)")
+    parser.add_argument("--lab-rounds", type=int, default=5, help="guests each (default 5)")
     parser.add_argument("--seconds", type=float, default=0.3, help="of a load (default 0.3)")
     parser.add_argument("--quick", action="store_true", help="few pages: does it run at all")
     parser.add_argument("--json", type=Path, default=JSON_FILE, metavar="FILE")

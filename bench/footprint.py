@@ -25,9 +25,9 @@ INDEX_MOST_BYTES = 16
 CORPUS_BYTES = 32 << 20
 
 
-def resident(setup: Setup, threads: int | None) -> dict[str, int]:
+def resident(setup: Setup) -> dict[str, int]:
     """Of a server that has been written full: /proc's own figures and its counters."""
-    with setup.serving([servers.zcache(SIZE, POOL, threads=threads)]) as (server,):
+    with setup.serving([servers.zcache(SIZE, POOL)]) as (server,):
         node_pid(server)
         with BlockingClient(server.control) as client:
             stats: dict[str, int] = client.call("stats")
@@ -62,7 +62,7 @@ def density(pages: memoryview) -> dict[str, int]:
 
 def measure(setup: Setup) -> Section:
     section = Section("memory", "Memory", ["", "measured"])
-    server = resident(setup, servers.THREADS)
+    server = resident(setup)
     beside = server["RssAnon"] + server["RssFile"]
     per_page = index_bytes_per_page()
     found = density(setup.pages[: min(CORPUS_BYTES, len(setup.pages))])

@@ -12,15 +12,14 @@ uncompressed server takes.  Then deep queues, where they are about requests per 
     4 KiB write, depth 32             3 x memory-zstd
     128 KiB, depth 4                  0.8 x the codec on all cores
 
-Latency is the p50, also of the codec (of 128 KiB pieces).  The same number of nbdkit threads for
-all (THREADS in servers.py says why that many).
+Latency is the p50, also of the codec (of 128 KiB pieces).  zcache runs as it is started by a user;
+the others with as many nbdkit threads as it chooses for itself.
 """
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from bench import servers
 from bench.bare import PAGE_BYTES, BareLoops, CodecTimes
@@ -60,7 +59,7 @@ def measure(setup: Setup) -> Section:
         servers.null(SIZE, servers.THREADS),
         servers.memory(SIZE, servers.THREADS),
         servers.memory_zstd(SIZE, servers.THREADS),
-        servers.zcache(SIZE, POOL, threads=servers.THREADS),
+        servers.zcache(SIZE, POOL),
     )
     with setup.serving(recipes) as running:
         results = interleave(
@@ -172,15 +171,3 @@ def goals(results: Results, codec: Sequence[CodecTimes], cores: int) -> list[Goa
         name = f"128 KiB {load.op}, depth 4{lines}"
         found.append(Goal(name, measured, 0.8, False, f"pages/s, of the codec on {cores} cores"))
     return found
-
-
-def for_plot(section: Section) -> dict[str, Any]:
-    """Medians by load and server, from the section's raw data."""
-    table: dict[str, Any] = {}
-    for entry in section.raw["loads"]:
-        for key in ("p50_us", "requests_per_s"):
-            values = [outcome[key] for outcome in entry["rounds"]]
-            table.setdefault(entry["load"], {}).setdefault(entry["server"], {})[key] = (
-                statistics.median(values)
-            )
-    return table

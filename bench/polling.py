@@ -93,7 +93,7 @@ def measure(setup: Setup) -> Section:
     raw: dict[str, list[tuple[Outcome, Outcome]]] = {}
     counted: list[int] = []
     polled_s = 0.0
-    recipe = servers.zcache(SIZE, POOL, threads=servers.THREADS)
+    recipe = servers.zcache(SIZE, POOL)
     with setup.serving([recipe]) as (server,):
         node = node_pid(server)
         for number in range(setup.plan.rounds):

@@ -5,7 +5,7 @@
     memory-zstd   nbdkit's compressed one: zstd over 32 KiB blocks under a lock
     zcache        this project
 
-Each listens on a Unix socket in a folder of its own, with the same `-t` and size.  A server's CPU
+Each listens on a Unix socket in a folder of its own, with the same size.  A server's CPU
 time is read from its process clock, so threads that ended are counted too.
 """
 
@@ -26,8 +26,9 @@ PLUGIN = ROOT / "plugin" / "zcache_plugin.py"
 START_LIMIT_S = 30.0
 END_LIMIT_S = 20.0
 POLL_S = 0.01
-THREADS: int | None = 1
-"""nbdkit's workers of a connection, for all servers alike; docs/performance.md has the study."""
+THREADS = 1
+"""nbdkit's workers of a connection for the other servers: what zcache chooses by itself (see
+docs/performance.md), and what is fastest for theirs too at depth 1."""
 
 
 class ServerError(Exception):

@@ -25,8 +25,8 @@ class Setup:
     plan: Plan
     pages: memoryview
     folder: Path
-    lab_rounds: int = 5
-    lab_seconds: float = 3.0
+    lab_rounds: int
+    lab_seconds: float
 
     @contextmanager
     def serving(
@@ -50,5 +50,6 @@ def machine() -> dict[str, object]:
         "cores": len(os.sched_getaffinity(0)),
         "kernel": platform.release(),
         "nbdkit": nbdkit,
+        "nice": os.nice(0),
         "load_before": round(os.getloadavg()[0], 2),
     }

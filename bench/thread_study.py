@@ -2,7 +2,8 @@
 
 nbdkit gives every connection so many workers; with one, the connection's own thread answers, and
 no request wakes another thread.  null shows what nbdkit itself pays for its workers, zcache what
-the GIL and the codec add.  Real-time priority is tried with the fewest and the most.
+the GIL and the codec add.  Real-time priority is tried with the fewest and the most; without `-t`
+zcache chooses by itself.
 """
 
 from __future__ import annotations
@@ -35,8 +36,9 @@ def recipes() -> list[Recipe]:
         name = f"zcache -t {count}"
         found.append(servers.zcache(SIZE, POOL, "realtime=no", threads=count, name=name))
     for count in (COUNTS[0], COUNTS[-1]):
-        name = f"zcache -t {count} real time"
+        name = f"zcache -t {count}, real time"
         found.append(servers.zcache(SIZE, POOL, "realtime=yes", threads=count, name=name))
+    found.append(servers.zcache(SIZE, POOL, name="zcache as it is"))
     return sorted(found, key=lambda recipe: recipe.name.partition(" ")[0])
 
 

@@ -67,6 +67,15 @@ def listening(words: Sequence[str], env: Mapping[str, str]) -> Listening:
     return Listening(None, given.get("-p", given.get("--port", NBD_PORT)), verbose)
 
 
+def threads_chosen(words: Sequence[str]) -> bool:
+    """Whether nbdkit was told how many threads a connection has (-t)."""
+    try:
+        options, _ = getopt.getopt(list(words), SHORT_OPTIONS, LONG_OPTIONS)
+    except getopt.GetoptError:
+        return False
+    return bool(dict(options).keys() & {"-t", "--threads"})
+
+
 def control_path(where: Listening, pid: int) -> str:
     """The default of control=."""
     if where.unix is not None:

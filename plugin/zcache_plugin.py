@@ -36,7 +36,12 @@ _serving: wiring.Serving
 
 
 def thread_model() -> int:
-    return int(nbdkit.THREAD_MODEL_PARALLEL)
+    # One request of a connection after the other, in the connection's own thread, and
+    # connections in parallel: each hand-over to another worker costs more than a page
+    # does (docs/performance.md).  Who writes -t N wants N requests of a connection at once.
+    if places.threads_chosen(places.own_command_line()):
+        return int(nbdkit.THREAD_MODEL_PARALLEL)
+    return int(nbdkit.THREAD_MODEL_SERIALIZE_REQUESTS)
 
 
 def dump_plugin() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +28,17 @@ def make_page(rng: random.Random) -> bytes:
         return bytes(page)
     noise = rng.randrange(1, PAGE)
     return rng.randbytes(noise) + bytes(PAGE - noise)
+
+
+def try_put(store: Store, page: int, data: bytes) -> bool:
+    """Put; False when there was no room.  Any other error is raised."""
+    try:
+        store.put(page, data)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        return False
+    return True
 
 
 @contextmanager

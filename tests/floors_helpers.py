@@ -25,7 +25,7 @@ FLOORS = {
         0: "native pthread layout counter_ids errors counters owner process",
         1: "memfile arena samefill slots codec",
         2: "allocator zbud z3fold zsmalloc probe index",
-        3: "store",
+        3: "core ramtier takeover store probe",
         4: "cold",
         5: "disk tiers pressure",
         6: "device",

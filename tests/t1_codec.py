@@ -7,8 +7,8 @@ import random
 import lz4.block
 import pytest
 import zstandard
-from tests.core_helpers import PAGE, make_page
 
+from tests.core_helpers import PAGE, make_page
 from zcache_core import codec as codecs
 from zcache_core.codec import Codec
 

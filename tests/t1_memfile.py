@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.core_helpers import PAGE, opened_store
 
+from tests.core_helpers import PAGE, opened_store
 from zcache_core import memfile, owner
 from zcache_core.errors import InUseError, MemoryFileError
 from zcache_core.index import pack_entry, pack_place

@@ -13,8 +13,8 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
-from tests.core_helpers import PAGE
 
+from tests.core_helpers import PAGE
 from zcache_core import counters
 from zcache_core.memfile import MemoryFile
 from zcache_core.probe import MAKERS, Probe

@@ -178,13 +178,21 @@ def test_captive_run(tmp_path: Path) -> None:
 # ---- what it is made of ----------------------------------------------------------------------
 
 
-def test_serving_threads_are_fit_for_swap(server: Server) -> None:
+@pytest.mark.parametrize(("options", "threads_each"), [((), 1), (("-t", "16"), 16)])
+def test_serving_threads_are_fit_for_swap(
+    tmp_path: Path, options: tuple[str, ...], threads_each: int
+) -> None:
     """All that share the GIL in one scheduling class; no I/O for their own memory."""
-    handles = [server.connect() for _ in range(3)]
-    for handle in handles:
-        handle.pwrite(b"x" * PAGE, 0)
+    with Server(tmp_path, "size=1M", "pool=1M", options=options) as server:
+        before = len(server.threads())
+        for _ in range(3):
+            server.connect().pwrite(b"x" * PAGE, 0)
+        assert len(server.threads()) >= before + 3 * threads_each
+        assert_fit_for_swap(server)
+
+
+def assert_fit_for_swap(server: Server) -> None:
     threads = server.threads()
-    assert len(threads) > 3 * 16  # nbdkit has 16 for each connection
     assert len({thread.policy for thread in threads}) == 1
     if has_capability(CAPABILITIES["CAP_SYS_NICE"][0]):
         assert threads[0].policy == os.SCHED_FIFO

@@ -90,7 +90,12 @@ COUNTERS: tuple[Counter, ...] = (
     Counter("ram_bytes", "bytes", "derived", "all RAM the store costs: frames, index, tables"),
     Counter("index_bytes", "bytes", "derived", "of ram_bytes: index, counters, superblock"),
     Counter("server_resident_bytes", "bytes", "derived", "resident size of the server, pool apart"),
-    Counter("server_locked_bytes", "bytes", "derived", "of that, locked in memory (VmLck)"),
+    Counter(
+        "server_locked_bytes",
+        "bytes",
+        "derived",
+        "address space of the server that stays in memory once touched (VmLck)",
+    ),
 )
 
 STORED = tuple(c for c in COUNTERS if c.kind != "derived")
@@ -112,13 +117,14 @@ def read(memory: MemoryFile) -> dict[str, int]:
     """Every counter by name.  Values are consistent each, not with one another."""
     cells = array.array("Q")
     cells.frombytes(memory.counter_cells())
+    used = len(STORED)
+    shards = [cells[at : at + used] for at in range(0, len(cells), CELLS)]
     values: dict[str, int] = {}
-    for index, counter in enumerate(STORED):
-        shards = cells[index::CELLS]
+    for counter, column in zip(STORED, zip(*shards, strict=True), strict=True):
         if counter.kind == "max":
-            values[counter.name] = max(shards)
+            values[counter.name] = max(column)
         else:
-            total = sum(shards) & (1 << 64) - 1
+            total = sum(column) & (1 << 64) - 1
             signed = counter.kind == "gauge" and total >> 63
             values[counter.name] = total - (1 << 64) if signed else total
     stored = values["pers_zpages"] + values["same_filled_pages"]

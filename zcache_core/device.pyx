@@ -19,6 +19,7 @@ from libc.errno cimport EINVAL, EIO, ENOSPC
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
+from zcache_core.core cimport PAGE_LOCKS, RAN_OUT, Core
 from zcache_core.counter_ids cimport (
     C_FAILED_REQUESTS, C_FLUSH_REQUESTS, C_PARTIAL_WRITES, C_READ_REQUESTS, C_TRIM_REQUESTS,
     C_WRITE_REQUESTS, C_ZERO_REQUESTS,
@@ -27,9 +28,9 @@ from zcache_core.index cimport entry_load, versions_take
 from zcache_core.layout cimport PAGE_BYTES, PAGE_SHIFT, ST_EMPTY, ST_SAME, Entry, entry_is_sound, state_of
 from zcache_core.pthread cimport lock_take, pthread_mutex_unlock
 from zcache_core.slots cimport Slot, count, slot_release, slot_take
-from zcache_core.store cimport (
-    PAGE_LOCKS, RAN_OUT, Core, Store, store_expect, store_get, store_invalidate, store_put, store_replace,
-    store_wait_ready,
+from zcache_core.store cimport Store
+from zcache_core.ramtier cimport (
+    store_expect, store_get, store_invalidate, store_put, store_replace, store_wait_ready,
 )
 
 cdef extern from "callbacks.h":

@@ -19,10 +19,12 @@ from __future__ import annotations
 
 import ctypes
 import os
+import resource
 
 MCL_CURRENT, MCL_FUTURE, MCL_ONFAULT = 1, 2, 4
 PR_SET_IO_FLUSHER = 57
 M_ARENA_MAX = -8
+CAP_IPC_LOCK = 14
 FIFO_PRIORITY = 1  # above every ordinary thread, below all that chose more
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -33,9 +35,26 @@ def _why() -> str:
 
 
 def _lock_on_fault() -> str:
-    if _libc.mlockall(MCL_CURRENT | MCL_FUTURE | MCL_ONFAULT) == 0:
-        return ""
+    flags = MCL_CURRENT | MCL_FUTURE | MCL_ONFAULT
+    # Without the capability everything mapped later counts against the limit, and a
+    # thread's stack or the pool that does not fit fails; so the present alone, if it fits.
+    if not _has_capability(CAP_IPC_LOCK) and _limited():
+        flags &= ~MCL_FUTURE
+    if _libc.mlockall(flags) == 0:
+        if flags & MCL_FUTURE:
+            return ""
+        return "only what exists at start is locked: give CAP_IPC_LOCK or 'ulimit -l unlimited'"
     return f"memory is not locked ({_why()}): give CAP_IPC_LOCK or raise 'ulimit -l'"
+
+
+def _has_capability(number: int) -> bool:
+    with open("/proc/self/status", encoding="ascii", errors="replace") as file:
+        effective = next((line.split()[1] for line in file if line.startswith("CapEff")), "0")
+    return bool(int(effective, 16) >> number & 1)
+
+
+def _limited() -> bool:
+    return resource.getrlimit(resource.RLIMIT_MEMLOCK)[0] != resource.RLIM_INFINITY
 
 
 def _io_flusher() -> str:

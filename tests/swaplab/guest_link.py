@@ -19,6 +19,7 @@ import selectors
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -30,6 +31,9 @@ from .vmstat import Sample, parse_sample
 
 COMMAND_LIMIT_S = 60
 LAST_WORDS = 40
+MOST_ALIKE = 100
+"""Lines of one text that are kept: a refused write is one console line each, and there can be
+hundreds of thousands of them."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,7 @@ class GuestLink:
         self.expired = False
         self._changed = threading.Condition()
         self._answers: dict[int, agent_line.Answer] = {}
+        self._alike: Counter[str] = Counter()
         self._numbers = 0
         self._line = line
         self._console = console
@@ -141,7 +146,10 @@ class GuestLink:
 
     def _take(self, fd: int, text: str) -> None:
         if fd == self._console:
-            self.log.append(parse(text))
+            line = parse(text)
+            self._alike[line.text] += 1
+            if self._alike[line.text] <= MOST_ALIKE:
+                self.log.append(line)
             return
         try:
             message = agent_line.decode(text)

@@ -22,7 +22,9 @@ BAD = {
     "read-error": re.compile(r"Read-error on swap-device"),
     "io-error": re.compile(r"I/O error|Buffer I/O|blk_update_request|critical \w+ error"),
     "swap": re.compile(r"[Bb]ad swap|swap_(free|dup|info_get)|get_swap_device|Unable to find swap"),
-    "nbd": re.compile(r"block nbd\d+: (?!.*(?:NBD_DISCONNECT|shutting down sockets))"),
+    "nbd": re.compile(
+        r"block nbd\d+: (?!.*(?:NBD_DISCONNECT|Disconnected due to user|shutting down sockets))"
+    ),
     "oom": re.compile(r"Out of memory|oom-kill:|invoked oom-killer|Memory cgroup out of memory"),
     "allocation": re.compile(r"page allocation (failure|stalls)"),
     "hung": re.compile(r"blocked for more than|soft lockup|rcu.*stall|hung_task"),

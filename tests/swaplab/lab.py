@@ -218,6 +218,25 @@ class Lab:
             result.stats = {"before": before, "peak": peak, "after": self._stats(server)}
         return result
 
+    def until_stats(
+        self,
+        server: HostServer,
+        enough: Callable[[dict[str, int]], bool],
+        limit_s: float | None = 30,
+    ) -> dict[str, int]:
+        """Ask for the server's numbers until `enough` of them; those numbers."""
+        seen: list[dict[str, int]] = [{}]
+
+        def look() -> bool:
+            seen.append(server.stats())
+            return enough(seen[-1])
+
+        try:
+            until(look, self.deadline.nearer(limit_s), "the server's numbers", STATS_EVERY_S / 2)
+        except LabTimeoutError as error:
+            raise LabTimeoutError(f"{error}; last: {seen[-1]}") from error
+        return seen[-1]
+
     def _stats(self, server: HostServer | InsideServer | None) -> dict[str, int]:
         return server.stats() if isinstance(server, HostServer) else {}
 

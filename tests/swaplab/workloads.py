@@ -16,7 +16,10 @@ from typing import Any
 
 from .fitness import tool
 from .guest import SHARE, Guest, Job
+from .lab import Result
 
+STRESS_OPS_PER_MIB = 32
+"""One bogo op of stress-ng's rand-set is 4096 words of 8 bytes."""
 HOG_BAD, HOG_LOST = 2, 3
 """hog's exit codes for a page that came back wrong, and for one that did not come back."""
 
@@ -72,13 +75,17 @@ def hog(
     corpus: Path | None,
     sequential_s: float = 5,
     random_s: float = 5,
+    audit_s: float = 0,
     noise_percent: int = 0,
     writes_percent: int = 25,
     seed: int = 1,
     name: str = "hog",
 ) -> Job:
-    """Start the hog.  noise_percent: share of pages of random bytes; 100 needs no corpus."""
+    """Start the hog.  audit_s: bound of the last look at every page, 0 for none.  noise_percent:
+    share of pages of random bytes; 100 needs no corpus.
+    """
     words = ["--mib", mib, "--sequential", sequential_s, "--random", random_s]
+    words += ["--audit", audit_s]
     words += ["--noise", noise_percent, "--writes", writes_percent, "--seed", seed]
     if corpus is not None:
         words += ["--corpus", guest.bring(corpus)]
@@ -87,25 +94,36 @@ def hog(
 
 @dataclass(frozen=True)
 class StressReport:
-    """failures: stress-ng's own lines that say that verification failed."""
+    """failures: stress-ng's own lines that say that verification failed.
+
+    bogo_ops: what it counts; with the method rand-set, STRESS_OPS_PER_MIB a pass of filling.
+    """
 
     passed: bool
     bogo_ops: int
     failures: tuple[str, ...]
 
-
-def stress_ng(guest: Guest, mib: int, seconds: float, workers: int = 1) -> Job:
-    """stress-ng --vm --verify over `mib` MiB in all."""
-    words = ["--vm", workers, "--vm-bytes", f"{mib // workers}M", "--vm-keep", "--verify"]
-    words += ["--timeout", f"{seconds:g}s", "--temp-path", "/tmp", "--metrics-brief", "--oomable"]
-    return guest.start([tool("stress-ng"), *map(str, words)], "stress")
+    def passes(self, mib: int) -> float:
+        """How often `mib` MiB were filled; each time is verified before the next begins."""
+        return self.bogo_ops / (STRESS_OPS_PER_MIB * mib)
 
 
-def read_stress(job: Job) -> StressReport:
-    """From stress-ng's output; `job` has ended."""
-    assert job.exit is not None
-    text = job.stdout() + job.stderr()
-    bad = tuple(line for line in text.splitlines() if re.search(r"\bfail|error detected", line))
+def stress_ng(guest: Guest, mib: int, passes: int = 1, limit_s: float = 90) -> Job:
+    """stress-ng --vm --verify over `mib` MiB: fills them and then verifies them, `passes` times.
+
+    Bounded by work, with a limit in time: stress-ng calls it a success when time is up, and a
+    guest that swaps gets through none of its default methods in half a minute.
+    """
+    ops = passes * mib * STRESS_OPS_PER_MIB + 1  # one more, so that the last pass is verified
+    words = ["--vm", 1, "--vm-bytes", f"{mib}M", "--vm-method", "rand-set", "--vm-keep"]
+    words += ["--vm-ops", ops, "--timeout", f"{limit_s:g}s", "--verify", "--temp-path", "/tmp"]
+    return guest.start([tool("stress-ng"), *map(str, words), "--metrics-brief"], "stress")
+
+
+def read_stress(result: Result) -> StressReport:
+    """From stress-ng's output."""
+    text = result.stdout + result.stderr
+    bad = tuple(line for line in text.splitlines() if re.search(r"\bfail:|error.* detected", line))
     metric = re.search(r"\bvm\s+(\d+)\s+[\d.]+\s+[\d.]+", text)
-    passed = job.exit.code == 0 and "successful run completed" in text
+    passed = result.exit.code == 0 and "successful run completed" in text
     return StressReport(passed, int(metric[1]) if metric else 0, bad)

@@ -7,7 +7,8 @@
  *      sums     | 8 B    | 8 B    | ...                          |  locked: what each page must hash to
  *
  * Phases: fill (every page from the corpus, or noise), sequential and random touches for so many
- * seconds each, then an audit that reads every page once more.  A touch reads the page's first word
+ * seconds each, then an audit that reads every page once more (or as many as fit into --audit
+ * seconds, from a random one on).  A touch reads the page's first word
  * with a clock around it (that is the fault), hashes the whole page, compares, and for some touches
  * changes one word, so that an old version of the page is as wrong as another page: the page's
  * number is in the hash, the sums are outside of swap's reach, content stays what was captured.
@@ -310,12 +311,15 @@ static void roam(const char *name, bool random, double seconds, uint64_t write_p
     end(p);
 }
 
-static void audit(void)
+/* Every page once, if `seconds` allow (0: they always do); the order is a random rotation. */
+static void audit(double seconds, uint64_t seed)
 {
     struct phase *p = begin("audit");
+    uint64_t deadline = cycles() + (uint64_t)(seconds * 1e6 * cycles_per_us);
+    uint64_t start = next_random(&seed) % page_count;
 
-    for (uint64_t i = 0; i < page_count; i++)
-        touch(p, i, false);
+    for (uint64_t i = 0; i < page_count && (seconds <= 0 || cycles() < deadline); i++)
+        touch(p, (start + i) % page_count, false);
     end(p);
 }
 
@@ -334,8 +338,9 @@ int main(int argc, char **argv)
 {
     static const struct option options[] = {
         {"mib", 1, NULL, 'm'},    {"corpus", 1, NULL, 'c'}, {"noise", 1, NULL, 'n'}, {"sequential", 1, NULL, 's'},
-        {"random", 1, NULL, 'r'}, {"writes", 1, NULL, 'w'}, {"seed", 1, NULL, 'e'},  {NULL, 0, NULL, 0}};
-    double sequential_s = 5, random_s = 5;
+        {"random", 1, NULL, 'r'}, {"writes", 1, NULL, 'w'}, {"seed", 1, NULL, 'e'},  {"audit", 1, NULL, 'a'},
+        {NULL, 0, NULL, 0}};
+    double sequential_s = 5, random_s = 5, audit_s = 0;
     uint64_t noise = 0, writes = 25, seed = 1;
     int corpus = -1, option;
 
@@ -346,6 +351,7 @@ int main(int argc, char **argv)
         case 'n': noise = strtoull(optarg, NULL, 10); break;
         case 's': sequential_s = atof(optarg); break;
         case 'r': random_s = atof(optarg); break;
+        case 'a': audit_s = atof(optarg); break;
         case 'w': writes = strtoull(optarg, NULL, 10); break;
         case 'e': seed = strtoull(optarg, NULL, 10); break;
         default: return 1;
@@ -370,7 +376,7 @@ int main(int argc, char **argv)
         roam("sequential", false, sequential_s, writes, seed + 1);
     if (random_s > 0)
         roam("random", true, random_s, writes, seed + 2);
-    audit();
+    audit(audit_s, seed + 3);
     report(-1);
     return bad_pages() ? 2 : 0;
 }

@@ -1,0 +1,166 @@
+"""The bench in small: client, servers, every part but the lab, and what is made of the figures.
+
+One round of a twentieth of a second each, on synthetic pages: it shows that nothing has rotted,
+and judges no time.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from bench import (
+    build,
+    corpus,
+    footprint,
+    load,
+    nbd_goals,
+    plot,
+    polling,
+    servers,
+    store_alone,
+    thread_study,
+)
+from bench.bare import BareLoops
+from bench.load import KIB, Load, LoadError
+from bench.report import Goal, Section, figure, print_goals, print_section
+from bench.rounds import Plan, interleave, turned
+from bench.servers import Server
+from bench.setup import Setup, machine
+
+MIB = 1 << 20
+CORPUS_MIB = 4
+
+
+@pytest.fixture(scope="module")
+def setup(tmp_path_factory: pytest.TempPathFactory) -> Setup:
+    folder = tmp_path_factory.mktemp("bench")
+    corpus.make(CORPUS_MIB, folder / "corpus", synthetic=True)
+    data = folder / "corpus" / "pages.bin"
+    plan = Plan(data, CORPUS_MIB * MIB, seconds=0.05, rounds=1)
+    return Setup(plan, memoryview(data.read_bytes()), folder, lab_rounds=0, lab_seconds=0)
+
+
+def zcache() -> servers.Recipe:
+    return servers.zcache("64M", "32M", threads=1)
+
+
+@pytest.mark.parametrize("op", ["read", "write", "mix"])
+def test_client_counts_what_it_did(setup: Setup, op: str) -> None:
+    with setup.serving([servers.memory("64M")]) as (server,):
+        asked = Load(op, 32 * KIB, depth=8, connections=2, order="sequential")
+        done = load.run(asked, server.socket, setup.plan.data, 2 * MIB, 0.05, seed=1)
+    assert done.requests > 0
+    assert 0 < done.p50_us <= done.p99_us <= 1.01 * done.max_us
+    assert done.mb_per_s == pytest.approx(done.requests_per_s * 32 * KIB / 1e6, rel=0.01)
+
+
+def test_what_was_filled_comes_back(setup: Setup) -> None:
+    with setup.serving([zcache()]) as (server,):
+        load.verify(server.socket, setup.plan.data, 8 * MIB, 0.05)
+
+
+def test_client_notices_other_pages(setup: Setup) -> None:
+    with (
+        setup.serving([servers.null("64M")]) as (server,),
+        pytest.raises(LoadError, match="not what was written"),
+    ):
+        load.verify(server.socket, setup.plan.data, 8 * MIB, 0.05)
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (Load("read", 5000), "whole pages"),
+        (Load("read", 4096, depth=3, connections=2), "multiple"),
+        (Load("erase", 4096), "read, write or mix"),
+    ],
+)
+def test_client_refuses_nonsense(setup: Setup, asked: Load, said: str) -> None:
+    with (
+        setup.serving([servers.null("64M")]) as (server,),
+        pytest.raises(LoadError, match=said),
+    ):
+        load.run(asked, server.socket, setup.plan.data, MIB, 0.05, seed=1)
+
+
+def test_server_that_does_not_start(tmp_path: Path) -> None:
+    recipe = servers.memory("nonsense")
+    with (
+        pytest.raises(servers.ServerError, match=r"(?s)memory did not start: .*size"),
+        Server(recipe, tmp_path),
+    ):
+        pass
+
+
+def test_what_does_not_compile_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "broken.c").write_text("int main(void) { return nothing; }\n")
+    monkeypatch.setattr(build, "SOURCES", tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(build.BuildError, match="nothing"):
+        build.program("broken")
+
+
+def test_rounds_take_turns(setup: Setup) -> None:
+    assert turned("ABC", 0) == ["A", "B", "C"]
+    assert turned("ABC", 4) == ["B", "C", "A"]
+    rounds = []
+    row = Load("read", 4 * KIB)
+    with setup.serving([servers.null("64M"), zcache()]) as running:
+        plan = Plan(setup.plan.data, MIB, seconds=0.05, rounds=2)
+        results = interleave(running, [row], plan, each_round=lambda: rounds.append(1))
+    assert len(rounds) == 2
+    for name in ("null", "zcache"):
+        assert len(results.of(row, name)) == 2
+        assert results.median(row, name).requests > 0
+        assert results.cpu_us(row, name) > 0
+
+
+def test_bare_loops(setup: Setup) -> None:
+    times = BareLoops(setup.pages).measure()
+    assert all(value > 0 for value in vars(times).values())
+
+
+def test_every_part_and_the_plot(
+    setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(thread_study, "COUNTS", (1, 2))
+    console = Console(file=io.StringIO())
+    parts = (store_alone, nbd_goals, thread_study, polling, footprint)
+    sections = [part.measure(setup) for part in parts]
+    for section in sections:
+        assert all(len(row) == len(section.head) for row in section.rows), section.title
+        assert section.rows
+        print_section(section, console)
+    print_goals(sections, console)
+    document = {"machine": machine(), "sections": {s.name: s.as_json() for s in sections}}
+    document = json.loads(json.dumps(document))
+    assert plot.draw(document, tmp_path / "one.svg")
+    assert plot.draw(document, tmp_path / "two.svg")
+    assert (tmp_path / "one.svg").read_bytes() == (tmp_path / "two.svg").read_bytes()
+
+
+def test_nothing_to_plot(tmp_path: Path) -> None:
+    assert not plot.draw({"sections": {}}, tmp_path / "none.svg")
+
+
+def test_goal_is_judged_as_it_is_shown() -> None:
+    assert Goal("a", 1.154, 1.15, True, "").met
+    assert not Goal("a", 1.156, 1.15, True, "").met
+    assert Goal("a", 0.846, 0.85, False, "").met
+    assert not Goal("a", 0.844, 0.85, False, "").met
+    assert Goal("a", 39.96, 40, True, "", "MiB").row()[2:] == ["40.0 MiB", "<= 40.0 MiB", "met"]
+
+
+def test_figures_have_three_digits() -> None:
+    texts = [figure(value) for value in (0.0, 1.234, 12.34, 123.4, 1234.5, float("nan"))]
+    assert texts == ["0", "1.23", "12.3", "123", "1234", "-"]
+
+
+def test_section_as_json_is_json() -> None:
+    section = Section("x", "X", ["", "a"], [["row", "1"]], [Goal("g", 1, 1, True, "t")])
+    assert json.loads(json.dumps(section.as_json()))["goals"][0]["met"] is True

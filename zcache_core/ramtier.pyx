@@ -1,0 +1,301 @@
+"""The RAM tier: put, get, invalidate, who is cold.  All of it without the GIL.
+
+    put   same-filled? -> compress -> room -> header and blob -> ONE flip -> old room freed
+    get   entry -> check -> decompress -> is the entry still the same?
+    trim  flip to empty -> old room freed
+
+Nothing is ever changed in place.  A write that finds no room leaves the old page
+as it was.  Of two writes at once the one with the higher version stays; the other
+counts as having come first.  A reader takes no lock: it reads the entry, checks
+and decompresses, and looks at the entry again; if it changed, what was read may
+be rubbish and is read anew.
+
+Recency is one bit per frame, set by a read, cleared by the clock's hand when it
+looks for victims (second chance).  It belongs here, not to the allocators.
+"""
+
+from libc.errno cimport EIO, ENOSPC
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.string cimport memcpy, memset
+from posix.time cimport nanosleep, timespec
+
+from zcache_core.allocator cimport object_blob, object_bytes, object_header
+from zcache_core.arena cimport FRAME_TAKEN, arena_wait
+from zcache_core.codec cimport codec_compress, codec_decompress
+from zcache_core.core cimport RAN_OUT, Core
+from zcache_core.counter_ids cimport (
+    C_COMMIT_WAIT_US, C_COMMIT_WAITS, C_COMPRESS_POOR, C_CORRUPT_LOADS, C_FAILED_STORES,
+    C_FLIP_RETRIES, C_INVALIDATES, C_LOADS, C_LOADS_EMPTY, C_LOADS_SAME_FILLED, C_LOST_PAGES,
+    C_READ_RETRIES, C_SAME_FILLED_PAGES, C_SAME_FILLED_PAGES_MAX, C_SUCC_STORES,
+    C_SUPERSEDED_STORES,
+)
+from zcache_core.index cimport entry_flip, entry_load
+from zcache_core.layout cimport (
+    CODEC_RAW, HEADER_BYTES, PAGE_BYTES, PAGE_SHIFT, ST_EMPTY, ST_LOST, ST_RAM, ST_SAME, Entry,
+    codec_of, entry_is_sound, header_fill, header_matches, length_of, place_word, state_of,
+    version_of, version_word, where_of,
+)
+from zcache_core.native cimport (
+    zc_acquire_fence, zc_add64, zc_fill_words, zc_load32, zc_prefetch, zc_release_fence,
+    zc_same_filled,
+)
+from zcache_core.pthread cimport now_us
+from zcache_core.slots cimport Slot, count
+
+cdef enum:
+    # Longest wait for committed memory; NBD clients give a request 2 to 3 s at least.
+    ROOM_WAIT_US = 1500000
+    # Cache lines fetched ahead of a page's turn; the hardware follows from there
+    # (128 KiB reads of real pages: 0.73 of a bare decompression loop without, 0.86 with)
+    EXPECT_LINES = 8
+    # A read that a writer overtakes this often in a row has met a bug, not a race.
+    MOST_READ_TRIES = 100000
+
+
+# ---- entries ------------------------------------------------------------------------
+
+cdef bint place_is_possible(Core *core, uint64_t location) noexcept nogil:
+    """Whether an object lies inside the arena and inside one frame."""
+    cdef uint64_t where = where_of(location)
+    cdef uint32_t room = object_bytes(length_of(location))
+    if where >> PAGE_SHIFT >= core.arena.total:
+        return False
+    return (where & (PAGE_BYTES - 1)) + room <= PAGE_BYTES
+
+
+cdef void dispose(Core *core, Slot *slot, Entry old) noexcept nogil:
+    """Free what a replaced entry held.  A damaged one is left to the next rebuild."""
+    cdef uint32_t state = state_of(old.version)
+    if not entry_is_sound(old.location, old.version):
+        return
+    if in_ram(state):
+        if place_is_possible(core, old.location):
+            core.allocator.release(core.allocator, where_of(old.location), object_bytes(length_of(old.location)))
+    elif state == ST_SAME:
+        count(slot, C_SAME_FILLED_PAGES, <uint64_t>-1)
+        zc_add64(&core.same_filled, <uint64_t>-1)
+    elif state == ST_LOST:
+        count(slot, C_LOST_PAGES, <uint64_t>-1)
+
+
+cdef void count_same_filled(Core *core, Slot *slot) noexcept nogil:
+    cdef uint64_t total = zc_add64(&core.same_filled, 1) + 1
+    count(slot, C_SAME_FILLED_PAGES, 1)
+    if total > slot.shard[C_SAME_FILLED_PAGES_MAX] and <int64_t>total > 0:
+        slot.shard[C_SAME_FILLED_PAGES_MAX] = total
+
+
+# ---- put ----------------------------------------------------------------------------
+
+cdef bint find_room(Core *core, Slot *slot, uint32_t bytes, uint64_t *where) noexcept nogil:
+    """Room for an object; waits, bounded, while memory is being committed."""
+    cdef int64_t start, waited_us
+    cdef bint found = False
+    if core.allocator.alloc(core.allocator, bytes, where):
+        return True
+    start = now_us()
+    while not found and arena_wait(&core.arena, start + ROOM_WAIT_US):
+        found = core.allocator.alloc(core.allocator, bytes, where)
+    waited_us = now_us() - start
+    if found or waited_us >= ROOM_WAIT_US:      # else the pool was simply full
+        count(slot, C_COMMIT_WAITS, 1)
+        count(slot, C_COMMIT_WAIT_US, <uint64_t>waited_us)
+    return found
+
+
+cdef int place_page(
+    Core *core, Slot *slot, uint64_t page, const uint8_t *data, uint64_t version, Entry *new
+) noexcept nogil:
+    """Store the page's bytes and make the entry for them; 0 or ENOSPC.  Nothing points there yet."""
+    cdef uint64_t word, where
+    cdef uint32_t length, codec
+    cdef const uint8_t *blob = slot.blob
+    if zc_same_filled(data, &word):
+        new.location = word
+        new.version = version_word(version, ST_SAME, word)
+        return 0
+    codec = core.codec.codec
+    length = codec_compress(slot, core.codec, data, slot.blob, core.allocator.largest_bytes - HEADER_BYTES)
+    if length == 0:
+        if codec != CODEC_RAW:
+            count(slot, C_COMPRESS_POOR, 1)
+        codec = CODEC_RAW
+        length = PAGE_BYTES
+        blob = data
+    if not find_room(core, slot, object_bytes(length), &where):
+        count(slot, C_FAILED_STORES, 1)
+        return ENOSPC
+    memcpy(object_blob(&core.arena, where, length), blob, length)
+    header_fill(object_header(&core.arena, where, length), version, core.device, <uint32_t>page, length, codec, blob)
+    new.location = place_word(where, length, codec)
+    new.version = version_word(version, ST_RAM, new.location)
+    return 0
+
+
+cdef void withdraw(Core *core, Entry new) noexcept nogil:
+    """Free the room of an entry that was never published."""
+    if state_of(new.version) == ST_RAM:
+        core.allocator.release(core.allocator, where_of(new.location), object_bytes(length_of(new.location)))
+
+
+cdef int store_replace(
+    Core *core, Slot *slot, uint64_t page, const uint8_t *data, uint64_t version, const Entry *expected
+) noexcept nogil:
+    """Put, but only onto the entry `expected` (any entry when NULL).
+
+    0, ENOSPC (the old content stays), or RAN_OUT when the entry was another.
+    """
+    cdef Entry old, new
+    cdef int error = place_page(core, slot, page, data, version, &new)
+    if error:
+        return error
+    if state_of(new.version) == ST_SAME:
+        count_same_filled(core, slot)
+    zc_release_fence()
+    while True:
+        if expected != NULL:
+            old = expected[0]
+        else:
+            old = entry_load(&core.index, page)
+            if version_of(old.version) > version and entry_is_sound(old.location, old.version):
+                dispose(core, slot, new)
+                count(slot, C_SUPERSEDED_STORES, 1)
+                return 0
+        if entry_flip(&core.index, page, old, new):
+            break
+        count(slot, C_FLIP_RETRIES, 1)
+        if expected != NULL:
+            dispose(core, slot, new)
+            return RAN_OUT
+    dispose(core, slot, old)
+    count(slot, C_SUCC_STORES, 1)
+    return 0
+
+
+cdef int store_put(Core *core, Slot *slot, uint64_t page, const uint8_t *data, uint64_t version) noexcept nogil:
+    """Store one page (4096 bytes at `data`); 0 or ENOSPC."""
+    return store_replace(core, slot, page, data, version, NULL)
+
+
+# ---- get ----------------------------------------------------------------------------
+
+cdef bint load_blob(Core *core, Slot *slot, uint64_t page, Entry e, uint8_t *data) noexcept nogil:
+    cdef uint64_t where = where_of(e.location)
+    cdef uint32_t length = length_of(e.location)
+    cdef const uint8_t *blob
+    if not place_is_possible(core, e.location):
+        return False
+    blob = object_blob(&core.arena, where, length)
+    if not header_matches(
+        object_header(&core.arena, where, length), version_of(e.version), core.device, <uint32_t>page, e.location, blob
+    ):
+        return False
+    return codec_decompress(slot, codec_of(e.location), blob, length, data)
+
+
+cdef int store_get(Core *core, Slot *slot, uint64_t page, uint8_t *data, Entry *seen) noexcept nogil:
+    """Read one page into `data`; 0 or EIO.  `seen` (or NULL) gets the entry that was read."""
+    cdef Entry e, again
+    cdef uint32_t state, tries
+    cdef bint good
+    count(slot, C_LOADS, 1)
+    for tries in range(MOST_READ_TRIES):
+        e = entry_load(&core.index, page)
+        state = state_of(e.version)
+        good = entry_is_sound(e.location, e.version)
+        if not good:
+            pass
+        elif in_ram(state):
+            good = load_blob(core, slot, page, e, data)
+        elif state == ST_SAME:
+            zc_fill_words(data, e.location)
+        elif state == ST_EMPTY:
+            memset(data, 0, PAGE_BYTES)
+        else:
+            good = False
+        zc_acquire_fence()
+        again = entry_load(&core.index, page)
+        if again.version == e.version and again.location == e.location:
+            break
+        count(slot, C_READ_RETRIES, 1)
+    else:
+        good = False
+    if not good:
+        if state != ST_LOST or not entry_is_sound(e.location, e.version):
+            count(slot, C_CORRUPT_LOADS, 1)
+        return EIO
+    if seen != NULL:
+        seen[0] = e
+    if in_ram(state):
+        if not core.arena.frames[where_of(e.location) >> PAGE_SHIFT].referenced:
+            core.arena.frames[where_of(e.location) >> PAGE_SHIFT].referenced = 1
+    elif state == ST_SAME:
+        count(slot, C_LOADS_SAME_FILLED, 1)
+    else:
+        count(slot, C_LOADS_EMPTY, 1)
+    return 0
+
+
+cdef void store_expect(Core *core, uint64_t page) noexcept nogil:
+    """The page will be read in a moment: have the start of its blob come to the cache."""
+    cdef Entry e
+    cdef const uint8_t *at
+    cdef uint32_t i
+    if page >= core.index.pages:
+        return
+    e = core.index.entries[page]        # may be torn: only a hint
+    if in_ram(state_of(e.version)) and place_is_possible(core, e.location):
+        at = core.arena.base + where_of(e.location)
+        for i in range(EXPECT_LINES):
+            zc_prefetch(at + i * 64)
+
+
+# ---- invalidate, victims ----------------------------------------------------------------
+
+cdef void store_invalidate(Core *core, Slot *slot, uint64_t page, uint64_t version) noexcept nogil:
+    """Forget one page: it reads as zeros from now on."""
+    cdef Entry old, new
+    new.location = 0
+    new.version = version_word(version, ST_EMPTY, 0)
+    while True:
+        old = entry_load(&core.index, page)
+        if state_of(old.version) == ST_EMPTY and entry_is_sound(old.location, old.version):
+            return
+        if version_of(old.version) > version and entry_is_sound(old.location, old.version):
+            count(slot, C_SUPERSEDED_STORES, 1)
+            return
+        if entry_flip(&core.index, page, old, new):
+            break
+        count(slot, C_FLIP_RETRIES, 1)
+    dispose(core, slot, old)
+    count(slot, C_INVALIDATES, 1)
+
+
+cdef uint32_t store_victims(Core *core, uint32_t *frames, uint32_t most) noexcept nogil:
+    """Up to `most` cold frames, by second chance; how many.  Two rounds at most."""
+    cdef uint32_t n = 0
+    cdef uint64_t steps
+    cdef uint32_t at = core.clock_hand
+    for steps in range(2 * <uint64_t>core.arena.total):
+        if n == most:
+            break
+        if core.arena.frames[at].state == FRAME_TAKEN:
+            if core.arena.frames[at].referenced:
+                core.arena.frames[at].referenced = 0
+            else:
+                frames[n] = at
+                n += 1
+        at += 1
+        if at == core.arena.total:
+            at = 0
+    core.clock_hand = at
+    return n
+
+
+cdef void store_wait_ready(Core *core) noexcept nogil:
+    """Writers wait until the rebuild has told the allocator what is taken; readers need not."""
+    cdef timespec nap
+    nap.tv_sec = 0
+    nap.tv_nsec = 200000
+    while not zc_load32(&core.ready):
+        nanosleep(&nap, NULL)
