@@ -17,7 +17,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
-from bench import servers
+from bench import quiet, servers
 from bench.report import Section, figure
 from bench.rounds import turned
 from bench.setup import Setup
@@ -68,10 +68,11 @@ class Run:
     pages_in: float
 
 
-Ram = Callable[[], int]
+Prepare = Callable[[Lab], tuple[Guest, HostServer | None, Callable[[], int]]]
+"""A booted guest that swaps, the server if there is one, and who knows the RAM it has used."""
 
 
-def _zram(lab: Lab) -> tuple[Guest, HostServer | None, Ram]:
+def _zram(lab: Lab) -> tuple[Guest, HostServer | None, Callable[[], int]]:
     guest = lab.boot(GuestConfig(mem_mib=GUEST_MIB, modules=ZRAM_MODULES))
     guest.write("/sys/block/zram0/comp_algorithm", "lz4")
     guest.write("/sys/block/zram0/disksize", SIZE)
@@ -79,18 +80,18 @@ def _zram(lab: Lab) -> tuple[Guest, HostServer | None, Ram]:
     return guest, None, lambda: int(guest.read("/sys/block/zram0/mm_stat").split()[4])
 
 
-def _served(recipe: Recipe) -> Callable[[Lab], tuple[Guest, HostServer | None, Ram]]:
-    def prepare(lab: Lab) -> tuple[Guest, HostServer | None, Ram]:
+def _served(recipe: Recipe, client: Sequence[str] = ()) -> Prepare:
+    def prepare(lab: Lab) -> tuple[Guest, HostServer | None, Callable[[], int]]:
         server = lab.serve(recipe)
         guest = lab.boot(GuestConfig(mem_mib=GUEST_MIB))
-        attach(guest, server)
+        attach(guest, server, extra=client)
         swap_on(guest)
         return guest, server, lambda: server.usage().peak_bytes
 
     return prepare
 
 
-def systems() -> dict[str, Callable[[Lab], tuple[Guest, HostServer | None, Ram]]]:
+def systems() -> dict[str, Prepare]:
     return {
         "zram": _zram,
         "memory": _served(nbdkit_memory(SIZE, servers.THREADS)),
@@ -99,10 +100,26 @@ def systems() -> dict[str, Callable[[Lab], tuple[Guest, HostServer | None, Ram]]
     }
 
 
-def run_one(setup: Setup, name: str) -> Run:
+def ways_to_serve() -> dict[str, Prepare]:
+    """zcache with its own choice of threads, with others, and without real-time priority."""
+
+    def ours(threads: int | None = None, **keys: str) -> Recipe:
+        return zcache(threads, size=SIZE, pool=POOL, **keys)
+
+    return {
+        "as it is": _served(ours()),
+        "as it is, nbd-client -C 2": _served(ours(), ("-C", "2")),
+        "realtime=no": _served(ours(realtime="no")),
+        "-t 4": _served(ours(4)),
+        "-t 4 realtime=no": _served(ours(4, realtime="no")),
+    }
+
+
+def run_one(setup: Setup, prepare: Prepare) -> Run:
     """Raises LabError, or ValueError when the hog did not get to its report."""
     with Lab(limit_s=RUN_LIMIT_S) as lab:
-        guest, server, ram = systems()[name](lab)
+        guest, server, ram = prepare(lab)
+        quiet.prefer(lab.network.pids())
         result = lab.watch(
             lambda: hog(
                 guest,
@@ -153,20 +170,28 @@ HEAD = (
 
 
 def measure(setup: Setup) -> Section:
-    section = Section("lab", f"{HOG_MIB} MiB of real pages in a guest of {GUEST_MIB} MiB", HEAD)
+    title = f"{HOG_MIB} MiB of real pages in a guest of {GUEST_MIB} MiB"
+    return _measure(Section("lab", title, HEAD), systems(), setup)
+
+
+def measure_threads(setup: Setup) -> Section:
+    title = f"zcache's threads, under a hog of {HOG_MIB} MiB in a guest of {GUEST_MIB} MiB"
+    return _measure(Section("lab-threads", title, HEAD), ways_to_serve(), setup)
+
+
+def _measure(section: Section, rivals: dict[str, Prepare], setup: Setup) -> Section:
     if reasons := missing():
         section.notes = [f"left out: {reason}" for reason in reasons]
         return section
-    names = list(systems())
-    runs: dict[str, list[Run]] = {name: [] for name in names}
+    runs: dict[str, list[Run]] = {name: [] for name in rivals}
     lost: list[str] = []
     for number in range(setup.lab_rounds):
-        for name in turned(names, number):
+        for name in turned(list(rivals), number):
             try:
-                runs[name].append(run_one(setup, name))
+                runs[name].append(run_one(setup, rivals[name]))
             except (LabError, ValueError) as error:
                 lost.append(f"{name}, round {number + 1}: {str(error).strip()[:200]}")
-    section.rows = [_row(name, runs[name], setup.lab_rounds) for name in names]
+    section.rows = [_row(name, runs[name], setup.lab_rounds) for name in rivals]
     section.notes = [
         "fault: major faults of the random phase; RAM: server's peak resident, zram's mem_used_max",
         *(f"lost: {sentence}" for sentence in lost),

@@ -16,6 +16,7 @@ import matplotlib
 matplotlib.use("svg")
 from matplotlib import pyplot
 from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 NAMES = ("null", "memory", "memory-zstd", "zram", "zcache")
 COLOURS = {
@@ -122,8 +123,14 @@ def _bars(axis: Axes, title: str, table: Mapping[str, Mapping[str, float]]) -> N
             )
     axis.axhline(1.0, color="black", linewidth=0.6, linestyle=":")
     axis.set_yscale("log")
-    axis.margins(y=0.15)
+    axis.margins(y=0.12)
+    axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} x"))
+    axis.yaxis.set_minor_locator(NullLocator())
     axis.set_xticks(range(len(table)), list(table))
     axis.set_ylabel("of nbdkit memory")
     axis.set_title(title, loc="left", fontsize=10)
-    axis.legend(fontsize=7, ncols=len(names), frameon=False, loc="upper right")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(
+        fontsize=7, ncols=len(names), frameon=False, loc="lower right", bbox_to_anchor=(1, 1)
+    )

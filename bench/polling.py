@@ -98,10 +98,8 @@ def measure(setup: Setup) -> Section:
         node = node_pid(server)
         for number in range(setup.plan.rounds):
             for place, (serving, asking) in places.items():
-                pin(server.pid, serving)
-                pin(node, asking)
-                os.sched_setaffinity(0, serving)  # the NBD client inherits it
-                try:
+                with servers.on_cores([server], serving):
+                    pin(node, asking)
                     for load in ROWS:
                         seed = setup.plan.seed + number
                         quiet = measure_load(server, load, setup.plan, seed)
@@ -111,8 +109,6 @@ def measure(setup: Setup) -> Section:
                             polled_s += time.monotonic() - start_s
                         counted += answers
                         raw.setdefault(f"{load}, {place}", []).append((quiet, busy))
-                finally:
-                    os.sched_setaffinity(0, everywhere)
     for name, pairs in raw.items():
         ratio = statistics.median(busy.p50_us / quiet.p50_us for quiet, busy in pairs)
         sides = [

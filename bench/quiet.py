@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -30,6 +30,13 @@ def preferred() -> Iterator[None]:
         yield
     finally:
         _set_session_nice(before)
+
+
+def prefer(pids: Iterable[int]) -> None:
+    """The same for processes that have made sessions of their own; harmless for others."""
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            Path(f"/proc/{pid}/autogroup").write_text(str(NICE))
 
 
 def busy() -> bool:

@@ -16,6 +16,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -64,6 +66,21 @@ def zcache(
     return Recipe(name, arguments, threads, {"ZCACHE_PYTHON": sys.executable})
 
 
+@contextmanager
+def on_cores(running: Sequence[Server], cores: set[int]) -> Iterator[None]:
+    """Servers, and the clients started meanwhile, on these cores only; on all again afterwards."""
+    everywhere = os.sched_getaffinity(0)
+    try:
+        for server in running:
+            server.pin(cores)
+        os.sched_setaffinity(0, cores)
+        yield
+    finally:
+        os.sched_setaffinity(0, everywhere)
+        for server in running:
+            server.pin(everywhere)
+
+
 class Server:
     """A running server: `with Server(recipe, folder) as server: ... server.socket`."""
 
@@ -109,6 +126,11 @@ class Server:
 
     def log(self) -> str:
         return self._log_path.read_text(errors="replace")
+
+    def pin(self, cores: set[int]) -> None:
+        """All of its threads, and those that they will make."""
+        for task in Path(f"/proc/{self.pid}/task").iterdir():
+            os.sched_setaffinity(int(task.name), cores)
 
     def cpu_s(self) -> float:
         """User and system time of all threads so far (man clock_getcpuclockid)."""

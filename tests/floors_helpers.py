@@ -24,7 +24,7 @@ FLOORS = {
     "zcache_core": {
         0: "native pthread layout counter_ids errors counters owner process",
         1: "memfile arena samefill slots codec",
-        2: "allocator zbud z3fold zsmalloc probe index",
+        2: "allocator zbud z3fold zsmalloc index",
         3: "core ramtier takeover store probe",
         4: "cold",
         5: "disk tiers pressure",

@@ -16,6 +16,7 @@
 `fitness`.
 """
 
+from . import fitness
 from .errors import CommandFailedError, GuestDiedError, LabError, LabTimeoutError, LabUnfitError
 from .guest import Guest, GuestConfig, Job
 from .guest_link import Exit
@@ -49,6 +50,7 @@ __all__ = [
     "StressReport",
     "attach",
     "detach",
+    "fitness",
     "hog",
     "nbdkit_memory",
     "progress",

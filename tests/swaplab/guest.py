@@ -21,12 +21,13 @@ import socket
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from . import build, mconsole
 from .clock import Deadline
-from .errors import CommandFailedError, GuestDiedError
+from .errors import CommandFailedError, GuestDiedError, LabError
 from .fitness import module, tool
 from .guest_link import COMMAND_LIMIT_S, Exit, GuestLink
 from .kernel_log import LogLine
@@ -34,6 +35,7 @@ from .network import Network, Tap
 from .vmstat import Sample, parse_vmstat
 
 SHARE = "/mnt"
+DIAGNOSIS_LIMIT_S = 2
 TMPFS = ("/tmp", "/run", "/dev/shm")
 
 
@@ -77,6 +79,12 @@ class Job:
         assert self.exit is not None
         return self.exit
 
+    def done_within(self, seconds: float) -> bool:
+        """Wait for its end, but no longer than that.  Raises GuestDiedError."""
+        end_s = time.monotonic() + seconds
+        self.guest.link.wait_for(self.done, None, f"{self.name} to end", end_s)
+        return self.done()
+
     def seconds(self) -> float:
         """How long it has run, or ran."""
         return (self.exit.at_s if self.exit else time.monotonic()) - self.started_s
@@ -86,10 +94,15 @@ class Job:
         self.guest.link.ask("kill", self.name, str(int(number)))
 
     def stdout(self) -> str:
-        return (self.guest.share / f"{self.name}.out").read_text(errors="replace")
+        """What it has said so far."""
+        return self._said("out")
 
     def stderr(self) -> str:
-        return (self.guest.share / f"{self.name}.err").read_text(errors="replace")
+        return self._said("err")
+
+    def _said(self, suffix: str) -> str:
+        path = self.guest.share / f"{self.name}.{suffix}"
+        return path.read_text(errors="replace") if path.exists() else ""
 
 
 class Guest:
@@ -151,11 +164,14 @@ class Guest:
         disks = [f"ubd{number}={path}" for number, path in enumerate(self.config.disks)]
         return [
             *(tool("unshare"), "--pid", "--fork", "--kill-child", "--mount-proc"),
+            # A namespace's first process cannot abort, which is how this kernel ends after a panic.
+            *("/bin/sh", "-c", '"$@"; exit $?', "sh"),
             # Without address randomisation the guest gets the same memory at every boot.
             *(tool("setarch"), "-R"),
             *(tool("linux"), f"mem={self.config.mem_mib}M", f"uml_dir={self.folder}/", "umid=uml"),
             *("rootfstype=hostfs", "root=/dev/root", "rootflags=/", "ro"),
-            *(f"init={self.share}/agent", "printk.time=1", "sysrq_always_enabled", "panic=-1"),
+            *(f"init={self.share}/agent", "printk.time=1", "sysrq_always_enabled"),
+            *("panic=-1", "noreboot"),
             *("con=null", "con0=fd:0,fd:1", f"ssl0=fd:{line_fd}", *disks),
             f"eth0=tuntap,{self.tap.name}",
         ]
@@ -212,12 +228,18 @@ class Guest:
         process.kill()
 
     def diagnose(self) -> None:
-        """Memory, blocked tasks and all tasks' states, into the kernel log.  Never raises."""
-        for question in ("sysrq m", "sysrq w", "sysrq t"):
+        """Memory and blocked tasks with their stacks, into the kernel log.  Never raises.
+
+        PID 1 is asked first: it is locked and has everything open.  The management console needs
+        a worker of the kernel, which a guest without memory may not have.  Not `t`, all tasks:
+        User Mode Linux never gets to the end of an idle kernel thread's stack.
+        """
+        for key in "mw":
             try:
-                mconsole.ask(os.fspath(self.folder / "uml" / "mconsole"), question)
-            except OSError:
-                return
+                self.link.ask("sysrq", key, limit_s=DIAGNOSIS_LIMIT_S)
+            except LabError:
+                with suppress(OSError):
+                    mconsole.ask(os.fspath(self.folder / "uml" / "mconsole"), f"sysrq {key}")
 
     # ---- programs and files ----
 

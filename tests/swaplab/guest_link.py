@@ -14,6 +14,7 @@ closes both, and that ends every wait with GuestDiedError.
 
 from __future__ import annotations
 
+import math
 import os
 import selectors
 import socket
@@ -95,8 +96,18 @@ class GuestLink:
                 raise GuestDiedError(self.last_words()) from error
         return number
 
-    def wait_for(self, ready: Callable[[], bool], limit_s: float | None, what: str) -> None:
-        """Until `ready()`, which is looked at whenever the guest has said something."""
+    def wait_for(
+        self,
+        ready: Callable[[], bool],
+        limit_s: float | None,
+        what: str,
+        give_up_s: float = math.inf,
+    ) -> None:
+        """Until `ready()`, which is looked at whenever the guest has said something.
+
+        limit_s: after so long, LabTimeoutError.  give_up_s: at this moment of the monotonic
+        clock, simply return.
+        """
         deadline = self.deadline.nearer(limit_s)
         with self._changed:
             while not ready():
@@ -104,7 +115,10 @@ class GuestLink:
                     raise LabTimeoutError(f"no time left to wait for {what}\n{self.last_words()}")
                 if self.gone:
                     raise GuestDiedError(f"while waiting for {what}\n{self.last_words()}")
-                self._changed.wait(deadline.left_s())
+                left_s = min(deadline.left_s(), give_up_s - time.monotonic())
+                if left_s <= 0 and not deadline.passed():
+                    return
+                self._changed.wait(left_s)
 
     def last_words(self) -> str:
         """The end of the console, for messages."""

@@ -22,8 +22,8 @@ from .network import Network
 from .servers import REPOSITORY, Place, ServerCommand
 
 START_LIMIT_S = 30
-STOP_LIMIT_S = 10
-"""nbdkit waits for dead connections on SIGTERM: after this it is killed."""
+STOP_LIMIT_S = 1
+"""After SIGTERM nbdkit waits for its connections, and one to a guest that is gone never ends."""
 
 
 @dataclass(frozen=True)
@@ -97,15 +97,15 @@ class HostServer:
         if number == signal.SIGKILL:
             self._process.wait()
 
-    def stop(self) -> None:
-        """End it: asked first, then killed.  Harmless when it does not run."""
+    def stop(self, limit_s: float = STOP_LIMIT_S) -> None:
+        """End it: asked first, after `limit_s` killed.  Harmless when it does not run."""
         if self._process is None or self._process.poll() is not None:
             return
         self._process.send_signal(signal.SIGCONT)
         self._process.terminate()
         pidfd = os.pidfd_open(self._process.pid)
         try:
-            if not select.select([pidfd], [], [], STOP_LIMIT_S)[0]:
+            if not select.select([pidfd], [], [], limit_s)[0]:
                 self._process.kill()
         finally:
             os.close(pidfd)

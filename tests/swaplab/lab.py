@@ -110,6 +110,8 @@ class Lab:
         self._watchdog.cancel()
         try:
             for guest in self.guests:
+                if isinstance(error, LabError):
+                    guest.diagnose()
                 guest.close()
             for server in self.servers:
                 server.stop()
@@ -197,11 +199,7 @@ class Lab:
         if while_running is not None:
             while_running(job)
         peak = self._peak_stats(job, server, limit_s)
-        try:
-            ended = job.wait(limit_s)
-        except LabTimeoutError:
-            guest.diagnose()
-            raise
+        ended = job.wait(limit_s)
         result = Result(
             name=job.name,
             exit=ended,
@@ -252,10 +250,7 @@ class Lab:
             if used_kb > most_kb:
                 with suppress(LabError):
                     peak, most_kb = server.stats(), used_kb
-            try:
-                job.wait(STATS_EVERY_S)
-            except LabTimeoutError:
-                continue
+            job.done_within(STATS_EVERY_S)
         return peak
 
 

@@ -1,8 +1,8 @@
 """User Mode Linux's management console: one question, one answer, over a Unix datagram socket.
 
-The lab asks it for SysRq dumps (`sysrq w`: blocked tasks, `sysrq m`: memory) when a guest no longer
-answers; they appear on the guest's console.  It is served from an interrupt in the guest, so it
-answers even when no process of the guest can run any more.
+The lab asks it for SysRq dumps (`sysrq w`: blocked tasks, `sysrq m`: memory) when PID 1 no longer
+answers; they appear on the guest's console.  No process of the guest takes part, only a worker of
+its kernel.
 
 Format (arch/um/drivers/mconsole_user.c): request = magic, version 2, length as u32, then 512 bytes;
 reply = error, more, length as u32, then 512 bytes.

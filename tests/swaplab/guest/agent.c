@@ -68,6 +68,7 @@ static struct job jobs[JOBS];
 static int line_fd = -1;   /* the serial line */
 static int vmstat_fd = -1; /* kept open: opening allocates */
 static int meminfo_fd = -1;
+static int sysrq_fd = -1;
 static char in_buf[LINE_BYTES], out_buf[LINE_BYTES], word_buf[LINE_BYTES], text_buf[TEXT_BYTES];
 static size_t in_used;
 
@@ -409,6 +410,8 @@ static void command(char *line, int timer_fd)
         mount_one(words[0], words + 2);
     else if (strcmp(words[1], "kill") == 0 && count == 4)
         kill_job(words[0], words[2], atoi(words[3]));
+    else if (strcmp(words[1], "sysrq") == 0 && count == 3)
+        say("%s %s", words[0], write(sysrq_fd, words[2], 1) == 1 ? "ok" : "error sysrq");
     else if (strcmp(words[1], "sample") == 0 && count == 3) {
         set_timer(timer_fd, atol(words[2]));
         say("%s ok", words[0]);
@@ -471,6 +474,7 @@ int main(void)
     timer_fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC);
     vmstat_fd = open("/proc/vmstat", O_RDONLY | O_CLOEXEC);
     meminfo_fd = open("/proc/meminfo", O_RDONLY | O_CLOEXEC);
+    sysrq_fd = open("/proc/sysrq-trigger", O_WRONLY | O_CLOEXEC);
     line_fd = open_line();
     if (line_fd < 0 || vmstat_fd < 0 || meminfo_fd < 0 || signal_fd < 0 || timer_fd < 0) {
         perror("agent: cannot start");
