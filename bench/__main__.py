@@ -1,7 +1,7 @@
 """python -m bench: everything that is measured, as a table, a JSON file and a plot.
 
     python -m bench [--only PART ...] [--rounds N] [--seconds S] [--quick]
-                    [--json FILE] [--plot FILE | --no-plot]
+                    [--lab-rounds N] [--json FILE] [--no-docs]
 
 Parts:
     store     the store alone, against bare lz4 loops
@@ -12,8 +12,9 @@ Parts:
     lab       a real Linux with more to hold than it has, against kernel zram and others
     lab-threads   (only when asked for) the same guest, zcache with other thread counts
 
-Seeds are fixed, and everything is bounded: about ten minutes with the defaults.  Run it on a quiet
-machine; what others do meanwhile is in the figures (the load before is in the JSON file).
+A full run also renews the figures and the plot of docs/performance.md, and a part that only runs
+when asked for renews its own.  Seeds are fixed, and everything is bounded: about ten minutes with
+the defaults.  Run it on a quiet machine; the load before the start is in the JSON file.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -33,6 +35,7 @@ from bench import (
     footprint,
     nbd_goals,
     overcommit,
+    pages,
     plot,
     polling,
     quiet,
@@ -60,6 +63,7 @@ QUICK_MIB = 4
 LAB_SECONDS = 2.0
 REGION_BYTES = 256 << 20
 JSON_FILE = ROOT / "build" / "bench.json"
+PAGE_FILE = ROOT / "docs" / "performance.md"
 PLOT_FILE = ROOT / "docs" / "img" / "performance.svg"
 
 
@@ -75,15 +79,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     document = {
         "machine": about,
         "corpus": corpus.manifest(),
-        "options": {"rounds": options.rounds, "seconds": options.seconds, "quick": options.quick},
+        "options": {
+            "rounds": options.rounds,
+            "seconds": options.seconds,
+            "lab_rounds": options.lab_rounds,
+            "quick": options.quick,
+        },
         "sections": {section.name: section.as_json() for section in sections},
     }
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(document, indent=1, default=str) + "\n")
     console.print(f"\nall figures: {options.json}", highlight=False)
-    if not options.no_plot and plot.draw(document, options.plot):
-        console.print(f"plot: {options.plot}", highlight=False)
+    if not (options.quick or options.no_docs):
+        renew_docs(document, full=not options.only)
     return 0
+
+
+def renew_docs(document: Mapping[str, Any], full: bool) -> None:
+    """Only figures of one run stand together: a part of it renews nothing that others share."""
+    found = pages.tables(document)
+    if full:
+        plot.draw(document, PLOT_FILE)
+    else:
+        found = {name: text for name, text in found.items() if name in ONLY_WHEN_ASKED}
+    pages.update(PAGE_FILE, found)
 
 
 def run(options: argparse.Namespace, console: Console) -> list[Section]:
@@ -119,8 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=float, default=0.25, help="of a load (default 0.25)")
     parser.add_argument("--quick", action="store_true", help="few pages: does it run at all")
     parser.add_argument("--json", type=Path, default=JSON_FILE, metavar="FILE")
-    parser.add_argument("--plot", type=Path, default=PLOT_FILE, metavar="FILE")
-    parser.add_argument("--no-plot", action="store_true")
+    parser.add_argument("--no-docs", action="store_true", help="leave docs/ as it is")
     return parser
 
 

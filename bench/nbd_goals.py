@@ -83,6 +83,7 @@ def measure(setup: Setup) -> Section:
     section.notes = [
         _codec_note(codec, loops.cores),
         "CPU: the server's, us per request; one core: server and client share it",
+        *(_ceiling_note(load, results, codec, loops.cores) for load in (WIDE_READ_2, WIDE_WRITE_2)),
     ]
     section.raw = {
         "loads": results.as_json(),
@@ -117,6 +118,28 @@ def _codec_note(codec: Sequence[CodecTimes], cores: int) -> str:
         f"decompress {figure(middle(lambda t: t.decompress_us))}; on {cores} cores at once, "
         f"pages/s: {both[0]:.0f} and {both[1]:.0f}"
     )
+
+
+def _ceiling_note(load: Load, results: Results, codec: Sequence[CodecTimes], cores: int) -> str:
+    """What is left for the codec when socket, nbdkit and client run on the same cores."""
+    outcomes = results.of(load, "null")
+    client_us = 1e6 * sum(o.client_cpu_s for o in outcomes) / sum(o.requests for o in outcomes)
+    socket_us = client_us + results.cpu_us(load, "null")
+    pages = load.block_bytes // PAGE_BYTES
+    together = statistics.median(_together(load, times) for times in codec)
+    codec_us = 1e6 * pages * cores / together
+    return (
+        f"128 KiB {load.op}, several at once: socket and client take {figure(socket_us)} us of CPU "
+        f"per request with null, the codec {figure(codec_us)}: at most "
+        f"{codec_us / (codec_us + socket_us):.2f} of the codec alone"
+    )
+
+
+def _together(load: Load, times: CodecTimes) -> float:
+    """Pages/s of the codec on all cores, in the direction of this load."""
+    if load.op == "read":
+        return times.decompress_together_per_s
+    return times.compress_together_per_s
 
 
 def _ratio(ours: Sequence[float], bound: Sequence[float]) -> float:
@@ -183,10 +206,7 @@ def rate_goals(results: Results, codec: Sequence[CodecTimes], cores: int) -> lis
     text = "requests/s, of memory-zstd's"
     found.append(Goal("4 KiB write, depth 32", measured, 3.0, False, text))
     for load in (WIDE_READ, WIDE_WRITE, WIDE_READ_2, WIDE_WRITE_2):
-        together = [
-            t.decompress_together_per_s if load.op == "read" else t.compress_together_per_s
-            for t in codec
-        ]
+        together = [_together(load, times) for times in codec]
         pages = load.block_bytes // PAGE_BYTES
         measured = _ratio([pages * r for r in rate(load, "zcache")], together)
         lines = f", {load.connections} connections" if load.connections > 1 else ""

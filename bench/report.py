@@ -45,7 +45,7 @@ class Goal:
         return [self.name, self.text, f"{self.show(self.measured)}{unit}", bound, verdict]
 
     def as_json(self) -> dict[str, Any]:
-        return {**vars(self), "met": self.met}
+        return {**vars(self), "met": self.met, "row": self.row()}
 
 
 @dataclass

@@ -181,3 +181,27 @@ def test_damaged_superblock_is_refused(offset: int, data: bytes, says: str) -> N
         MemoryFile.attach(memory.shmid)
     memory.poke(0, b"Z")
     memory.close()
+
+
+def test_lock_file_of_another_segment_is_refused(tmp_path: Path) -> None:
+    """A stale lock file whose segment number was used again, by a file of another name."""
+    memory = MemoryFile.create("b", DEVICE, POOL)
+    (tmp_path / "a.mem").write_text(f"{memory.shmid}\n")
+    with pytest.raises(MemoryFileError, match="belongs to another memory file"):
+        MemoryFile.open("a")
+    memory.destroy()
+
+
+def test_a_file_in_use_is_not_removed() -> None:
+    memory = MemoryFile.create("used", DEVICE, POOL)
+    with pytest.raises(InUseError, match="running server"):
+        memfile.remove(memory.shmid)
+    assert memory.peek(0, 8) == b"ZCACHEMF"
+    memory.destroy()
+
+
+def test_lock_goes_with_its_holder() -> None:
+    """Dropped without close(): the next owner need not wait for a garbage collection."""
+    memory = MemoryFile.create("dropped", DEVICE, POOL)
+    del memory
+    MemoryFile.open("dropped").destroy()

@@ -29,6 +29,7 @@ from tests.swaplab import (
     Result,
     attach,
     detach,
+    fitness,
     hog,
     nbdkit_memory,
     read_hog,
@@ -41,6 +42,9 @@ from tests.swaplab import (
     zcache,
 )
 
+pytestmark = pytest.mark.skipif(
+    os.geteuid() != 0, reason="; ".join(fitness.missing()) or "needs root for its network"
+)
 CORPUS_MIB = 64
 PAGE_BYTES = 4096
 REFUSED = ("nbd", "io-error", "write-error")

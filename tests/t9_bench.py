@@ -19,12 +19,14 @@ from bench import (
     footprint,
     load,
     nbd_goals,
+    pages,
     plot,
     polling,
     servers,
     store_alone,
     thread_study,
 )
+from bench.__main__ import ONLY_WHEN_ASKED, PAGE_FILE, PARTS
 from bench.bare import BareLoops
 from bench.load import KIB, Load, LoadError
 from bench.report import Goal, Section, figure, print_goals, print_section
@@ -142,6 +144,50 @@ def test_every_part_and_the_plot(
     assert plot.draw(document, tmp_path / "one.svg")
     assert plot.draw(document, tmp_path / "two.svg")
     assert (tmp_path / "one.svg").read_bytes() == (tmp_path / "two.svg").read_bytes()
+
+
+def test_figures_go_between_the_marks(tmp_path: Path) -> None:
+    section = Section("memory", "M", ["", "MiB"], [["resident", "1"]], notes=["a note"])
+    section.goals = [Goal("g", 1.0, 1.15, True, "latency")]
+    document = {
+        "machine": machine(),
+        "corpus": {"sources": {"synthetic": 1}},
+        "options": {"rounds": 1, "seconds": 1, "lab_rounds": 0},
+        "sections": {"memory": section.as_json()},
+    }
+    page = tmp_path / "page.md"
+    page.write_text(
+        "Said.\n<!-- bench memory -->\nold\n<!-- end -->\n<!-- bench goals -->\n<!-- end -->\n"
+        "<!-- bench lab -->\nkept\n<!-- end -->\nSaid too.\n"
+    )
+    found = pages.tables(json.loads(json.dumps(document)))
+    for _ in range(2):  # the second time changes nothing
+        pages.update(page, found)
+        assert page.read_text().splitlines() == [
+            "Said.",
+            "<!-- bench memory -->",
+            "|  | MiB |",
+            "| --- | ---: |",
+            "| resident | 1 |",
+            "",
+            "- a note",
+            "<!-- end -->",
+            "<!-- bench goals -->",
+            "| what | measured as | measured | goal |  |",
+            "| --- | ---: | ---: | ---: | ---: |",
+            "| g | latency | 1.00 | <= 1.15 | met |",
+            "<!-- end -->",
+            "<!-- bench lab -->",
+            "kept",
+            "<!-- end -->",
+            "Said too.",
+        ]
+    assert "synthetic" in found["machine"]
+
+
+def test_every_mark_of_the_page_is_known() -> None:
+    marks = [match["name"] for match in pages.MARKED.finditer(PAGE_FILE.read_text())]
+    assert set(marks) == {*PARTS, *ONLY_WHEN_ASKED, "goals", "machine"}
 
 
 def test_nothing_to_plot(tmp_path: Path) -> None:

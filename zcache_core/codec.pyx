@@ -62,20 +62,24 @@ cdef int codec_prepare(Slots *slots, CodecChoice choice) noexcept nogil:
     cdef size_t refused
     if LZ4_sizeofState() > 16640:
         return -1
+    # A memory file that is taken over may hold pages of either codec; untouched, a
+    # context costs address space only.
+    for i in range(SLOTS):
+        d = ZSTD_createDCtx()
+        slots.slot[i].zstd_decompress = d
+        if d == NULL or ZSTD_isError(ZSTD_DCtx_setParameter(d, ZSTD_d_experimentalParam1, ZSTD_MAGICLESS)):
+            return -1
     if choice.codec == CODEC_ZSTD:
         for i in range(SLOTS):
             c = ZSTD_createCCtx()
-            d = ZSTD_createDCtx()
             slots.slot[i].zstd_compress = c
-            slots.slot[i].zstd_decompress = d
-            if c == NULL or d == NULL:
+            if c == NULL:
                 return -1
             refused = ZSTD_isError(ZSTD_CCtx_setParameter(c, ZSTD_c_compressionLevel, choice.level))
             refused |= ZSTD_isError(ZSTD_CCtx_setParameter(c, ZSTD_c_contentSizeFlag, 0))
             refused |= ZSTD_isError(ZSTD_CCtx_setParameter(c, ZSTD_c_checksumFlag, 0))
             refused |= ZSTD_isError(ZSTD_CCtx_setParameter(c, ZSTD_c_dictIDFlag, 0))
             refused |= ZSTD_isError(ZSTD_CCtx_setParameter(c, ZSTD_c_experimentalParam2, ZSTD_MAGICLESS))
-            refused |= ZSTD_isError(ZSTD_DCtx_setParameter(d, ZSTD_d_experimentalParam1, ZSTD_MAGICLESS))
             if refused:
                 return -1
     for i in range(SLOTS):

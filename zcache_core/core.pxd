@@ -20,6 +20,7 @@ ctypedef struct Core:
     Slots slots
     CodecChoice codec
     uint32_t device             # number in the superblock's device table
+    uint32_t serving            # atomic: between start and stop; else requests are refused
     uint32_t ready              # atomic: the allocator knows what is taken
     uint32_t clock_hand
     uint64_t same_filled        # atomic

@@ -57,7 +57,7 @@ COUNTERS: tuple[Counter, ...] = (
     Counter("lost_pages", "pages", "gauge", "pages whose last copy is gone (answer EIO)"),
     Counter("read_retries", "events", "counter", "reads repeated because the page changed"),
     Counter("flip_retries", "events", "counter", "index flips repeated because of a race"),
-    Counter("superseded_stores", "pages", "counter", "writes that a newer write overtook"),
+    Counter("restamped_stores", "pages", "counter", "writes that another write overtook"),
     Counter("slot_waits", "events", "counter", "requests that waited for a request slot"),
     Counter("commit_waits", "events", "counter", "writes that waited for committed memory"),
     Counter("commit_wait_us", "microseconds", "counter", "time writes waited for committed memory"),

@@ -15,7 +15,7 @@ the page that comes in between makes it start again.
 What it does not know: sockets, nbdkit (errors go to a callable that it is given).
 """
 
-from libc.errno cimport EINVAL, EIO, ENOSPC
+from libc.errno cimport EINVAL, ENOSPC
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
@@ -26,6 +26,7 @@ from zcache_core.counter_ids cimport (
 )
 from zcache_core.index cimport entry_load, versions_take
 from zcache_core.layout cimport PAGE_BYTES, PAGE_SHIFT, ST_EMPTY, ST_SAME, Entry, entry_is_sound, state_of
+from zcache_core.native cimport zc_load32
 from zcache_core.pthread cimport lock_take, pthread_mutex_unlock
 from zcache_core.slots cimport Slot, count, slot_release, slot_take
 from zcache_core.store cimport Store
@@ -38,6 +39,9 @@ cdef extern from "callbacks.h":
     enum: ZC_PREAD, ZC_PWRITE, ZC_TRIM, ZC_ZERO, ZC_CACHE, ZC_FLUSH, ZC_REQUESTS
     object zc_new_device(void *core, const zc_request *run, const uint64_t *release_bytes, object set_error, object owner)
     object zc_callback(object capsule, int what)
+
+cdef extern from "<errno.h>":
+    enum: ESHUTDOWN
 
 cdef enum:
     # Requests shorter than this keep the GIL: a 4 KiB read takes 2 us, handing the
@@ -112,7 +116,6 @@ cdef int write_range(
     cdef uint64_t n
     cdef uint64_t version = versions_take(&core.index, (length >> PAGE_SHIFT) + 1)
     cdef int error
-    store_wait_ready(core)
     if data == NULL:
         memset(slot.page, 0, PAGE_BYTES)
     while length:
@@ -138,7 +141,6 @@ cdef int write_range(
 cdef void drop_pages(Core *core, Slot *slot, uint64_t first, uint64_t end) noexcept nogil:
     cdef uint64_t page
     cdef uint64_t version = versions_take(&core.index, 1)
-    store_wait_ready(core)
     for page in range(first, end):
         store_invalidate(core, slot, page, version)
 
@@ -164,7 +166,7 @@ cdef uint32_t extent_type(Core *core, uint64_t page) noexcept nogil:
     cdef Entry e = entry_load(&core.index, page)
     if state_of(e.version) == ST_EMPTY and entry_is_sound(e.location, e.version):
         return EXTENT_HOLE | EXTENT_ZERO
-    if state_of(e.version) == ST_SAME and e.location == 0:
+    if state_of(e.version) == ST_SAME and e.location == 0 and entry_is_sound(e.location, e.version):
         return EXTENT_ZERO
     return 0
 
@@ -185,24 +187,35 @@ cdef inline int leave(Slot *slot, uint32_t cell, int error) noexcept nogil:
 
 
 cdef int request_read(void *core, void *data, uint64_t length, uint64_t offset, uint32_t flags) noexcept nogil:
-    cdef Slot *slot = slot_take(&(<Core *>core).slots)
+    cdef Slot *slot
     cdef int error = EINVAL
+    if not zc_load32(&(<Core *>core).serving):
+        return ESHUTDOWN
+    slot = slot_take(&(<Core *>core).slots)
     if inside(<Core *>core, offset, length):
         error = read_range(<Core *>core, slot, offset, length, <uint8_t *>data)
     return leave(slot, C_READ_REQUESTS, error)
 
 
 cdef int request_write(void *core, void *data, uint64_t length, uint64_t offset, uint32_t flags) noexcept nogil:
-    cdef Slot *slot = slot_take(&(<Core *>core).slots)
+    cdef Slot *slot
     cdef int error = ENOSPC
+    if not zc_load32(&(<Core *>core).serving):
+        return ESHUTDOWN
+    store_wait_ready(<Core *>core)
+    slot = slot_take(&(<Core *>core).slots)
     if inside(<Core *>core, offset, length):
         error = write_range(<Core *>core, slot, offset, length, <const uint8_t *>data)
     return leave(slot, C_WRITE_REQUESTS, error)
 
 
 cdef int request_trim(void *core, void *data, uint64_t length, uint64_t offset, uint32_t flags) noexcept nogil:
-    cdef Slot *slot = slot_take(&(<Core *>core).slots)
+    cdef Slot *slot
     cdef int error = EINVAL
+    if not zc_load32(&(<Core *>core).serving):
+        return ESHUTDOWN
+    store_wait_ready(<Core *>core)
+    slot = slot_take(&(<Core *>core).slots)
     if inside(<Core *>core, offset, length):
         drop_pages(<Core *>core, slot, (offset + PAGE_BYTES - 1) >> PAGE_SHIFT, (offset + length) >> PAGE_SHIFT)
         error = 0
@@ -210,8 +223,12 @@ cdef int request_trim(void *core, void *data, uint64_t length, uint64_t offset, 
 
 
 cdef int request_zero(void *core, void *data, uint64_t length, uint64_t offset, uint32_t flags) noexcept nogil:
-    cdef Slot *slot = slot_take(&(<Core *>core).slots)
+    cdef Slot *slot
     cdef int error = ENOSPC
+    if not zc_load32(&(<Core *>core).serving):
+        return ESHUTDOWN
+    store_wait_ready(<Core *>core)
+    slot = slot_take(&(<Core *>core).slots)
     if inside(<Core *>core, offset, length):
         error = zero_range(<Core *>core, slot, offset, length, flags & FLAG_MAY_TRIM)
     return leave(slot, C_ZERO_REQUESTS, error)
@@ -224,6 +241,8 @@ cdef int request_cache(void *core, void *data, uint64_t length, uint64_t offset,
 
 cdef int request_flush(void *core, void *data, uint64_t length, uint64_t offset, uint32_t flags) noexcept nogil:
     """Nothing to do: an acknowledged write is where it will stay."""
+    if not zc_load32(&(<Core *>core).serving):
+        return ESHUTDOWN
     return leave(slot_take(&(<Core *>core).slots), C_FLUSH_REQUESTS, 0)
 
 

@@ -9,7 +9,7 @@ cdef class MemoryFile:
     cdef readonly int shmid
     cdef readonly bint writable
     cdef readonly bint stays_locked
-    cdef readonly bint fresh
+    cdef public bint fresh
     cdef object _name
     cdef object _lock
     cdef uint8_t *base

@@ -35,7 +35,7 @@ from zcache_core.layout cimport (
     BlobHeader, Entry, Superblock,
 )
 
-from zcache_core.errors import MemoryFileError
+from zcache_core.errors import InUseError, MemoryFileError
 from zcache_core.owner import OwnerLock, runtime_dir, start_ticks, unattached_segments
 
 cdef extern from "<sys/ipc.h>" nogil:
@@ -165,6 +165,10 @@ cdef class MemoryFile:
         try:
             self._attach(True)
             self._check()
+            if segment_name(self.shmid) != name:
+                raise MemoryFileError(
+                    f"segment {self.shmid} belongs to another memory file; remove {self._lock.path} and start anew"
+                )
             self._lock.wait_for_exit(self.super.owner_pid, self.super.owner_start_ticks)
         except Exception:
             self.close()
@@ -360,6 +364,8 @@ def remove(int shmid):
     """Remove a memory file; its pages are lost.  Raises MemoryFileError."""
     if not _is_ours(shmid):
         raise MemoryFileError(f"segment {shmid} is no zcache memory file; nothing removed")
+    if not any(row.shmid == shmid for row in unattached_segments()):
+        raise InUseError(f"segment {shmid} is attached by a running server; stop that one first")
     if shmctl(shmid, IPC_RMID, NULL) != 0:
         raise MemoryFileError(f"segment {shmid} cannot be removed ({os.strerror(errno)})")
 

@@ -118,6 +118,9 @@ class OwnerLock:
         if self._fd >= 0:
             self.path.unlink(missing_ok=True)
 
+    def __del__(self) -> None:
+        self.release()
+
     def release(self) -> None:
         """Give the lock up; harmless when it is not held any more."""
         if self._fd >= 0:

@@ -8,6 +8,11 @@ from libc.stdint cimport int64_t
 from posix.time cimport timespec
 
 
+cdef extern from "<sched.h>" nogil:
+    enum: SCHED_OTHER
+    struct sched_param:
+        int sched_priority
+
 cdef extern from "<pthread.h>" nogil:
     ctypedef struct pthread_t:
         pass
@@ -24,6 +29,10 @@ cdef extern from "<pthread.h>" nogil:
     enum: PTHREAD_PRIO_INHERIT
     int pthread_attr_init(pthread_attr_t *)
     int pthread_attr_setstacksize(pthread_attr_t *, size_t)
+    int pthread_attr_setinheritsched(pthread_attr_t *, int)
+    int pthread_attr_setschedpolicy(pthread_attr_t *, int)
+    int pthread_attr_setschedparam(pthread_attr_t *, const sched_param *)
+    enum: PTHREAD_EXPLICIT_SCHED
     int pthread_create(pthread_t *, const pthread_attr_t *, void *(*)(void *) noexcept nogil, void *)
     int pthread_join(pthread_t, void **)
     int pthread_mutexattr_init(pthread_mutexattr_t *)
@@ -99,8 +108,17 @@ cdef inline timespec at_us(int64_t deadline_us) noexcept nogil:
     return t
 
 cdef inline int thread_start(pthread_t *thread, void *(*run)(void *) noexcept nogil, void *argument) noexcept nogil:
-    """A thread with a small stack (256 KiB: compression states live elsewhere)."""
+    """A background thread with a small stack (256 KiB: compression states live elsewhere).
+
+    Of the ordinary class, also where serving threads are SCHED_FIFO: on one CPU they
+    come first, and lend their priority to whoever holds a lock they want.
+    """
     cdef pthread_attr_t attributes
+    cdef sched_param ordinary
+    ordinary.sched_priority = 0
     pthread_attr_init(&attributes)
+    pthread_attr_setinheritsched(&attributes, PTHREAD_EXPLICIT_SCHED)
+    pthread_attr_setschedpolicy(&attributes, SCHED_OTHER)
+    pthread_attr_setschedparam(&attributes, &ordinary)
     pthread_attr_setstacksize(&attributes, 256 * 1024)
     return pthread_create(thread, &attributes, run, argument)

@@ -5,8 +5,8 @@
     trim  flip to empty -> old room freed
 
 Nothing is ever changed in place.  A write that finds no room leaves the old page
-as it was.  Of two writes at once the one with the higher version stays; the other
-counts as having come first.  A reader takes no lock: it reads the entry, checks
+as it was.  Of two writes at once the one that flips last came last; versions only
+grow, so it takes a new one if the other's is higher.  A reader takes no lock: it reads the entry, checks
 and decompresses, and looks at the entry again; if it changed, what was read may
 be rubbish and is read anew.
 
@@ -26,10 +26,9 @@ from zcache_core.core cimport RAN_OUT, Core
 from zcache_core.counter_ids cimport (
     C_COMMIT_WAIT_US, C_COMMIT_WAITS, C_COMPRESS_POOR, C_CORRUPT_LOADS, C_FAILED_STORES,
     C_FLIP_RETRIES, C_INVALIDATES, C_LOADS, C_LOADS_EMPTY, C_LOADS_SAME_FILLED, C_LOST_PAGES,
-    C_READ_RETRIES, C_SAME_FILLED_PAGES, C_SAME_FILLED_PAGES_MAX, C_SUCC_STORES,
-    C_SUPERSEDED_STORES,
+    C_READ_RETRIES, C_RESTAMPED_STORES, C_SAME_FILLED_PAGES, C_SAME_FILLED_PAGES_MAX, C_SUCC_STORES,
 )
-from zcache_core.index cimport entry_flip, entry_load
+from zcache_core.index cimport entry_flip, entry_load, versions_take
 from zcache_core.layout cimport (
     CODEC_RAW, HEADER_BYTES, PAGE_BYTES, PAGE_SHIFT, ST_EMPTY, ST_LOST, ST_RAM, ST_SAME, Entry,
     codec_of, entry_is_sound, header_fill, header_matches, length_of, place_word, state_of,
@@ -40,7 +39,7 @@ from zcache_core.native cimport (
     zc_same_filled,
 )
 from zcache_core.pthread cimport now_us
-from zcache_core.slots cimport Slot, count
+from zcache_core.slots cimport Slot, count, slot_park, slot_unpark
 
 cdef enum:
     # Longest wait for committed memory; NBD clients give a request 2 to 3 s at least.
@@ -94,8 +93,10 @@ cdef bint find_room(Core *core, Slot *slot, uint32_t bytes, uint64_t *where) noe
     if core.allocator.alloc(core.allocator, bytes, where):
         return True
     start = now_us()
+    slot_park(slot)             # the committer may be waiting for every slot to leave a frame
     while not found and arena_wait(&core.arena, start + ROOM_WAIT_US):
         found = core.allocator.alloc(core.allocator, bytes, where)
+    slot_unpark(slot)
     waited_us = now_us() - start
     if found or waited_us >= ROOM_WAIT_US:      # else the pool was simply full
         count(slot, C_COMMIT_WAITS, 1)
@@ -132,10 +133,23 @@ cdef int place_page(
     return 0
 
 
-cdef void withdraw(Core *core, Entry new) noexcept nogil:
-    """Free the room of an entry that was never published."""
-    if state_of(new.version) == ST_RAM:
-        core.allocator.release(core.allocator, where_of(new.location), object_bytes(length_of(new.location)))
+cdef void restamp(Core *core, uint64_t page, uint64_t version, Entry *new) noexcept nogil:
+    """Give a page that is not published yet a newer version.
+
+    Somebody else changed it since this write took its version.  The order of the flips
+    is the order of the writes: what the other did may not know of this write (a change
+    of 512 bytes of the old content, say), so this one must come after it, not before.
+    """
+    cdef uint32_t state = state_of(new.version)
+    cdef uint32_t length = length_of(new.location)
+    cdef uint64_t where = where_of(new.location)
+    if state == ST_RAM:
+        header_fill(
+            object_header(&core.arena, where, length), version, core.device, <uint32_t>page, length,
+            codec_of(new.location), object_blob(&core.arena, where, length),
+        )
+        zc_release_fence()
+    new.version = version_word(version, state, new.location)
 
 
 cdef int store_replace(
@@ -158,9 +172,9 @@ cdef int store_replace(
         else:
             old = entry_load(&core.index, page)
             if version_of(old.version) > version and entry_is_sound(old.location, old.version):
-                dispose(core, slot, new)
-                count(slot, C_SUPERSEDED_STORES, 1)
-                return 0
+                version = versions_take(&core.index, 1)
+                restamp(core, page, version, &new)
+                count(slot, C_RESTAMPED_STORES, 1)
         if entry_flip(&core.index, page, old, new):
             break
         count(slot, C_FLIP_RETRIES, 1)
@@ -262,8 +276,8 @@ cdef void store_invalidate(Core *core, Slot *slot, uint64_t page, uint64_t versi
         if state_of(old.version) == ST_EMPTY and entry_is_sound(old.location, old.version):
             return
         if version_of(old.version) > version and entry_is_sound(old.location, old.version):
-            count(slot, C_SUPERSEDED_STORES, 1)
-            return
+            version = versions_take(&core.index, 1)
+            new.version = version_word(version, ST_EMPTY, 0)
         if entry_flip(&core.index, page, old, new):
             break
         count(slot, C_FLIP_RETRIES, 1)
@@ -293,7 +307,10 @@ cdef uint32_t store_victims(Core *core, uint32_t *frames, uint32_t most) noexcep
 
 
 cdef void store_wait_ready(Core *core) noexcept nogil:
-    """Writers wait until the rebuild has told the allocator what is taken; readers need not."""
+    """Writers wait until the takeover has told the allocator what is taken; readers need not.
+
+    Called outside of a slot: there must be slots left for readers.
+    """
     cdef timespec nap
     nap.tv_sec = 0
     nap.tv_nsec = 200000

@@ -9,7 +9,7 @@ cdef enum:
     BLOB_ROOM = 4096 + 64       # one compressed page, and what a codec may write past it
 
 ctypedef struct Slot:
-    uint32_t busy               # 0 free, 1 taken; changed by compare-and-swap only
+    uint32_t busy               # 0 free, 1 inside, 2 parked; taken by compare-and-swap
     uint32_t number
     uint64_t turn               # counts releases: how a waiter sees that a request ended
     uint64_t *shard             # this slot's counters; plain adds, one writer at a time
@@ -31,6 +31,8 @@ cdef int slots_init(Slots *slots, uint64_t *counters) noexcept nogil
 cdef void slots_free(Slots *slots) noexcept nogil
 cdef Slot *slot_take(Slots *slots) noexcept nogil
 cdef void slot_release(Slot *slot) noexcept nogil
+cdef void slot_park(Slot *slot) noexcept nogil
+cdef void slot_unpark(Slot *slot) noexcept nogil
 cdef void slots_quiesce(void *slots) noexcept nogil
 
 cdef inline void count(Slot *slot, uint32_t cell, uint64_t n) noexcept nogil:

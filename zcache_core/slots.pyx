@@ -101,8 +101,18 @@ cdef void slot_release(Slot *slot) noexcept nogil:
     zc_store32(&slot.busy, 0)
 
 
+cdef void slot_park(Slot *slot) noexcept nogil:
+    """The request waits, and looks at no frame until it is unparked: as if it had left."""
+    zc_store32(&slot.busy, 2)
+
+
+cdef void slot_unpark(Slot *slot) noexcept nogil:
+    zc_store32(&slot.busy, 1)
+    zc_full_fence()             # before the next look at an entry
+
+
 cdef void slots_quiesce(void *argument) noexcept nogil:
-    """Return when every request that is inside now has left.  Slots * as void *."""
+    """Return when every request that is inside now has left or parked.  Slots * as void *."""
     cdef Slots *slots = <Slots *>argument
     cdef uint64_t turns[SLOTS]
     cdef uint32_t i
@@ -113,5 +123,5 @@ cdef void slots_quiesce(void *argument) noexcept nogil:
     for i in range(SLOTS):
         turns[i] = zc_load64(&slots.slot[i].turn)
     for i in range(SLOTS):
-        while zc_load32(&slots.slot[i].busy) and zc_load64(&slots.slot[i].turn) == turns[i]:
+        while zc_load32(&slots.slot[i].busy) == 1 and zc_load64(&slots.slot[i].turn) == turns[i]:
             nanosleep(&nap, NULL)

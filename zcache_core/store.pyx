@@ -12,6 +12,7 @@ All have priority inheritance, and the last three are never held across compress
 a system call that may block, or a wait.  Who reads whole pages takes none.
 """
 
+cimport cython
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memset
 
@@ -50,6 +51,7 @@ cdef extern from *:
     enum: MADV_POPULATE_WRITE
 
 
+@cython.no_gc_clear         # its threads use the memory file until it is stopped
 cdef class Store:
     """The RAM tier of one device on one memory file.
 
@@ -120,6 +122,8 @@ cdef class Store:
             zc_store32(&core.ready, 1)
         if arena_start(&core.arena):
             raise MemoryFileError("no thread could be started; raise the limit of processes")
+        self.memory.fresh = False       # the next store on this file takes it over
+        zc_store32(&core.serving, 1)
         self.started = True
 
     def stop(self):
@@ -128,7 +132,9 @@ cdef class Store:
         if not self.open:
             return
         self.open = False
+        zc_store32(&core.serving, 0)
         with nogil:
+            slots_quiesce(&core.slots)
             if core.rebuilding:
                 pthread_join(core.rebuilder, NULL)
                 core.rebuilding = False

@@ -16,7 +16,7 @@
  * Output: one JSON object.  Exit: 0 all pages right, 1 usage, 2 a page came back wrong, 3 a page
  * could not be brought back at all (SIGBUS: the swap device answered with an error).
  *
- * Bound: N MiB and 1/512 of that, locked.  A touch's clock is the cycle counter, because reading
+ * Bound: N MiB, and 1/512 of that and the program itself, which are locked.  A touch's clock is the cycle counter, because reading
  * the clock is a slow system call in User Mode Linux; whether a fault was a major one is asked
  * (getrusage) only after touches that took longer than a mapped page could have.
  */
@@ -365,6 +365,9 @@ int main(int argc, char **argv)
         fprintf(stderr, "hog: say --mib N and --corpus FILE, or --noise 100 to do without a corpus\n");
         return 1;
     }
+    /* The program itself, but not what it maps from here on: it must live to tell. */
+    if (mlockall(MCL_CURRENT))
+        perror("hog: the program is not locked");
     memory = anonymous(page_count * PAGE_BYTES);
     sums = anonymous(page_count * sizeof *sums);
     if (mlock(sums, page_count * sizeof *sums))
