@@ -54,13 +54,15 @@ ROWS = (
 )
 SINGLE = ROWS[:3]
 NAMES = ("null", "memory", "memory-zstd", "zcache")
-CODEC_MIB = 32
+CODEC_MIB = 16
+Codecs = dict[Load, list[CodecTimes]]
+"""The bare codec beside each load, in the order of the rounds."""
 
 
 def measure(setup: Setup) -> Section:
     loops = BareLoops(setup.pages[: min(CODEC_MIB << 20, len(setup.pages))])
-    codec: list[CodecTimes] = []
-    codec_pinned: list[CodecTimes] = []
+    codec: Codecs = {load: [] for load in ROWS}
+    codec_pinned: Codecs = {load: [] for load in SINGLE}
     recipes = (
         servers.null(SIZE, servers.THREADS),
         servers.memory(SIZE, servers.THREADS),
@@ -68,10 +70,15 @@ def measure(setup: Setup) -> Section:
         servers.zcache(SIZE, POOL),
     )
     with setup.serving(recipes) as running:
-        results = interleave(running, ROWS, setup.plan, lambda: codec.append(loops.measure()))
+        results = interleave(
+            running, ROWS, setup.plan, lambda load: codec[load].append(loops.measure())
+        )
         with servers.on_cores(running, {min(os.sched_getaffinity(0))}):
             pinned = interleave(
-                running, SINGLE, setup.plan, lambda: codec_pinned.append(loops.measure())
+                running,
+                SINGLE,
+                setup.plan,
+                lambda load: codec_pinned[load].append(loops.measure()),
             )
     head = ["", *NAMES, "zcache: CPU", "null: CPU"]
     section = Section("nbd", "Over NBD, Unix socket: p50 us, or requests/s", head)
@@ -88,7 +95,7 @@ def measure(setup: Setup) -> Section:
     section.raw = {
         "loads": results.as_json(),
         "one core": pinned.as_json(),
-        "codec": [vars(times) for times in codec],
+        "codec": {str(load): [vars(times) for times in rounds] for load, rounds in codec.items()},
     }
     return section
 
@@ -105,9 +112,9 @@ def _row(load: Load, results: Results, where: str = "") -> list[str]:
     return [*cells, *(figure(results.cpu_us(load, name)) for name in ("zcache", "null"))]
 
 
-def _codec_note(codec: Sequence[CodecTimes], cores: int) -> str:
+def _codec_note(codec: Codecs, cores: int) -> str:
     def middle(get: Callable[[CodecTimes], float]) -> float:
-        return statistics.median(map(get, codec))
+        return statistics.median(get(times) for rounds in codec.values() for times in rounds)
 
     both = (
         middle(lambda t: t.compress_together_per_s),
@@ -120,13 +127,13 @@ def _codec_note(codec: Sequence[CodecTimes], cores: int) -> str:
     )
 
 
-def _ceiling_note(load: Load, results: Results, codec: Sequence[CodecTimes], cores: int) -> str:
+def _ceiling_note(load: Load, results: Results, codec: Codecs, cores: int) -> str:
     """What is left for the codec when socket, nbdkit and client run on the same cores."""
     outcomes = results.of(load, "null")
     client_us = 1e6 * sum(o.client_cpu_s for o in outcomes) / sum(o.requests for o in outcomes)
     socket_us = client_us + results.cpu_us(load, "null")
     pages = load.block_bytes // PAGE_BYTES
-    together = statistics.median(_together(load, times) for times in codec)
+    together = statistics.median(_together(load, times) for times in codec[load])
     codec_us = 1e6 * pages * cores / together
     return (
         f"128 KiB {load.op}, several at once: socket and client take {figure(socket_us)} us of CPU "
@@ -151,14 +158,14 @@ def _plus_codec(base: Sequence[float], codec_us: Sequence[float]) -> list[float]
     return [b + 1.1 * c for b, c in zip(base, codec_us, strict=True)]
 
 
-def latency_goals(results: Results, codec: Sequence[CodecTimes], where: str = "") -> list[Goal]:
+def latency_goals(results: Results, codec: Codecs, where: str = "") -> list[Goal]:
     """Of one request at a time."""
 
     def p50(load: Load, name: str) -> list[float]:
         return results.each(load, name, "p50_us")
 
-    read_us = [8 * times.decompress_p50_us for times in codec]
-    write_us = [32 * times.compress_p50_us for times in codec]
+    read_us = [8 * times.decompress_p50_us for times in codec[READ_32K]]
+    write_us = [32 * times.compress_p50_us for times in codec[WRITE_128K]]
     rows = (
         (READ_4K, p50(READ_4K, "memory"), 1.15, "latency, of memory's"),
         (
@@ -186,7 +193,7 @@ def latency_goals(results: Results, codec: Sequence[CodecTimes], where: str = ""
     ]
 
 
-def rate_goals(results: Results, codec: Sequence[CodecTimes], cores: int) -> list[Goal]:
+def rate_goals(results: Results, codec: Codecs, cores: int) -> list[Goal]:
     """Of many requests at once."""
 
     def rate(load: Load, name: str) -> list[float]:
@@ -194,8 +201,8 @@ def rate_goals(results: Results, codec: Sequence[CodecTimes], cores: int) -> lis
 
     found = []
     for load, codec_us in (
-        (DEEP_READ, [times.decompress_us for times in codec]),
-        (DEEP_WRITE, [times.compress_us for times in codec]),
+        (DEEP_READ, [times.decompress_us for times in codec[DEEP_READ]]),
+        (DEEP_WRITE, [times.compress_us for times in codec[DEEP_WRITE]]),
     ):
         pairs = zip(rate(load, "null"), codec_us, strict=True)
         bound = [1 / (1 / null + us / 1e6) for null, us in pairs]
@@ -206,7 +213,7 @@ def rate_goals(results: Results, codec: Sequence[CodecTimes], cores: int) -> lis
     text = "requests/s, of memory-zstd's"
     found.append(Goal("4 KiB write, depth 32", measured, 3.0, False, text))
     for load in (WIDE_READ, WIDE_WRITE, WIDE_READ_2, WIDE_WRITE_2):
-        together = [_together(load, times) for times in codec]
+        together = [_together(load, times) for times in codec[load]]
         pages = load.block_bytes // PAGE_BYTES
         measured = _ratio([pages * r for r in rate(load, "zcache")], together)
         lines = f", {load.connections} connections" if load.connections > 1 else ""

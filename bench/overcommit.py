@@ -104,7 +104,7 @@ def ways_to_serve() -> dict[str, Prepare]:
     """zcache with its own choice of threads, with others, and without real-time priority."""
 
     def ours(threads: int | None = None, **keys: str) -> Recipe:
-        return zcache(threads, size=SIZE, pool=POOL, **keys)
+        return zcache(threads, (), size=SIZE, pool=POOL, **keys)
 
     return {
         "as it is": _served(ours()),
@@ -140,8 +140,9 @@ def run_one(setup: Setup, prepare: Prepare) -> Run:
 
 def _run_of(result: Result, ram_bytes: int) -> Run:
     report = read_hog(result.stdout)
-    if result.exit.code or report.bad or trouble(result.log):
-        raise ValueError(f"exit {result.exit.code}, {report.bad} bad pages, or a bad kernel log")
+    said = trouble(result.log)
+    if result.exit.code or report.bad or said:
+        raise ValueError(f"exit {result.exit.code}, {report.bad} bad pages; kernel log: {said[:3]}")
     random = report.phase("random")
     return Run(
         fill_pages_per_s=report.phase("fill").touches_per_s,

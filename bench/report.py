@@ -94,6 +94,8 @@ def print_section(section: Section, console: Console) -> None:
 
 
 def print_goals(sections: Sequence[Section], console: Console) -> None:
+    if not any(section.goals for section in sections):
+        return
     table = Table(title="Goals", title_justify="left", title_style="bold")
     for name, right in (("what", 0), ("measured as", 0), ("measured", 1), ("goal", 1), ("", 0)):
         table.add_column(name, justify="right" if right else "left")

@@ -79,14 +79,17 @@ def interleave(
     servers: Sequence[Server],
     rows: Sequence[Load],
     plan: Plan,
-    each_round: Callable[[], None] | None = None,
+    before: Callable[[Load], None] = lambda load: None,
 ) -> Results:
-    """Every load on every server, `plan.rounds` times.  Servers must have been filled."""
+    """Every load on every server, `plan.rounds` times.  Servers must have been filled.
+
+    before: called with a load before the first server gets it, in every round; for what has to be
+    measured beside it.
+    """
     results = Results({(load, server.name): [] for load in rows for server in servers})
     for number in range(plan.rounds):
-        if each_round is not None:
-            each_round()
         for load in rows:
+            before(load)
             for server in turned(servers, number):
                 outcome = measure(server, load, plan, plan.seed + number)
                 results.of(load, server.name).append(outcome)

@@ -141,15 +141,31 @@ def assert_swapped(result: Result) -> None:
     assert progress.kept_moving(), progress
 
 
+# ---- what the server refuses ----
+
+
+def fitting_mib(guest: Guest) -> int:
+    """A little more than the guest can hold without swapping anything out.
+
+    Random bytes in a pool of SMALL_POOL win nothing and fill it at once, also with slots that the
+    kernel has read back and not discarded: so this much has to fit into what there is beside it.
+    """
+    return guest.meminfo_kb()["MemAvailable"] // 1024 + 8
+
+
+SMALL_POOL = "8M"
+
+
 @pytest.mark.timeout(120)
 def test_a_full_pool_refuses_writes_and_no_page_is_lost() -> None:
-    """Random bytes in a guest that has room for them only as long as some are out."""
+    """Random bytes in a guest that has room for them, and tries to swap out all the time."""
     with Lab(limit_s=100) as lab:
-        server = lab.serve(zcache(size="512M", pool="24M"))
-        guest = lab.boot(GuestConfig(mem_mib=128))
+        server = lab.serve(zcache(size="256M", pool=SMALL_POOL))
+        guest = lab.boot(GuestConfig(mem_mib=128, sysctl={"vm.min_free_kbytes": "8192"}))
         attach(guest, server)
         swap_on(guest)
-        result = lab.watch(lambda: hog(guest, 112, None, 4, 4, noise_percent=100), server)
+        mib = fitting_mib(guest)
+        result = lab.watch(lambda: hog(guest, mib, None, 3, 3, 3, noise_percent=100), server)
         assert result.exit.code == 0, result.stdout + result.stderr
         assert read_hog(result.stdout).bad == 0
         assert result.stats["after"]["failed_stores"] > 0
@@ -208,14 +224,11 @@ def test_a_guest_swaps_onto_its_own_memory_for_long(corpus: Path, run: int, seed
     own_memory_run(corpus, seconds=60, seed=seed + run, limit_s=540)
 
 
-def refused_run(mib: int, seconds: float, limit_s: float) -> None:
-    """Random bytes: the pool fills, writes are refused, and the guest lives on what it has.
-
-    165 MiB fit into a guest of 256 MiB only as long as the pool holds some of them; there is no
-    memory to be won, and the kernel goes on trying.
-    """
+def refused_run(seconds: float, limit_s: float) -> None:
+    """Random bytes: the pool fills, writes are refused, and the guest lives on what it has."""
     with Lab(limit_s) as lab:
-        guest, server = self_serving(lab, size="512M", pool="48M")
+        guest, server = self_serving(lab, size="256M", pool=SMALL_POOL)
+        mib = fitting_mib(guest)
         result = lab.watch(lambda: hog(guest, mib, None, seconds, seconds, seconds, 100))
         assert result.exit.code == 0, result.stdout + result.stderr
         assert read_hog(result.stdout).bad == 0
@@ -231,7 +244,14 @@ def refused_run(mib: int, seconds: float, limit_s: float) -> None:
 
 @pytest.mark.timeout(150)
 def test_a_guest_survives_its_own_full_pool() -> None:
-    refused_run(165, seconds=5, limit_s=130)
+    refused_run(seconds=3, limit_s=130)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("run", range(3))
+def test_a_guest_survives_its_own_full_pool_for_long(run: int) -> None:
+    refused_run(seconds=20, limit_s=540)
 
 
 @pytest.mark.timeout(150)
@@ -244,14 +264,13 @@ def test_a_guest_survives_what_fits_nowhere() -> None:
     with Lab(limit_s=130) as lab:
         guest, server = self_serving(lab, size="288M", pool="64M")
         job = hog(guest, 300, None, noise_percent=100)
-        guest.link.wait_for(lambda: refused(guest), 90, "a refused write")
+        guest.link.wait_for(lambda: refused(guest), None, "a refused write")
         moved = guest.samples[-1].moved_pages
         guest.link.wait_for(
-            lambda: job.done() or guest.samples[-1].moved_pages > moved + 50_000,
-            30,
+            lambda: job.done() or guest.samples[-1].moved_pages > moved + 20_000,
+            None,
             "the server to go on answering",
         )
-        guest.vmstat()
         if not job.done():
             job.kill()
         job.wait()
@@ -267,13 +286,6 @@ def test_a_guest_survives_what_fits_nowhere() -> None:
 
 def refused(guest: Guest) -> bool:
     return any("Write-error" in line.text for line in guest.log)
-
-
-@pytest.mark.soak
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("run", range(3))
-def test_a_guest_survives_its_own_full_pool_for_long(run: int) -> None:
-    refused_run(165, seconds=60, limit_s=540)
 
 
 def assert_answers(guest: Guest) -> None:

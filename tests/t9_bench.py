@@ -110,12 +110,12 @@ def test_what_does_not_compile_says_why(tmp_path: Path, monkeypatch: pytest.Monk
 def test_rounds_take_turns(setup: Setup) -> None:
     assert turned("ABC", 0) == ["A", "B", "C"]
     assert turned("ABC", 4) == ["B", "C", "A"]
-    rounds = []
+    rounds: list[Load] = []
     row = Load("read", 4 * KIB)
     with setup.serving([servers.null("64M"), zcache()]) as running:
         plan = Plan(setup.plan.data, MIB, seconds=0.05, rounds=2)
-        results = interleave(running, [row], plan, each_round=lambda: rounds.append(1))
-    assert len(rounds) == 2
+        results = interleave(running, [row], plan, before=rounds.append)
+    assert rounds == [row, row]
     for name in ("null", "zcache"):
         assert len(results.of(row, name)) == 2
         assert results.median(row, name).requests > 0

@@ -100,8 +100,7 @@ class Screen:
 
     def __init__(self, guest: Guest, server: ServerView) -> None:
         self._guest, self._server = guest, server
-        total_kb = int(guest.read("/proc/meminfo").split()[1])
-        self._total_bytes = total_kb << 10
+        self._total_bytes = guest.meminfo_kb()["MemTotal"] << 10
 
     def watch(self, job: Job) -> None:
         """Until the job ends."""

@@ -273,6 +273,11 @@ class Guest:
     def vmstat(self) -> dict[str, int]:
         return parse_vmstat(self.read("/proc/vmstat"))
 
+    def meminfo_kb(self) -> dict[str, int]:
+        """/proc/meminfo: MemTotal, MemFree, MemAvailable, SwapTotal, ... in KiB."""
+        lines = (line.split() for line in self.read("/proc/meminfo").splitlines())
+        return {words[0].rstrip(":"): int(words[1]) for words in lines}
+
     def bring(self, path: Path) -> str:
         """Make a file or folder of the host visible in the guest at its own path; returns it.
 

@@ -94,12 +94,15 @@ def nbdkit_memory(size: str = "512M", threads: int = 4, **words: str) -> Recipe:
     return recipe
 
 
-def zcache(threads: int | None = None, **keys: str) -> Recipe:
-    """Our server with the plugin's keys (size="512M", pool="128M", ...)."""
+def zcache(threads: int | None = None, nbdkit_words: tuple[str, ...] = (), **keys: str) -> Recipe:
+    """Our server with the plugin's keys (size="512M", pool="128M", ...).
+
+    nbdkit_words: further options of nbdkit, e.g. ("--log=null",) or ("--filter=delay",).
+    """
 
     def recipe(place: Place) -> ServerCommand:
         words = tuple(f"{key}={value}" for key, value in keys.items())
-        nbdkit = [tool("nbdkit"), "-f", "-P", place.pidfile, *place.listen]
+        nbdkit = [tool("nbdkit"), "-f", "-P", place.pidfile, *nbdkit_words, *place.listen]
         status = (_python(), "-m", "plugin.cli", "status")
         if threads is not None:
             nbdkit += ["-t", str(threads)]

@@ -1,0 +1,293 @@
+"""A real Linux swaps onto our server: the four cases that the first capability is judged by.
+
+    1  stress-ng with --verify over more memory than the guest has
+    2  the hog: real page content, a checksum at every touch
+    3  the hog has gone: discards arrive, and next to nothing stays stored
+    4  the server runs inside of the guest that swaps onto it, on that guest's own memory;
+       with pages that compress, and with pages that do not, so that writes are refused
+
+ZCACHE_LAB_SERVER=memory runs cases 1 to 3 against nbdkit's own RAM disk instead, to tell the
+server's faults from the lab's.  Together about five minutes; `make soak` has the long runs of 4.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from bench.corpus import pages_file
+from tests.swaplab import (
+    SELF_SERVING_SYSCTL,
+    Guest,
+    GuestConfig,
+    InsideServer,
+    Lab,
+    Recipe,
+    Result,
+    attach,
+    detach,
+    fitness,
+    hog,
+    nbdkit_memory,
+    read_hog,
+    read_stress,
+    serve_inside,
+    stress_ng,
+    swap_off,
+    swap_on,
+    trouble,
+    zcache,
+)
+
+pytestmark = pytest.mark.skipif(
+    os.geteuid() != 0, reason="; ".join(fitness.missing()) or "needs root for its network"
+)
+CORPUS_MIB = 64
+PAGE_BYTES = 4096
+REFUSED = ("nbd", "io-error", "write-error")
+"""What the kernel says when the server refuses a write."""
+
+
+def on_the_host(size: str, pool: str) -> Recipe:
+    if os.environ.get("ZCACHE_LAB_SERVER") == "memory":
+        return nbdkit_memory(size)
+    return zcache(size=size, pool=pool)
+
+
+def stored_bytes(stats: dict[str, int]) -> int:
+    """Bytes of pages that the server holds, whichever server it is."""
+    return stats["logical_bytes"] if "logical_bytes" in stats else stats["stored_bytes"]
+
+
+@pytest.fixture(scope="module")
+def corpus() -> Path:
+    return pages_file(CORPUS_MIB)
+
+
+# ---- 1: stress-ng ----
+
+
+@pytest.mark.timeout(180)
+def test_stress_ng_verifies_more_memory_than_the_guest_has() -> None:
+    mib = 160
+    with Lab(limit_s=150) as lab:
+        server = lab.serve(on_the_host(size="512M", pool="256M"))
+        guest = lab.boot(GuestConfig(mem_mib=128))
+        attach(guest, server)
+        swap_on(guest)
+        result = lab.watch(lambda: stress_ng(guest, mib), server)
+        swap_off(guest)
+        detach(guest)
+        report = read_stress(result)
+        assert report.failures == ()
+        assert report.passed
+        assert report.passes(mib) > 1, "no pass of verification was completed"
+        assert trouble(guest.log) == []
+        assert_swapped(result)
+
+
+# ---- 2 and 3: the hog ----
+
+
+@pytest.fixture(scope="module")
+def overcommitted(corpus: Path) -> Iterator[tuple[Result, Lab]]:
+    """A guest of 128 MiB after a hog of 192 MiB of real pages has come and gone."""
+    with Lab(limit_s=150) as lab:
+        server = lab.serve(on_the_host(size="512M", pool="256M"))
+        guest = lab.boot(GuestConfig(mem_mib=128))
+        attach(guest, server)
+        swap_on(guest)
+        yield lab.watch(lambda: hog(guest, 192, corpus, 6, 6), server), lab
+
+
+@pytest.mark.timeout(180)
+def test_the_hog_finds_every_page_as_it_left_it(overcommitted: tuple[Result, Lab]) -> None:
+    result, lab = overcommitted
+    assert result.exit.code == 0, result.stdout + result.stderr
+    report = read_hog(result.stdout)
+    assert report.bad == 0
+    assert report.phase("audit").touches == report.pages == 192 << 8
+    assert report.phase("random").touches > 0
+    assert trouble(lab.guests[0].log) == []
+    assert_swapped(result)
+
+
+@pytest.mark.timeout(60)
+def test_discards_empty_the_server_once_the_hog_has_gone(
+    overcommitted: tuple[Result, Lab],
+) -> None:
+    result, lab = overcommitted
+    peak = stored_bytes(result.stats["peak"])
+    assert peak > 64 << 20
+    # Discards of freed clusters run in a worker of the kernel: look until it has done them.
+    left = lab.until_stats(lab.servers[0], lambda stats: stored_bytes(stats) < peak // 20)
+    if "trim_requests" in left:
+        assert left["trim_requests"] > result.stats["before"]["trim_requests"]
+        assert left["corrupt_loads"] == left["lost_pages"] == left["failed_stores"] == 0
+    guest = lab.guests[0]
+    swap_off(guest)
+    detach(guest)
+    assert trouble(guest.log) == []
+
+
+def assert_swapped(result: Result) -> None:
+    """Tens of thousands of pages out and in, and never at rest."""
+    progress = result.progress()
+    assert progress.pages_out > 20_000
+    assert progress.pages_in > 10_000
+    assert progress.kept_moving(), progress
+
+
+# ---- what the server refuses ----
+
+
+def fitting_mib(guest: Guest) -> int:
+    """A little more than the guest can hold without swapping anything out.
+
+    Random bytes in a pool of SMALL_POOL win nothing and fill it at once, also with slots that the
+    kernel has read back and not discarded: so this much has to fit into what there is beside it.
+    """
+    return guest.meminfo_kb()["MemAvailable"] // 1024 + 8
+
+
+SMALL_POOL = "8M"
+
+
+@pytest.mark.timeout(120)
+def test_a_full_pool_refuses_writes_and_no_page_is_lost() -> None:
+    """Random bytes in a guest that has room for them, and tries to swap out all the time."""
+    with Lab(limit_s=100) as lab:
+        server = lab.serve(zcache(size="256M", pool=SMALL_POOL))
+        guest = lab.boot(GuestConfig(mem_mib=128, sysctl={"vm.min_free_kbytes": "8192"}))
+        attach(guest, server)
+        swap_on(guest)
+        mib = fitting_mib(guest)
+        result = lab.watch(lambda: hog(guest, mib, None, 3, 3, 3, noise_percent=100), server)
+        assert result.exit.code == 0, result.stdout + result.stderr
+        assert read_hog(result.stdout).bad == 0
+        assert result.stats["after"]["failed_stores"] > 0
+        swap_off(guest)
+        detach(guest)
+        assert trouble(guest.log, expected=REFUSED) == []
+
+
+# ---- 4: the machine that swaps is the machine that serves ----
+
+SELF_SERVING = GuestConfig(mem_mib=256, sysctl=SELF_SERVING_SYSCTL)
+
+
+def self_serving(lab: Lab, size: str, pool: str, log: str="") -> tuple[Guest, InsideServer]:
+    guest = lab.boot(SELF_SERVING)
+    server = serve_inside(guest, zcache(size=size, pool=pool, nbdkit_words=("--log=null",)))
+    attach(guest, server)
+    swap_on(guest)
+    return guest, server
+
+
+def own_memory_run(corpus: Path, seconds: float, seed: int, limit_s: float) -> None:
+    """300 MiB of real pages in a guest of 256 MiB that keeps them compressed itself.
+
+    The device is smaller than twice the pool, so that a zbud pool cannot fill with pages that
+    compress: the kernel discards whole clusters only, and what it has read back stays stored.
+    """
+    with Lab(limit_s) as lab:
+        guest, server = self_serving(lab, size="288M", pool="150M")
+        fourth = seconds / 4
+        result = lab.watch(
+            lambda: hog(guest, 300, corpus, fourth, fourth, audit_s=2 * fourth, seed=seed)
+        )
+        assert result.exit.code == 0, result.stdout + result.stderr
+        report = read_hog(result.stdout)
+        assert report.bad == 0
+        assert report.phase("random").touches > 0
+        assert result.progress().kept_moving()
+        assert result.counted("oom_kill") == 0
+        assert not server.job.done()
+        assert trouble(guest.log) == []
+        stats = server.stats()
+        assert stats["failed_stores"] == stats["corrupt_loads"] == stats["lost_pages"] == 0
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("run", range(3))
+def test_a_guest_swaps_onto_its_own_memory(corpus: Path, run: int, seed: int) -> None:
+    own_memory_run(corpus, seconds=16, seed=seed + run, limit_s=210)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("run", range(10))
+def test_a_guest_swaps_onto_its_own_memory_for_long(corpus: Path, run: int, seed: int) -> None:
+    own_memory_run(corpus, seconds=60, seed=seed + run, limit_s=540)
+
+
+def refused_run(seconds: float, limit_s: float) -> None:
+    """Random bytes: the pool fills, writes are refused, and the guest lives on what it has."""
+    with Lab(limit_s) as lab:
+        guest, server = self_serving(lab, size="256M", pool=SMALL_POOL)
+        mib = fitting_mib(guest)
+        result = lab.watch(lambda: hog(guest, mib, None, seconds, seconds, seconds, 100))
+        assert result.exit.code == 0, result.stdout + result.stderr
+        assert read_hog(result.stdout).bad == 0
+        assert not server.job.done()
+        assert_answers(guest)
+        assert trouble(guest.log, expected=REFUSED) == []
+        stats = server.stats()
+        assert stats["failed_stores"] > 0
+        assert stats["corrupt_loads"] == stats["lost_pages"] == 0
+        swap_off(guest)
+        detach(guest)
+
+
+@pytest.mark.timeout(150)
+def test_a_guest_survives_its_own_full_pool() -> None:
+    refused_run(seconds=3, limit_s=130)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("run", range(3))
+def test_a_guest_survives_its_own_full_pool_for_long(run: int) -> None:
+    refused_run(seconds=20, limit_s=540)
+
+
+@pytest.mark.timeout(150)
+def test_a_guest_survives_what_fits_nowhere() -> None:
+    """300 MiB of random bytes, with a pool in the guest's own memory: there is no room at all.
+
+    The kernel does not give up for minutes (it writes again what was refused).  PID 1 answers all
+    the while, and once the hog is killed, everything is as before.
+    """
+    with Lab(limit_s=130) as lab:
+        guest, server = self_serving(lab, size="288M", pool="64M", log="null")
+        job = hog(guest, 300, None, noise_percent=100)
+        guest.link.wait_for(lambda: refused(guest), None, "a refused write")
+        moved = guest.samples[-1].moved_pages
+        guest.link.wait_for(
+            lambda: job.done() or guest.samples[-1].moved_pages > moved + 20_000,
+            None,
+            "the server to go on answering",
+        )
+        if not job.done():
+            job.kill()
+        job.wait()
+        assert not server.job.done()
+        assert_answers(guest)
+        stats = server.stats()
+        assert stats["failed_stores"] > 0
+        assert stats["corrupt_loads"] == stats["lost_pages"] == 0
+        swap_off(guest)
+        detach(guest)
+        assert trouble(guest.log, expected=(*REFUSED, "oom")) == []
+
+
+def refused(guest: Guest) -> bool:
+    return any("Write-error" in line.text for line in guest.log)
+
+
+def assert_answers(guest: Guest) -> None:
+    """A new program can be started, and runs to its end."""
+    assert guest.call(["/bin/busybox", "echo", "alive"]).strip() == "alive"
