@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent
 CORE = ROOT / "zcache_core"
 sys.path.insert(0, str(ROOT))
 
-LIBRARIES = {"codec": ["lz4", "zstd"], "store": ["xxhash"], "ramtier": ["xxhash"]}
+LIBRARIES = {"codec": ["lz4", "zstd"]}
 
 
 def write_counter_ids() -> None:
@@ -62,9 +62,9 @@ def extensions() -> list[Extension]:
             [str(source.relative_to(ROOT))],
             include_dirs=["zcache_core"],
             depends=["zcache_core/native.h", "zcache_core/callbacks.h"],
-            libraries=LIBRARIES.get(source.stem, []),
+            libraries=[*LIBRARIES.get(source.stem, []), "xxhash"],
             extra_compile_args=flags() + sanitize,
-            extra_link_args=sanitize,
+            extra_link_args=["-Wl,--as-needed", *sanitize],
         )
         for source in sorted(CORE.glob("*.pyx"))
     ]

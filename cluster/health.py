@@ -14,6 +14,7 @@ metrics' work.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ _ORDER = (OK, DEGRADED, CRITICAL)
 
 PAGE_BYTES = 4096
 NEARLY_FULL, FULL = 0.80, 0.99  # shares of the pool's frames in use
+DISK_NEARLY_FULL = 0.90  # share of the disk that is alive; cleaning gets expensive above
 
 
 @dataclass(frozen=True)
@@ -71,9 +73,52 @@ def copies_damaged(stats: Stats, config: Config) -> Reason | None:
     )
 
 
+def disk_copies_bad(stats: Stats, config: Config) -> Reason | None:
+    """What was read back from the disk was not what had been written there, or nothing."""
+    corrupt, unread = stats["disk_corrupt_pages"], stats["disk_read_errors"]
+    if corrupt + unread == 0:
+        return None
+    return Reason(
+        CRITICAL,
+        f"{corrupt} copies on the disk were found wrong or damaged and {unread} could not be "
+        f"read: their pages answer with an I/O error, never with other data.",
+        "Check the disk (kernel log, smartctl) and what else may write to it; restart the "
+        "programs that the kernel log names.",
+    )
+
+
+def disk_fails(stats: Stats, config: Config) -> Reason | None:
+    """Writes to the disk fail now; the pages stay in RAM."""
+    if not stats["disk_degraded"]:
+        return None
+    why = os.strerror(stats["disk_errno"])
+    return Reason(
+        DEGRADED,
+        f"Writing to the disk fails ({why}, {stats['disk_write_errors']} times so far): pages "
+        f"stay in RAM, and it is tried again every 10 s at least.",
+        "See to the disk (room where its file lies, cables, kernel log); writeback goes on by "
+        "itself when it is well.",
+    )
+
+
+def disk_nearly_full(stats: Stats, config: Config) -> Reason | None:
+    """A disk that has room for the whole device may be as full as it likes."""
+    limit = stats["disk_limit_bytes"]
+    if limit == 0 or stats["disk_bytes"] < DISK_NEARLY_FULL * limit or _all_fits(stats, config):
+        return None
+    return Reason(
+        DEGRADED,
+        f"The disk is {100 * stats['disk_bytes'] // limit} % full of living pages.",
+        "End something that uses memory; restart with a larger disk_size= (with memory=NAME the "
+        "pages are kept).",
+    )
+
+
 def pool_full(stats: Stats, config: Config) -> Reason | None:
-    """With nothing below the pool, the next page that needs a frame is refused."""
+    """Frames whose pages are in RAM only: when they are all, the next page has to wait."""
     used, limit = stats["pers_pageframes"], stats["pool_limit_frames"]
+    if stats["disk_limit_bytes"]:
+        return _pool_full_above_disk(stats) if limit and used >= FULL * limit else None
     if limit == 0 or used < NEARLY_FULL * limit:
         return None
     percent = 100 * used // limit
@@ -91,27 +136,76 @@ def pool_full(stats: Stats, config: Config) -> Reason | None:
     )
 
 
+def _pool_full_above_disk(stats: Stats) -> Reason:
+    if (
+        stats["disk_degraded"]
+        or stats["disk_bytes"] >= DISK_NEARLY_FULL * stats["disk_limit_bytes"]
+    ):
+        return Reason(
+            CRITICAL,
+            "The pool is full and the disk takes no more pages: writes are being refused with "
+            "ENOSPC, the kernel keeps those pages in RAM.",
+            "End something that uses memory, or add another swap device of lower priority now.",
+        )
+    return Reason(
+        DEGRADED,
+        "The pool is full: pages come faster than the disk takes them, so writes wait.",
+        "If it stays so, use a faster disk or a larger pool=; lower watermarks (set) make room "
+        "earlier.",
+    )
+
+
 def writes_refused(stats: Stats, config: Config) -> Reason | None:
     """It has happened; the pages stayed in the kernel, nothing was lost."""
     if not (refused := stats["failed_stores"]):
         return None
+    below = stats["disk_limit_bytes"] > 0
     return Reason(
         DEGRADED,
-        f"{refused} page writes have been refused since the start because the pool was full.",
-        "Restart with a larger pool= or a smaller size=, or add swap of lower priority.",
+        f"{refused} page writes have been refused since the start because the pool was full"
+        + (" and the disk took nothing in time." if below else "."),
+        f"Restart with a larger {'disk_size=' if below else 'pool='} or a smaller size=, or add "
+        f"swap of lower priority.",
     )
 
 
 def pool_can_fill(stats: Stats, config: Config) -> Reason | None:
-    """Pages that do not compress take a frame each, so size above pool can end in ENOSPC."""
+    """Pages that do not compress take a frame each, or its room below: all may be taken."""
     device, pool = stats["device_pages"], stats["pool_limit_frames"]
-    if device <= pool:
+    if _all_fits(stats, config):
         return None
+    if stats["disk_limit_bytes"]:
+        safe = int(config.get("guaranteed", 0)) // PAGE_BYTES
+        return Reason(
+            DEGRADED,
+            f"Pool and disk can fill: {safe} of the device's {device} pages are safe from refused "
+            f"writes whatever the data; with more in use that compresses badly, they may come.",
+            "Choose a larger disk_size= (1.05 times size= and 16M), or keep swap of lower "
+            "priority beside it.",
+        )
     return Reason(
         DEGRADED,
         f"The pool can fill: {device} pages of device, {pool} frames of pool, no lower tier. "
         f"When pages compress worse than {device / pool:.1f} to 1, writes will be refused.",
-        "Keep swap of lower priority beside it, or choose size= nearer to pool=.",
+        "Give it a disk= of 1.05 times size= and 16M, keep swap of lower priority beside it, or "
+        "choose size= nearer to pool=.",
+    )
+
+
+def _all_fits(stats: Stats, config: Config) -> bool:
+    """Whether no write can ever be refused, whatever the data; as it was said at the start."""
+    guaranteed = int(config.get("guaranteed", stats["pool_limit_frames"] * PAGE_BYTES))
+    return stats["device_pages"] * PAGE_BYTES <= guaranteed
+
+
+def is_draining(stats: Stats, config: Config) -> Reason | None:
+    """On purpose, but not to be forgotten."""
+    if not stats["draining"]:
+        return None
+    return Reason(
+        DEGRADED,
+        "The pool is drained: every page goes to the disk, and is read from there.",
+        "Run 'zcache drain --off' when RAM may be used again.",
     )
 
 
@@ -141,9 +235,13 @@ def server_unfit(stats: Stats, config: Config) -> Reason | None:
 RULES: tuple[Rule, ...] = (
     pages_lost,
     copies_damaged,
+    disk_copies_bad,
     pool_full,
+    disk_fails,
     writes_refused,
+    disk_nearly_full,
     memory_not_given,
     server_unfit,
     pool_can_fill,
+    is_draining,
 )

@@ -2,12 +2,14 @@
 
     server process (nbdkit + plugin)          node process (this, asyncio)
       memory file: counters  <-- read-only --   stats, health
+      cooling thread         <-- commands ---   set, drain: 16 bytes through a pipe
       starts the node, waits  <-- pidfd ------   ends itself when the server ends
                                                  control socket, mode 0600
 
 The server never answers a question: whoever polls costs the node's time, not a
 page's.  Counters are read straight from the shared memory file, so a node that is
-killed loses nothing and the next one goes on.
+killed loses nothing and the next one goes on.  Commands (`steering.py`) are obeyed by
+the server's compiled cooling thread.
 
 Bound: the link's (connections, calls in flight, deadlines, message size).
 
@@ -35,6 +37,7 @@ from cluster import unixsock
 from cluster.health import health
 from cluster.link import RpcError, Server
 from cluster.logrelay import LogRelay
+from cluster.steering import Steering
 from zcache_core import counters
 from zcache_core.errors import ConfigError, ZcacheError
 from zcache_core.memfile import MemoryFile
@@ -47,21 +50,34 @@ LOG_READ_BYTES = 64 * 1024
 class Node:
     """The methods, over one attached memory file and the server's configuration."""
 
-    def __init__(self, memory: MemoryFile, config: dict[str, Any], server_pid: int) -> None:
+    def __init__(
+        self,
+        memory: MemoryFile,
+        config: dict[str, Any],
+        server_pid: int,
+        command_fd: int | None = None,
+    ) -> None:
         self._memory, self._config, self._server_pid = memory, config, server_pid
         self._started_s = server_start_s(server_pid)
+        self._steering = Steering(command_fd, lambda: counters.read(memory))
         self._methods: dict[str, Callable[[], Awaitable[Any]]] = {
             "ping": self.ping,
             "stats": self.stats,
             "config": self.config,
             "health": self.health,
         }
+        self._methods_with_params: dict[str, Callable[[list[Any]], Awaitable[Any]]] = {
+            "set": self._steering.set,
+            "drain": self._steering.drain,
+        }
 
     async def dispatch(self, method: str, params: list[Any]) -> Any:
         """The result of one request.  Raises RpcError."""
+        if (call_with := self._methods_with_params.get(method)) is not None:
+            return await call_with(params)
         call = self._methods.get(method)
         if call is None:
-            known = ", ".join(sorted(self._methods))
+            known = ", ".join(sorted([*self._methods, *self._methods_with_params]))
             raise RpcError("unknown_method", f"there is no method {method}; use one of {known}")
         if params:
             raise RpcError("bad_params", f"{method} takes no parameters; send an empty array")
@@ -79,7 +95,7 @@ class Node:
         return counters.read(self._memory)
 
     async def config(self) -> dict[str, Any]:
-        return self._config
+        return self._config | self._steering.effective()
 
     async def health(self) -> dict[str, Any]:
         return health(counters.read(self._memory), self._config)
@@ -168,6 +184,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--shmid", required=True, type=int, help="segment of the memory file")
     parser.add_argument("--server-pid", required=True, type=int, help="the server, our parent")
     parser.add_argument("--config", required=True, type=json.loads, help="what `config` answers")
+    parser.add_argument("--command-fd", type=int, help="pipe to the server's cooling thread")
     parser.add_argument("--log-fd", type=int, help="pipe with the server's log, to pass on")
     args = parser.parse_args(argv)
     logging.basicConfig(format="zcache node: %(message)s", level=logging.WARNING)
@@ -176,7 +193,7 @@ def main(argv: list[str] | None = None) -> int:
         pidfd = watch_server(args.server_pid)
         memory = MemoryFile.attach(args.shmid)
         try:
-            node = Node(memory, args.config, args.server_pid)
+            node = Node(memory, args.config, args.server_pid, args.command_fd)
             asyncio.run(serve(node, args.control, pidfd, args.log_fd))
         finally:
             memory.close()

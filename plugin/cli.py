@@ -1,6 +1,7 @@
 """The command `zcache`: what a person or a script asks about servers and the machine.
 
     zcache status [--json] [--control SOCK]     a running server, over its control socket
+    zcache drain [--off] [--control SOCK]       move every page from RAM to the disk
     zcache check [--remove-leftovers]           is this machine fit, and what to do if not
     zcache version
 
@@ -10,7 +11,8 @@ Exit codes:
     2  usage
     3  an option's value is not possible
     4  memory file, 5 in use (as zcache_core.errors)
-    6  no server answered
+    6  no server answered, or it said no
+    130  drain: interrupted
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from typing import Any
 
 import zcache_core
 from cluster.link import BlockingClient
-from plugin import fitness, show
+from plugin import drain, fitness, show
 from zcache_core.errors import ControlError, ZcacheError
 
 UNFIT = 1
@@ -64,6 +66,17 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument("--control", metavar="SOCK", help="its control socket (found if only one)")
     status.set_defaults(run=_status)
 
+    draining = commands.add_parser(
+        "drain", help="move every page from RAM to the disk, and watch it"
+    )
+    what = draining.add_mutually_exclusive_group()
+    what.add_argument("--off", action="store_true", help="use RAM again")
+    what.add_argument(
+        "--keep", action="store_true", help="go on when this command is interrupted (Ctrl-C)"
+    )
+    draining.add_argument("--control", metavar="SOCK", help="the server (found if only one)")
+    draining.set_defaults(run=_drain)
+
     check = commands.add_parser("check", help="is this machine fit to swap onto zcache")
     check.add_argument(
         "--remove-leftovers",
@@ -88,6 +101,11 @@ def _status(args: argparse.Namespace) -> int:
     else:
         show.print_lines(show.lines(str(control), **answers))
     return 0
+
+
+def _drain(args: argparse.Namespace) -> int:
+    with BlockingClient(args.control or the_only_control()) as client:
+        return drain.off(client.call) if args.off else drain.run(client.call, args.keep)
 
 
 def _check(args: argparse.Namespace) -> int:

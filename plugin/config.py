@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
+from zcache_core.diskfile import LEAST_BYTES as DISK_BYTES_MIN
 from zcache_core.errors import ConfigError
 
 PAGE_BYTES = 4096
@@ -28,17 +29,16 @@ ALLOCATORS = ("zbud",)
 ALLOCATORS_LATER = ("z3fold", "zsmalloc")
 CODECS = ("lz4", "zstd", "none")
 ZSTD_LEVELS = range(1, 20)
+HIGH_PERCENT = 90
+LOW_BELOW_HIGH_PERCENT = 10  # enough that writeback comes in long sequential runs
+REALTIME = ("auto", "yes", "no")
 UNITS = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 # Keys that the design has and this version has not: a clear no, not "unknown".
 KEYS_LATER = (
     "recompress",
     "recompress_age",
-    "disk",
-    "disk_size",
     "encrypt",
     "writeback_limit",
-    "high",
-    "low",
     "pressure",
     "peers",
     "replicas",
@@ -60,9 +60,14 @@ class Config:
     commit: str = "ahead"  # or "all"
     allocator: str = "zbud"
     codec: str = "lz4"  # or "zstd:LEVEL", "none"
+    disk: str | None = None  # absolute path; None: RAM is all there is
+    disk_size_bytes: int | None = None  # None: all that is there
+    disk_force: str | None = None  # the same path as `disk`: its content may be overwritten
+    high_percent: int = HIGH_PERCENT
+    low_percent: int = HIGH_PERCENT - LOW_BELOW_HIGH_PERCENT
     control: str | None = None  # absolute path; None: beside the NBD socket
     memory: str | None = None  # None: private to the process
-    realtime: bool = True
+    realtime: str = "auto"  # or "yes", "no"
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values under the names of the keys, sizes in bytes."""
@@ -96,7 +101,31 @@ def parse(pairs: Iterable[tuple[str, str]], ram_bytes: int | None = None) -> Con
         values[key.field] = key.read(text, ram_bytes)
     if "size" not in given:
         raise ConfigError("size is missing; write size=8G for a swap device of 8 GiB")
-    return Config(**values)
+    if "high" in given and "low" not in given:
+        values["low_percent"] = max(1, values["high_percent"] - LOW_BELOW_HIGH_PERCENT)
+    config = Config(**values)
+    _check_disk_keys(config, given)
+    return config
+
+
+def _check_disk_keys(config: Config, given: set[str]) -> None:
+    """What keys of the disk mean only together.  Raises ConfigError."""
+    if config.disk is None:
+        for name in ("disk_size", "disk_force", "high", "low"):
+            if name in given:
+                raise ConfigError(
+                    f"{name}= means something only with disk=PATH; add it, or leave {name}= out"
+                )
+    if config.low_percent > config.high_percent:
+        raise ConfigError(
+            f"low={config.low_percent} is above high={config.high_percent}; "
+            f"write low={config.high_percent} or less, or a larger high="
+        )
+    if config.disk_force is not None and config.disk_force != config.disk:
+        raise ConfigError(
+            f"disk_force={config.disk_force} is another path than disk={config.disk}; repeat that "
+            f"path if nothing on it is needed, or leave disk_force= out"
+        )
 
 
 def help_text() -> str:
@@ -205,6 +234,37 @@ def _pool(text: str, ram_bytes: int) -> int:
     return pool
 
 
+def _path(name: str, example: str) -> Callable[[str, int], str]:
+    def read(text: str, ram_bytes: int) -> str:
+        if not text or "\0" in text:
+            raise ConfigError(f"{name}= is no path; write {name}={example}, or leave it out")
+        return os.path.abspath(text)
+
+    return read
+
+
+def _disk_size(text: str, ram_bytes: int) -> int:
+    size = _bytes("disk_size", text, "disk_size=16G")
+    if size < DISK_BYTES_MIN:
+        raise ConfigError(
+            f"disk_size={text} is too small to work; write at least "
+            f"disk_size={human(DISK_BYTES_MIN)}"
+        )
+    return size
+
+
+def _percent(name: str, default: int) -> Callable[[str, int], int]:
+    def read(text: str, ram_bytes: int) -> int:
+        match = re.fullmatch(r"(\d{1,3})\s*%?", text.strip(), re.ASCII)
+        if match is None or not 1 <= int(match.group(1)) <= 100:
+            raise ConfigError(
+                f"{name}={text} is no percentage; write 1 to 100, like {name}={default}"
+            )
+        return int(match.group(1))
+
+    return read
+
+
 def _choice(name: str, *words: str) -> Callable[[str, int], str]:
     def read(text: str, ram_bytes: int) -> str:
         if text not in words:
@@ -238,12 +298,6 @@ def _codec(text: str, ram_bytes: int) -> str:
     )
 
 
-def _control(text: str, ram_bytes: int) -> str:
-    if not text or "\0" in text:
-        raise ConfigError("control= is empty; write control=/run/zcache.ctl, or leave it out")
-    return os.path.abspath(text)
-
-
 def _memory(text: str, ram_bytes: int) -> str:
     if not re.fullmatch(r"[A-Za-z0-9._-]{1,60}", text):
         raise ConfigError(
@@ -251,17 +305,6 @@ def _memory(text: str, ram_bytes: int) -> str:
             f"underscores, like memory=swap0"
         )
     return text
-
-
-def _yes_no(name: str) -> Callable[[str, int], bool]:
-    def read(text: str, ram_bytes: int) -> bool:
-        words = {"yes": True, "on": True, "1": True, "true": True}
-        words |= {"no": False, "off": False, "0": False, "false": False}
-        if text.lower() not in words:
-            raise ConfigError(f"{name}={text} is not possible; write {name}=yes or {name}=no")
-        return words[text.lower()]
-
-    return read
 
 
 def _either(name: str, words: tuple[str, ...]) -> str:
@@ -281,11 +324,46 @@ KEYS: tuple[Key, ...] = (
     Key("allocator", "allocator", "zbud", "how pages lie in the pool: zbud", _allocator),
     Key("codec", "codec", "lz4", "lz4, zstd, zstd:LEVEL (1 to 19) or none", _codec),
     Key(
+        "disk",
+        "disk",
+        "none",
+        "file or block device for pages that leave RAM; a missing file is made",
+        _path("disk", "/var/lib/zcache/disk"),
+    ),
+    Key(
+        "disk_size",
+        "disk_size_bytes",
+        "all of it",
+        "how much of the disk to use; from 1.05 times size and 16M on no write is ever refused",
+        _disk_size,
+    ),
+    Key(
+        "disk_force",
+        "disk_force",
+        "none",
+        "the path of disk= once more: overwrite what is there, whatever it is",
+        _path("disk_force", "/dev/sdb, the path of disk="),
+    ),
+    Key(
+        "high",
+        "high_percent",
+        "90",
+        "writeback to the disk starts when more than this percentage of the pool is taken",
+        _percent("high", 90),
+    ),
+    Key(
+        "low",
+        "low_percent",
+        "80",
+        "and stops at this one; when only high is given: 10 below it",
+        _percent("low", 80),
+    ),
+    Key(
         "control",
         "control",
         "beside the NBD socket",
         "Unix socket of the statistics and control RPC",
-        _control,
+        _path("control", "/run/zcache.ctl"),
     ),
     Key(
         "memory",
@@ -297,9 +375,11 @@ KEYS: tuple[Key, ...] = (
     Key(
         "realtime",
         "realtime",
-        "yes",
-        "serve in a real-time scheduling class, so that swapping cannot starve it",
-        _yes_no("realtime"),
+        "auto",
+        "serve in a real-time scheduling class, so that swapping cannot starve the server; "
+        "auto: yes, but no on TCP, where another machine swaps (in a virtual machine with idle "
+        "cores it costs about 15 us a request)",
+        _choice("realtime", *REALTIME),
     ),
 )
 KEY_OF_FIELD = {key.field: key.name for key in KEYS}

@@ -6,6 +6,7 @@ on a terminal in colour, or as plain text into a pipe.  Nothing here asks anybod
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, TextIO
@@ -68,10 +69,11 @@ def lines(
     health: Mapping[str, Any],
 ) -> list[Line]:
     """The status of one server."""
-    frames, limit = stats["pers_pageframes"], stats["pool_limit_frames"]
-    stored = stats["pers_zpages"] + stats["same_filled_pages"]
-    device = stats["device_pages"]
+    frames = stats["pers_pageframes"] + stats["eph_pageframes"]
+    in_ram, limit = stats["pers_zpages"] + stats["eph_zpages"], stats["pool_limit_frames"]
+    stored, device = stats["logical_bytes"] // PAGE_BYTES, stats["device_pages"]
     frame_bytes = frames * PAGE_BYTES
+    on_disk = f" and {size(stats['disk_bytes'])} of disk" if stats["disk_limit_bytes"] else ""
     found = [
         Line(
             "zcache",
@@ -85,9 +87,9 @@ def lines(
     found += [
         Line(
             "stored",
-            f"{size(stats['logical_bytes'])} of pages in {size(stats['ram_bytes'])} of RAM, "
-            f"ratio {ratio(stats['logical_bytes'], stats['ram_bytes'])} "
-            f"(frames alone {ratio(stats['pers_zpages'] * PAGE_BYTES, frame_bytes)})",
+            f"{size(stats['logical_bytes'])} of pages in {size(stats['ram_bytes'])} of RAM"
+            f"{on_disk}, ratio to RAM {ratio(stats['logical_bytes'], stats['ram_bytes'])} "
+            f"(frames alone {ratio(in_ram * PAGE_BYTES, frame_bytes)})",
         ),
         Line(
             "pool",
@@ -96,6 +98,7 @@ def lines(
             f"{size(stats['committed_frames'] * PAGE_BYTES)} committed, "
             f"{config['allocator']}, {config['codec']}",
         ),
+        *disk_lines(stats, config),
         Line(
             "device",
             f"{bar(stored / device if device else 0)} {size(stored * PAGE_BYTES)} of "
@@ -103,8 +106,8 @@ def lines(
         ),
         Line(
             "pages",
-            f"{count(stats['pers_zpages'])} compressed (of those {count(stats['raw_pages'])} "
-            f"kept raw), {count(stats['same_filled_pages'])} same-filled",
+            f"{count(in_ram)} compressed in RAM (of those {count(stats['raw_pages'])} kept raw), "
+            f"{count(stats['same_filled_pages'])} same-filled",
         ),
         Line(
             "traffic",
@@ -117,6 +120,39 @@ def lines(
             f"{size(stats['server_locked_bytes'])} of addresses locked as they are used (VmLck)",
         ),
     ]
+    return found
+
+
+def disk_lines(stats: Mapping[str, int], config: Mapping[str, Any]) -> list[Line]:
+    """What is below the pool; nothing when nothing is."""
+    if not (limit := stats["disk_limit_bytes"]):
+        return []
+    used = stats["disk_bytes"]
+    found = [
+        Line(
+            "disk",
+            f"{bar(used / limit)} {size(used)} of {size(limit)} ({percent(used, limit)}) alive, "
+            f"{config.get('disk')}",
+        ),
+        Line(
+            "below",
+            f"{count(stats['disk_pages'])} pages (of those {count(stats['eph_zpages'])} also in "
+            f"RAM), {count(stats['written_back_pages'])} written back, "
+            f"{count(stats['cold_loads'])} read from there",
+        ),
+        Line(
+            "waits",
+            f"{count(stats['pool_waits'])} writes for room in the pool, "
+            f"{stats['pool_wait_us'] / 1e6:.1f} s in all; writeback from "
+            f"{stats['high_percent']} % to {stats['low_percent']} %",
+        ),
+    ]
+    if bad := stats["disk_corrupt_pages"] + stats["disk_read_errors"]:
+        found.append(Line("", f"{count(bad)} copies wrong, damaged or unreadable", "critical"))
+    if stats["disk_degraded"]:
+        found.append(Line("", f"the disk fails: {os.strerror(stats['disk_errno'])}", "degraded"))
+    if stats["draining"]:
+        found.append(Line("", "the pool is being drained to the disk", "note"))
     return found
 
 

@@ -1,10 +1,10 @@
 """Puts the parts together, and takes them apart: the only place that knows them all.
 
     check    before the fork: everything that can be refused is refused here, while a
-             person still reads the message
-    start    after the fork: process fit for swap -> MemoryFile -> Store (threads) ->
-             Device -> node process
-    stop     node process -> Store -> MemoryFile, in that order
+             person still reads the message; the disk is opened and locked
+    start    after the fork: process fit for swap -> MemoryFile -> Store -> Cooling (what
+             is below) -> their threads -> Device -> node process
+    stop     node process -> Cooling -> Store -> MemoryFile -> disk, in that order
 
 No Python runs in the server after `start`, except in nbdkit's callbacks that open
 and close a connection, and when the node process has died.
@@ -12,17 +12,18 @@ and close a connection, and when the node process has died.
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import json
 import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import zcache_core
 from cluster import unixsock
-from plugin import logpipe, messages
+from plugin import logpipe, lower, messages
 from plugin.config import ALLOCATORS, CODECS, KEYS, PAGE_BYTES, Config, human
 from plugin.keeper import Keeper
 from plugin.logpipe import STDERR, LogPipe
@@ -31,42 +32,78 @@ from plugin.places import Listening, control_path, listening, own_command_line
 from plugin.spawn import Program
 from zcache_core import memfile, process
 from zcache_core.device import Device
-from zcache_core.errors import ConfigError
+from zcache_core.diskfile import DiskFile
 from zcache_core.memfile import MemoryFile
 from zcache_core.store import Store
+from zcache_core.tiers import Cooling
 
 ROOT = Path(__file__).resolve().parent.parent
 # A thread that wants the GIL asks for it after this time instead of after 5 ms.
 SWITCH_INTERVAL_S = 50e-6
-NODE_LOG_FD = 3
+NODE_FDS = 3  # the first descriptor that the node process is given
+PIPES_FROM_FD = 10  # ours, so that none is overwritten while the node's are laid out
 SetError = Callable[[int], None]
+
+
+class Checked(NamedTuple):
+    """What `check` found free: where to listen, and the disk, opened, if there is one."""
+
+    where: Listening
+    disk: DiskFile | None
 
 
 class Serving:
     """A running server: what nbdkit's callbacks are made from."""
 
-    def __init__(self, config: Config, where: Listening, set_error: SetError) -> None:
-        self._where = where
-        self._memory = open_memory(config)
+    def __init__(self, config: Config, checked: Checked, set_error: SetError) -> None:
+        self._where, self._disk = where, disk = checked
+        self._memory = open_memory(config, disk)
         self.pool_is_locked = self._memory.stays_locked
         self._store = Store(
             self._memory, allocator=config.allocator, codec=config.codec, commit=config.commit
         )
+        self._cooling: Cooling | None = None
+        self._command_fd = -1
+        if disk is not None:
+            self._cooling = self._below(config, disk)
         self._store.start()
+        if self._cooling is not None:
+            self._cooling.start()
         self.device = Device(self._store, set_error)
         self._socket_inode = os.stat(where.unix).st_ino if where.unix is not None else 0
         self._log: LogPipe | None = None
         self._keeper: Keeper | None = None
 
+    def _below(self, config: Config, disk: DiskFile) -> Cooling:
+        """What cools the store down onto the disk, and the pipe for the node's commands."""
+        disk.take(self._memory.epoch, self._memory.device_bytes)
+        cooling = Cooling(
+            self._store,
+            disk.fd,
+            disk.disk_bytes,
+            disk.preallocated,
+            config.high_percent,
+            config.low_percent,
+        )
+        read_fd, write_fd = os.pipe()  # both stay open: a node may be started anew
+        self._command_fd = fcntl.fcntl(write_fd, fcntl.F_DUPFD_CLOEXEC, PIPES_FROM_FD)
+        os.close(write_fd)
+        cooling.listen(read_fd)
+        return cooling
+
     def start_node(self, control: str, told: Mapping[str, Any]) -> None:
         """The node process, and the log through it.  Nothing may fail after this."""
         words = ["--control", control, "--shmid", str(self._memory.shmid)]
         words += ["--server-pid", str(os.getpid()), "--config", json.dumps(dict(told))]
-        fds, say = {}, messages.say
+        fds, free, say = {}, NODE_FDS, messages.say
         if logpipe.is_wanted(self._where.verbose):
             self._log = LogPipe()
-            fds, say = {STDERR: self._log.log_fd, NODE_LOG_FD: self._log.read_fd}, self._log.say
-            words += ["--log-fd", str(NODE_LOG_FD)]
+            fds, say = {STDERR: self._log.log_fd, free: self._log.read_fd}, self._log.say
+            words += ["--log-fd", str(free)]
+            free += 1
+        if self._command_fd >= 0:
+            fds[free] = self._command_fd
+            words += ["--command-fd", str(free)]
         program = Program([python_path(), "-m", "cluster.node", *words], node_env(), fds)
         self._keeper = Keeper("the node process", program, say)
         self._keeper.start()
@@ -77,13 +114,17 @@ class Serving:
             self._log.close()
         if self._keeper is not None:
             self._keeper.stop()
+        if self._cooling is not None:
+            self._cooling.stop()
         self._store.stop()
         self._memory.close()
+        if self._disk is not None:
+            self._disk.close()
         if self._where.unix is not None:  # nbdkit leaves it behind
             unixsock.remove(self._where.unix, self._socket_inode)
 
 
-def check(config: Config) -> Listening:
+def check(config: Config) -> Checked:
     """Refuse what is in use, warn of what can happen.  Raises ConfigError, InUseError."""
     where = listening(own_command_line(), os.environ)
     if where.unix is not None:
@@ -92,35 +133,37 @@ def check(config: Config) -> Listening:
     if config.control or (where.unix or where.tcp_port):
         control = config.control or control_path(where, os.getpid())
         unixsock.claim(control, "the control socket", "control=PATH")
-    if (sentence := refusal_warning(config)) is not None:
+    disk = lower.open_checked(config)
+    if (sentence := lower.refusal_warning(config, disk.disk_bytes if disk else 0)) is not None:
         warn(sentence)
-    return where
+    elif disk is not None:
+        messages.say(lower.promise(config, disk))
+    return Checked(where, disk)
 
 
-def refusal_warning(config: Config) -> str | None:
-    """What to know when the pool can fill with nothing below it; None when it cannot."""
-    if config.size_bytes <= config.pool_bytes:
-        return None  # a page that does not compress takes one frame: all of them fit
-    ratio = config.size_bytes / config.pool_bytes
-    return (
-        f"with size={human(config.size_bytes)}, pool={human(config.pool_bytes)} and no lower "
-        f"tier, writes are refused (ENOSPC) once the pool is full of pages that compress worse "
-        f"than {ratio:.1f} to 1; keep other swap of lower priority beside it, or choose a larger "
-        f"pool= or a smaller size="
-    )
+def wants_realtime(config: Config, where: Listening) -> bool:
+    """realtime=auto: yes where the machine that swaps may be this one, which TCP says it is not.
+
+    Only a server that swapping can starve needs it.  It is not free: in a virtual machine
+    with idle cores SCHED_FIFO was measured to cost about 15 us a request.
+    """
+    if config.realtime == "auto":
+        return where.tcp_port is None
+    return config.realtime == "yes"
 
 
-def start(config: Config, where: Listening, set_error: SetError) -> Serving:
+def start(config: Config, checked: Checked, set_error: SetError) -> Serving:
     """Everything running.  Raises ZcacheError."""
-    refused = process.prepare(realtime=config.realtime)
-    control = config.control or control_path(where, os.getpid())
-    serving = Serving(config, where, set_error)
+    realtime = wants_realtime(config, checked.where)
+    refused = process.prepare(realtime=realtime)
+    control = config.control or control_path(checked.where, os.getpid())
+    serving = Serving(config, checked, set_error)
     if not serving.pool_is_locked:
         refused.append("the pool is not locked in memory: give CAP_IPC_LOCK")
     if refused:
         warn(f"not fit for swapping under pressure: {'; '.join(refused)} (see 'zcache check')")
     sys.setswitchinterval(SWITCH_INTERVAL_S)
-    serving.start_node(control, config.as_dict() | {"control": control, "refused": refused})
+    serving.start_node(control, told(config, checked, control, realtime, refused))
     # What exists now lives as long as the server, and no request makes a cycle.
     gc.collect()
     gc.freeze()
@@ -128,23 +171,30 @@ def start(config: Config, where: Listening, set_error: SetError) -> Serving:
     return serving
 
 
-def open_memory(config: Config) -> MemoryFile:
-    """The memory file of that name if there is one, else a new one."""
-    if config.memory is None:
-        return MemoryFile.create(None, config.size_bytes, config.pool_bytes)
-    if not memfile.exists(config.memory):
+def told(
+    config: Config, checked: Checked, control: str, realtime: bool, refused: list[str]
+) -> dict[str, Any]:
+    """What the node process answers to `config`: the keys, as they turned out."""
+    disk_bytes = checked.disk.disk_bytes if checked.disk is not None else None
+    return config.as_dict() | {
+        "control": control,
+        "realtime": "yes" if realtime else "no",
+        "disk_size": disk_bytes,
+        "guaranteed": lower.guaranteed_bytes(config, disk_bytes or 0),
+        "refused": refused,
+    }
+
+
+def open_memory(config: Config, disk: DiskFile | None) -> MemoryFile:
+    """The memory file of that name if there is one, else a new one.  Raises ConfigError."""
+    if config.memory is None or not memfile.exists(config.memory):
         return MemoryFile.create(config.memory, config.size_bytes, config.pool_bytes)
     memory = MemoryFile.open(config.memory)
-    for key, has, wanted in (
-        ("size", memory.device_bytes, config.size_bytes),
-        ("pool", memory.pool_bytes, config.pool_bytes),
-    ):
-        if has != wanted:
-            memory.close()
-            raise ConfigError(
-                f"the memory file {config.memory} was made with {key}={human(has)}; write that, "
-                f"or remove the file with 'zcache check --remove-leftovers'"
-            )
+    try:
+        lower.refuse_mismatch(memory, config, disk)
+    except BaseException:
+        memory.close()
+        raise
     return memory
 
 
@@ -178,7 +228,9 @@ def dump(out: TextIO) -> None:
 
 def description(config: Config) -> str:
     """One line about the export."""
+    below = f", below it {config.disk}" if config.disk else ""
     return (
         f"zcache swap device: {human(config.size_bytes)} in a pool of at most "
-        f"{human(config.pool_bytes // PAGE_BYTES * PAGE_BYTES)}, {config.allocator}, {config.codec}"
+        f"{human(config.pool_bytes // PAGE_BYTES * PAGE_BYTES)}{below}, {config.allocator}, "
+        f"{config.codec}"
     )

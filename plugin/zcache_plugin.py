@@ -31,7 +31,7 @@ DATA_CALLBACKS = ("pread", "pwrite", "trim", "zero", "extents", "cache", "flush"
 messages.install()
 _words: list[tuple[str, str]] = []
 _settings: _config.Config
-_where: places.Listening
+_checked: wiring.Checked
 _serving: wiring.Serving
 
 
@@ -58,13 +58,13 @@ def config_complete() -> None:
 
 
 def get_ready() -> None:
-    global _where
-    _where = wiring.check(_settings)
+    global _checked
+    _checked = wiring.check(_settings)
 
 
 def after_fork() -> None:
     global _serving
-    _serving = wiring.start(_settings, _where, nbdkit.set_error)
+    _serving = wiring.start(_settings, _checked, nbdkit.set_error)
     globals().update((name, getattr(_serving.device, name)) for name in DATA_CALLBACKS)
 
 

@@ -22,25 +22,24 @@ from typing import NamedTuple
 # Lowest first: a package imports only from itself and those before it.
 FLOORS = {
     "zcache_core": {
-        0: "native pthread layout counter_ids errors counters owner process",
+        0: "native pthread layout counter_ids errors counters commands owner process",
         1: "memfile arena samefill slots codec",
         2: "allocator zbud z3fold zsmalloc index",
-        3: "core ramtier takeover store probe",
-        4: "cold",
-        5: "disk tiers pressure",
+        3: "cold core ramtier cooling takeover store probe",
+        5: "diskfile disk orders tiers faulty coldprobe",
         6: "device",
     },
     "cluster": {
         1: "wire unixsock logrelay",
         2: "session",
         3: "link",
-        4: "health",
+        4: "health steering",
         5: "node",
     },
     "plugin": {
         6: "messages logpipe config",
-        7: "spawn keeper places fitness show wiring",
-        8: "control",
+        7: "spawn keeper places fitness show lower wiring",
+        8: "control drain",
         9: "zcache_plugin cli",
     },
 }

@@ -121,10 +121,10 @@ class Server:
             with contextlib.suppress(nbd.Error):
                 self._handles.pop().shutdown()
 
-    def rpc(self, method: str) -> Any:
+    def rpc(self, method: str, *params: Any) -> Any:
         """One call to the node process."""
         with BlockingClient(self.control) as client:
-            return client.call(method)
+            return client.call(method, *params)
 
     def ping(self) -> Any:
         """The answer to ping, or None while nobody answers."""
@@ -148,6 +148,7 @@ class Thread:
 
     def __init__(self, path: Path) -> None:
         self.tid = int(path.name)
+        self.name = (path / "comm").read_text().strip()
         fields = (path / "stat").read_text().rsplit(")", 1)[1].split()
         self.flags = int(fields[6])
         self.policy = os.sched_getscheduler(self.tid)

@@ -21,8 +21,10 @@ from plugin.config import (
     parse,
     total_ram_bytes,
 )
+from plugin.lower import guaranteed_bytes, needed_disk, refusal_warning
 from plugin.places import Listening, control_path, listening
-from plugin.wiring import refusal_warning
+from plugin.wiring import wants_realtime
+from zcache_core.diskfile import promised_bytes
 from zcache_core.errors import ConfigError
 
 RAM = 16 << 30
@@ -38,7 +40,9 @@ def test_defaults() -> None:
     config = config_of("size=8G")
     assert config == Config(size_bytes=8 * G, pool_bytes=RAM // 5 // PAGE_BYTES * PAGE_BYTES)
     assert (config.commit, config.allocator, config.codec) == ("ahead", "zbud", "lz4")
-    assert (config.control, config.memory, config.realtime) == (None, None, True)
+    assert (config.control, config.memory, config.realtime) == (None, None, "auto")
+    assert (config.disk, config.disk_size_bytes, config.disk_force) == (None, None, None)
+    assert (config.high_percent, config.low_percent) == (90, 80)
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.size_bytes = 1  # type: ignore[misc]
 
@@ -64,8 +68,20 @@ GOOD = [
     ("size=1G control=/run/a.ctl", "control", "/run/a.ctl"),
     ("size=1G control=a.ctl", "control", f"{os.getcwd()}/a.ctl"),
     ("size=1G memory=swap0", "memory", "swap0"),
-    ("size=1G realtime=no", "realtime", False),
-    ("size=1G realtime=yes", "realtime", True),
+    ("size=1G realtime=no", "realtime", "no"),
+    ("size=1G realtime=yes", "realtime", "yes"),
+    ("size=1G realtime=auto", "realtime", "auto"),
+    ("size=1G disk=/var/d", "disk", "/var/d"),
+    ("size=1G disk=d", "disk", f"{os.getcwd()}/d"),
+    ("size=1G disk=/d disk_size=2G", "disk_size_bytes", 2 * G),
+    ("size=1G disk=/d disk_size=16M", "disk_size_bytes", 16 * M),
+    ("size=1G disk=/d disk_force=/d", "disk_force", "/d"),
+    ("size=1G disk=/d high=70", "high_percent", 70),
+    ("size=1G disk=/d high=70%", "high_percent", 70),
+    ("size=1G disk=/d high=70", "low_percent", 60),
+    ("size=1G disk=/d high=5", "low_percent", 1),
+    ("size=1G disk=/d low=90", "low_percent", 90),
+    ("size=1G disk=/d high=100 low=1", "low_percent", 1),
 ]
 
 
@@ -111,7 +127,18 @@ BAD = [
     ("size=1G control=", "write control=/run/zcache.ctl"),
     ("size=1G memory=a/b", "write up to 60 letters"),
     ("size=1G memory=", "write up to 60 letters"),
-    ("size=1G realtime=maybe", "write realtime=yes or realtime=no"),
+    ("size=1G realtime=maybe", "write realtime=auto or realtime=yes or realtime=no"),
+    ("size=1G disk=", "disk= is no path; write disk=/var/lib/zcache/disk"),
+    ("size=1G disk=/d disk_size=1M", "write at least disk_size=16M"),
+    ("size=1G disk=/d disk_size=big", "write a number and K, M, G or T: disk_size=16G"),
+    ("size=1G disk_size=1G", "disk_size= means something only with disk=PATH"),
+    ("size=1G high=50", "high= means something only with disk=PATH"),
+    ("size=1G disk=/d high=0", "write 1 to 100, like high=90"),
+    ("size=1G disk=/d high=101", "write 1 to 100, like high=90"),
+    ("size=1G disk=/d low=-1", "write 1 to 100, like low=80"),
+    ("size=1G disk=/d low=95", "low=95 is above high=90; write low=90 or less"),
+    ("size=1G disk=/d disk_force=yes", "is another path than disk=/d; repeat that path"),
+    ("size=1G disk_force=/d", "disk_force= means something only with disk=PATH"),
     ("size=1G siez=2G", "did you mean size=?"),
     ("size=1G polo=2G", "did you mean pool=?"),
     ("size=1G codecs=lz4", "did you mean codec=?"),
@@ -191,6 +218,46 @@ def test_warning_only_when_the_pool_can_fill() -> None:
     assert sentence is not None
     for words in ("size=8G", "pool=2G", "ENOSPC", "4.0 to 1"):
         assert words in sentence
+
+
+def test_what_a_disk_guarantees() -> None:
+    """From the promised size on everything; below it, what its room holds of raw pages."""
+    config = config_of("size=8G pool=2G disk=/d")
+    enough = promised_bytes(8 * G)
+    assert guaranteed_bytes(config, enough) == 8 * G
+    assert refusal_warning(config, enough) is None
+    assert refusal_warning(config, config_of(f"size=8G disk=/d disk_size={needed_disk(config)}")
+                           .disk_size_bytes or 0) is None  # fmt: skip
+    some = guaranteed_bytes(config, 4 * G)
+    assert 3 * G < some < 4 * G
+    assert some % PAGE_BYTES == 0
+    sentence = refusal_warning(config, 4 * G)
+    assert sentence is not None
+    for words in ("size=8G", f"{some // M} MiB are safe", "ENOSPC", "disk_size=8618M"):
+        assert words in sentence
+    assert guaranteed_bytes(config, 16 * M) == 2 * G  # the pool alone
+    assert guaranteed_bytes(config_of("size=1G pool=2G"), 0) == G
+
+
+@given(st.integers(1, DEVICE_BYTES_MAX // PAGE_BYTES), st.integers(4096, DEVICE_BYTES_MAX // M))
+def test_guarantees_grow_with_the_disk(pages: int, disk_mib: int) -> None:
+    config = Config(size_bytes=pages * PAGE_BYTES, pool_bytes=M)
+    disk = disk_mib * M
+    assert guaranteed_bytes(config, disk) <= guaranteed_bytes(config, disk + M)
+    assert (guaranteed_bytes(config, disk) == config.size_bytes) == (
+        refusal_warning(config, disk) is None
+    )
+    if disk >= promised_bytes(config.size_bytes):
+        assert refusal_warning(config, disk) is None
+
+
+def test_realtime_only_where_the_swapping_machine_may_be_this_one() -> None:
+    unix, tcp, other = Listening("/z", None), Listening(None, "10809"), Listening(None, None)
+    assert [wants_realtime(config_of("size=1G"), where) for where in (unix, tcp, other)] == [
+        True, False, True,
+    ]  # fmt: skip
+    assert wants_realtime(config_of("size=1G realtime=yes"), tcp)
+    assert not wants_realtime(config_of("size=1G realtime=no"), unix)
 
 
 # ---- where nbdkit listens, from its own words ------------------------------------------------

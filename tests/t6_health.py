@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from typing import Any
 
 import pytest
@@ -15,8 +16,14 @@ WELL = {counter.name: 0 for counter in COUNTERS} | {
     "pers_pageframes": 100,
 }
 
+MIB = 1 << 20
+DISK = {"disk_segments": 100, "disk_limit_bytes": 100 * MIB, "disk_bytes": 10 * MIB}
+FULL_DISK = DISK | {"disk_bytes": 95 * MIB}
+FAILING = DISK | {"disk_degraded": 1, "disk_errno": errno.EIO, "disk_write_errors": 4}
+ALL = {"guaranteed": 1000 * 4096}
+
 # What is the matter, how bad it is, and words of what to do.
-TROUBLE = [
+TROUBLE: list[tuple[dict[str, int], dict[str, Any], str, str, str]] = [
     ({"lost_pages": 3}, {}, "critical", "3 stored pages are lost", "swapoff"),
     ({"corrupt_loads": 1}, {}, "critical", "1 reads found a damaged copy", "memtest"),
     ({"pers_pageframes": 995}, {}, "critical", "The pool is full (99 %)", "another swap device"),
@@ -24,13 +31,33 @@ TROUBLE = [
     ({"failed_stores": 9}, {}, "degraded", "9 page writes have been refused", "larger pool="),
     ({"commit_failures": 2}, {}, "degraded", "gave no memory to the pool 2 times", "commit=all"),
     ({"device_pages": 4000}, {}, "degraded", "worse than 4.0 to 1", "lower priority"),
+    ({"draining": 1}, {}, "degraded", "The pool is drained", "zcache drain --off"),
+    (
+        {"disk_corrupt_pages": 2},
+        {},
+        "critical",
+        "2 copies on the disk were found wrong",
+        "smartctl",
+    ),
+    ({"disk_read_errors": 5}, {}, "critical", "5 could not be read", "kernel log"),
+    (FAILING, ALL, "degraded", "(Input/output error, 4 times so far)", "goes on by itself"),
+    (DISK | {"pers_pageframes": 900}, ALL, "ok", "", ""),
+    (DISK | {"pers_pageframes": 995}, ALL, "degraded", "faster than the disk", "faster disk"),
+    (DISK | {"failed_stores": 1}, ALL, "degraded", "the disk took nothing in time", "disk_size="),
+    (FULL_DISK, ALL, "ok", "", ""),
+    (
+        DISK | {"device_pages": 4000},
+        {"guaranteed": 2000 * 4096},
+        "degraded",
+        "2000 of the device's 4000 pages are safe",
+        "larger disk_size=",
+    ),
     ({}, {"refused": ["a is refused", "b too"]}, "degraded", "a is refused; b too.", "as root"),
 ]
 
 
 def test_well() -> None:
     assert health(WELL, {}) == {"status": "ok", "reasons": []}
-    assert len(TROUBLE) == len(RULES) + 1  # pool_full has two levels
 
 
 @pytest.mark.parametrize(("stats", "config", "status", "what", "do"), TROUBLE)
@@ -39,10 +66,36 @@ def test_one_trouble(
 ) -> None:
     found = health(WELL | stats, config)
     assert found["status"] == status
+    if status == "ok":
+        assert found["reasons"] == []
+        return
     (reason,) = found["reasons"]
     assert what in reason["what"]
     assert do in reason["do"]
     assert reason.keys() == {"what", "do"}
+    assert "no lower tier" not in reason["what"] or not (WELL | stats)["disk_limit_bytes"]
+
+
+@pytest.mark.parametrize("disk", [FULL_DISK, FAILING])
+def test_pool_full_above_a_disk_that_takes_nothing(disk: dict[str, int]) -> None:
+    found = health(WELL | disk | {"pers_pageframes": 1000}, ALL)
+    assert found["status"] == "critical"
+    assert "the disk takes no more pages" in found["reasons"][0]["what"]
+
+
+def test_disk_nearly_full_matters_only_when_it_is_too_small() -> None:
+    found = health(WELL | FULL_DISK | {"device_pages": 4000}, {"guaranteed": 2000 * 4096})
+    assert {"95 % full" in reason["what"] for reason in found["reasons"]} == {True, False}
+
+
+def test_every_rule_has_its_test() -> None:
+    """Each rule speaks up in at least one of the cases above."""
+    cases: list[tuple[dict[str, int], dict[str, Any]]] = [
+        (stats, config) for stats, config, _, _, _ in TROUBLE
+    ]
+    cases.append((FULL_DISK | {"device_pages": 4000}, {"guaranteed": 0}))
+    for rule in RULES:
+        assert any(rule(WELL | stats, config) for stats, config in cases), rule
 
 
 def test_worst_comes_first() -> None:

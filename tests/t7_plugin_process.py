@@ -64,7 +64,9 @@ REFUSED = [
     (("size=8G", "siez=8G"), "did you mean size=?"),
     (("size=8G", "allocator=z3fold"), "not built yet; write allocator=zbud"),
     (("size=8G", "allocator=slub"), "there is no allocator slub; write allocator=zbud"),
-    (("size=8G", "disk=/dev/null"), "disk= is not built yet"),
+    (("size=8G", "encrypt=yes"), "encrypt= is not built yet"),
+    (("size=8G", "disk=/dev/null", "disk_size=1G"), "neither a file nor a block device"),
+    (("size=8G", "disk=/nonexistent/d", "disk_size=1G"), "cannot be opened (No such file"),
     (("size=8G", "codec=brotli"), "there is no codec brotli"),
     (("size=8G", "control=/nonexistent/z.ctl"), "make it, or write another control=PATH"),
 ]  # fmt: skip
@@ -136,6 +138,8 @@ def test_tcp_and_its_control_socket(tmp_path: Path) -> None:
         handle.connect_tcp("127.0.0.1", str(port))
         handle.pwrite(b"x" * 100, 5)
         assert handle.pread(100, 5) == b"x" * 100
+        # Another machine swaps, so real-time priority would only cost (realtime=auto).
+        assert os.sched_getscheduler(process.pid) == os.SCHED_OTHER
         handle.shutdown()
     finally:
         process.terminate()
@@ -192,11 +196,15 @@ def test_serving_threads_are_fit_for_swap(
 
 
 def assert_fit_for_swap(server: Server) -> None:
-    threads = server.threads()
+    everybody = server.threads()
+    # The core's own threads run no Python: they give way, and are lent priority by locks.
+    own = [thread for thread in everybody if thread.name.startswith("zc-")]
+    assert {thread.policy for thread in own} == {os.SCHED_OTHER}
+    threads = [thread for thread in everybody if thread not in own]
     assert len({thread.policy for thread in threads}) == 1
     if has_capability(CAPABILITIES["CAP_SYS_NICE"][0]):
         assert threads[0].policy == os.SCHED_FIFO
-    noio = {bool(thread.flags & PF_MEMALLOC_NOIO) for thread in threads}
+    noio = {bool(thread.flags & PF_MEMALLOC_NOIO) for thread in everybody}
     assert noio == {has_capability(CAPABILITIES["CAP_SYS_RESOURCE"][0])}
     if has_capability(CAPABILITIES["CAP_SYS_RESOURCE"][0]):
         assert Path(f"/proc/{server.pid}/oom_score_adj").read_text() == "-1000\n"
@@ -274,7 +282,7 @@ def test_generic_messagepack_rpc_client(server: Server) -> None:
         error, result = ask(4, "reboot")
         assert result is None
         assert error["code"] == "unknown_method"
-        assert "config, health, ping, stats" in error["message"]
+        assert "config, drain, health, ping, set, stats" in error["message"]
         error, _ = ask(5, "ping", 1)
         assert error["code"] == "bad_params"
         sock.sendall(msgpack.packb([2, "hello", []]))  # a notification is nothing to answer

@@ -16,8 +16,10 @@ Contract
     adopt     after a restart: this room is taken.  False when it cannot be (overlap,
               impossible place): the index entry is damaged.  Then `adopted` once.
     objects   what lives in a frame: at most `most` places and sizes; how many.
+    ephemeral an object becomes droppable (+1) or is so no longer (-1); lock HELD by the
+              caller, because the entry and the header change with it.
     check     the number of broken invariants (0), for tests; slow.
-Every call takes the allocator's own `lock` itself, which guards all its state and
+Every other call takes the allocator's own `lock` itself, which guards all its state and
 the shared counter shard.  Lock order: allocator, then arena.
 """
 
@@ -38,6 +40,7 @@ ctypedef struct Allocator:
     bint (*adopt)(Allocator *, uint64_t where, uint32_t bytes) noexcept nogil
     void (*adopted)(Allocator *) noexcept nogil
     uint32_t (*objects)(Allocator *, uint32_t frame, uint64_t *where, uint32_t *bytes, uint32_t most) noexcept nogil
+    void (*ephemeral)(Allocator *, uint64_t where, uint32_t bytes, int change) noexcept nogil
     uint32_t (*check)(Allocator *) noexcept nogil
     void (*discard)(Allocator *) noexcept nogil
 

@@ -1,6 +1,6 @@
 """C face of the arena: frames, their table, and the thread that commits ahead."""
 
-from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from zcache_core.layout cimport BlobHeader
 from zcache_core.pthread cimport pthread_cond_t, pthread_mutex_t, pthread_t
@@ -20,7 +20,8 @@ ctypedef struct Frame:          # 16 bytes for each frame, in the server's own l
     uint8_t referenced          # read since the clock hand passed (the store's recency)
     uint8_t first_chunks        # the allocator's: zbud's buds
     uint8_t last_chunks
-    uint32_t allocator_word     # the allocator's, else unused
+    uint16_t ephemeral_only     # the allocator's: every object here may be dropped
+    uint16_t allocator_word     # the allocator's own
 
 ctypedef struct Arena:
     uint8_t *base

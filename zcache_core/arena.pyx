@@ -324,7 +324,7 @@ cdef int arena_commit_now(Arena *arena, uint32_t frames) noexcept nogil:
 cdef int arena_start(Arena *arena) noexcept nogil:
     """Start the committer; 0 or an errno."""
     arena.stopping = False
-    if thread_start(&arena.thread, committer, arena) != 0:
+    if thread_start(&arena.thread, committer, arena, b"zc-commit") != 0:
         return EAGAIN
     arena.running = True
     return 0

@@ -25,6 +25,10 @@ typedef int (*zc_request)(void *core, void *data, uint64_t length, uint64_t offs
 
 enum { ZC_PREAD, ZC_PWRITE, ZC_TRIM, ZC_ZERO, ZC_CACHE, ZC_FLUSH, ZC_REQUESTS };
 
+/* A short request runs under the GIL and is told so; one that would have to wait
+ * answers ZC_AGAIN, and runs again without it. */
+enum { ZC_HOLDS_GIL = 1 << 30, ZC_AGAIN = 0x7F000003 };
+
 struct zc_device {
     void *core;
     zc_request run[ZC_REQUESTS];
@@ -88,10 +92,10 @@ static PyObject *zc_fail(struct zc_device *device, int error)
 static PyObject *zc_run(struct zc_device *device, int what, void *data, uint64_t length,
                         uint64_t offset, uint32_t flags)
 {
-    int error;
-    if (length < device->release_bytes[what]) {
-        error = device->run[what](device->core, data, length, offset, flags);
-    } else {
+    int error = ZC_AGAIN;
+    if (length < device->release_bytes[what])
+        error = device->run[what](device->core, data, length, offset, flags | ZC_HOLDS_GIL);
+    if (error == ZC_AGAIN) {
         Py_BEGIN_ALLOW_THREADS
         error = device->run[what](device->core, data, length, offset, flags);
         Py_END_ALLOW_THREADS

@@ -1,16 +1,32 @@
 """The state of one device's store, as a C struct: what every part of the RAM tier shares."""
 
-from libc.stdint cimport uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
 from zcache_core.allocator cimport Allocator
 from zcache_core.arena cimport Arena
 from zcache_core.codec cimport CodecChoice
 from zcache_core.index cimport Index
+from zcache_core.layout cimport Entry
 from zcache_core.pthread cimport pthread_mutex_t, pthread_t
 from zcache_core.slots cimport Slots
 
+# What the RAM tier asks of those below it.  They stand on a higher floor and put
+# their functions here; without them (tiers NULL) RAM is all there is.
+ctypedef struct Lower:
+    void *tiers
+    # read a page whose copy is below: 0, or EIO
+    int (*fetch)(void *tiers, void *slot, uint64_t page, Entry e, uint8_t *data) noexcept nogil
+    # a copy below is not needed any more
+    void (*drop)(void *tiers, uint32_t state, uint64_t where, uint32_t length_bytes) noexcept nogil
+    # a takeover found this copy in the index; False: it cannot be
+    bint (*adopt)(void *tiers, uint32_t state, uint64_t where, uint32_t length_bytes) noexcept nogil
+    void (*adopted)(void *tiers) noexcept nogil
+    # wait until there may be room in RAM again; False: there will be none in time
+    bint (*wait_room)(void *tiers, int64_t deadline_us) noexcept nogil
+
 cdef enum:
     PAGE_LOCKS = 64
+    WOULD_BLOCK = 0x7F000002    # store_get: the page is below and the caller may not wait
     RAN_OUT = 0x7F000001        # store_replace: the entry is no longer the expected one
 
 ctypedef struct Core:
@@ -19,10 +35,11 @@ ctypedef struct Core:
     Allocator *allocator
     Slots slots
     CodecChoice codec
+    Lower lower
     uint32_t device             # number in the superblock's device table
     uint32_t serving            # atomic: between start and stop; else requests are refused
     uint32_t ready              # atomic: the allocator knows what is taken
-    uint32_t clock_hand
+    uint32_t clock_hand[2]      # of persistent and of ephemeral frames
     uint64_t same_filled        # atomic
     pthread_mutex_t page_lock[PAGE_LOCKS]
     pthread_t rebuilder

@@ -24,10 +24,11 @@ if TYPE_CHECKING:
 
 CELLS = 512  # as COUNTER_CELLS in layout.pxd
 PAGE_BYTES = 4096
+DISK_SEGMENT_BYTES = 1 << 20  # as SEGMENT_BYTES in disk.pxd
 
 
 class Counter(NamedTuple):
-    """One row: `unit` is pages, bytes, frames, requests, events or microseconds."""
+    """One row: `unit` is pages, bytes, frames, percent, ...; flag is 0 or 1, errno as errno(3)."""
 
     name: str
     unit: str
@@ -69,11 +70,42 @@ COUNTERS: tuple[Counter, ...] = (
     Counter("pers_zpages_max", "pages", "max", "most of them so far"),
     Counter("pers_zbytes", "bytes", "gauge", "their compressed bytes, without headers"),
     Counter("pers_zbytes_max", "bytes", "max", "most of those so far"),
-    Counter("pers_pageframes", "frames", "gauge", "frames that hold them"),
+    Counter("pers_pageframes", "frames", "gauge", "frames that hold at least one of them"),
     Counter("pers_pageframes_max", "frames", "max", "most of those so far"),
+    Counter("eph_zpages", "pages", "gauge", "compressed pages in RAM that are also safe below"),
+    Counter("eph_zpages_max", "pages", "max", "most of them so far"),
+    Counter("eph_zbytes", "bytes", "gauge", "their compressed bytes, without headers"),
+    Counter("eph_pageframes", "frames", "gauge", "frames that hold nothing else"),
+    Counter("eph_pageframes_max", "frames", "max", "most of those so far"),
+    Counter("evicted_eph_pageframes", "frames", "counter", "of those: dropped to make room"),
     Counter("raw_pages", "pages", "gauge", "of pers_zpages: kept raw, one frame each"),
     Counter("buddied_count", "frames", "gauge", "zbud frames with two buds"),
     Counter("unbuddied_count", "frames", "gauge", "zbud frames with one bud"),
+    # below: writeback, fetching, the disk
+    Counter("disk_pages", "pages", "gauge", "pages that have a copy on the disk"),
+    Counter("disk_live_bytes", "bytes", "gauge", "bytes of the disk that hold live copies"),
+    Counter("disk_segments_used", "segments", "gauge", "segments of the disk that hold anything"),
+    Counter("disk_segments", "segments", "gauge", "segments that the disk has"),
+    Counter(
+        "disk_written_bytes", "bytes", "counter", "bytes written to the disk, cleaning included"
+    ),
+    Counter("disk_cleaned_bytes", "bytes", "counter", "of those: moved by cleaning"),
+    Counter("disk_degraded", "flag", "gauge", "1 while the disk fails"),
+    Counter("disk_errno", "errno", "gauge", "why it fails; 0 while it does not"),
+    Counter("disk_write_errors", "events", "counter", "writes to the disk that failed"),
+    Counter("disk_read_errors", "pages", "counter", "reads from the disk that failed"),
+    Counter("disk_corrupt_pages", "pages", "counter", "copies on the disk found wrong or damaged"),
+    Counter("written_back_pages", "pages", "counter", "pages copied down"),
+    Counter("outstanding_writeback_pages", "pages", "gauge", "pages being copied down now"),
+    Counter("failed_writeback_pages", "pages", "counter", "pages that stayed: the tier failed"),
+    Counter("overtaken_writeback_pages", "pages", "counter", "pages that changed while copied"),
+    Counter("cold_loads", "pages", "counter", "pages read from below"),
+    Counter("promoted_pages", "pages", "counter", "of those: given a RAM copy again"),
+    Counter("pool_waits", "events", "counter", "writes that waited because the pool was full"),
+    Counter("pool_wait_us", "microseconds", "counter", "time they waited"),
+    Counter("high_percent", "percent", "gauge", "of the pool: writeback starts above"),
+    Counter("low_percent", "percent", "gauge", "of the pool: writeback stops below"),
+    Counter("draining", "flag", "gauge", "1 while everything is moved below"),
     # the arena
     Counter("pool_limit_frames", "frames", "gauge", "most frames the pool may hold"),
     Counter("committed_frames", "frames", "gauge", "frames backed by memory, reserve included"),
@@ -87,6 +119,8 @@ COUNTERS: tuple[Counter, ...] = (
     Counter("rebuild_us", "microseconds", "counter", "time restarts took to find them"),
     # made from the others
     Counter("logical_bytes", "bytes", "derived", "pages stored, times 4096"),
+    Counter("disk_bytes", "bytes", "derived", "bytes of the disk in use: live copies"),
+    Counter("disk_limit_bytes", "bytes", "derived", "bytes of the disk that may be used"),
     Counter("ram_bytes", "bytes", "derived", "all RAM the store costs: frames, index, tables"),
     Counter("index_bytes", "bytes", "derived", "of ram_bytes: index, counters, superblock"),
     Counter("server_resident_bytes", "bytes", "derived", "resident size of the server, pool apart"),
@@ -127,10 +161,14 @@ def read(memory: MemoryFile) -> dict[str, int]:
             total = sum(column) & (1 << 64) - 1
             signed = counter.kind == "gauge" and total >> 63
             values[counter.name] = total - (1 << 64) if signed else total
-    stored = values["pers_zpages"] + values["same_filled_pages"]
+    in_ram = values["pers_zpages"] + values["eph_zpages"]
+    only_below = values["disk_pages"] - values["eph_zpages"]
+    stored = in_ram + only_below + values["same_filled_pages"]
     committed = values["committed_frames"] * PAGE_BYTES
     frame_headers = values["committed_frames"] * 24
     values["logical_bytes"] = stored * PAGE_BYTES
+    values["disk_bytes"] = values["disk_live_bytes"]
+    values["disk_limit_bytes"] = values["disk_segments"] * DISK_SEGMENT_BYTES
     values["index_bytes"] = memory.overhead_bytes
     values["ram_bytes"] = (
         committed + frame_headers + memory.overhead_bytes + values["private_table_bytes"]

@@ -19,7 +19,7 @@ from libc.errno cimport EINVAL, ENOSPC
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
-from zcache_core.core cimport PAGE_LOCKS, RAN_OUT, Core
+from zcache_core.core cimport PAGE_LOCKS, RAN_OUT, WOULD_BLOCK, Core
 from zcache_core.counter_ids cimport (
     C_FAILED_REQUESTS, C_FLUSH_REQUESTS, C_PARTIAL_WRITES, C_READ_REQUESTS, C_TRIM_REQUESTS,
     C_WRITE_REQUESTS, C_ZERO_REQUESTS,
@@ -36,7 +36,7 @@ from zcache_core.ramtier cimport (
 
 cdef extern from "callbacks.h":
     ctypedef int (*zc_request)(void *core, void *data, uint64_t length, uint64_t offset, uint32_t flags) noexcept nogil
-    enum: ZC_PREAD, ZC_PWRITE, ZC_TRIM, ZC_ZERO, ZC_CACHE, ZC_FLUSH, ZC_REQUESTS
+    enum: ZC_PREAD, ZC_PWRITE, ZC_TRIM, ZC_ZERO, ZC_CACHE, ZC_FLUSH, ZC_REQUESTS, ZC_HOLDS_GIL, ZC_AGAIN
     object zc_new_device(void *core, const zc_request *run, const uint64_t *release_bytes, object set_error, object owner)
     object zc_callback(object capsule, int what)
 
@@ -47,7 +47,8 @@ cdef enum:
     # Requests shorter than this keep the GIL: a 4 KiB read takes 2 us, handing the
     # GIL over and back to a waiting thread takes longer.
     RELEASE_READ_BYTES = 8192
-    RELEASE_WRITE_BYTES = 4096
+    # Every write: it may have to wait for room, and part of a page for its fetch from below.
+    RELEASE_WRITE_BYTES = 1
     FLAG_MAY_TRIM = 1           # nbdkit's values
     EXTENT_HOLE = 1
     EXTENT_ZERO = 2
@@ -68,7 +69,7 @@ cdef int change_part(
     count(slot, C_PARTIAL_WRITES, 1)
     lock_take(&core.page_lock[stripe])
     while True:
-        error = store_get(core, slot, page, slot.page, &seen)
+        error = store_get(core, slot, page, slot.page, &seen, True)
         if error:
             break
         if data != NULL:
@@ -82,7 +83,9 @@ cdef int change_part(
     return error
 
 
-cdef int read_range(Core *core, Slot *slot, uint64_t offset, uint64_t length, uint8_t *out) noexcept nogil:
+cdef int read_range(
+    Core *core, Slot *slot, uint64_t offset, uint64_t length, uint8_t *out, bint may_block
+) noexcept nogil:
     cdef uint32_t start = offset & (PAGE_BYTES - 1)
     cdef uint64_t page = offset >> PAGE_SHIFT
     cdef uint64_t n
@@ -92,10 +95,10 @@ cdef int read_range(Core *core, Slot *slot, uint64_t offset, uint64_t length, ui
             store_expect(core, page + 1)
         if start == 0 and length >= PAGE_BYTES:
             n = PAGE_BYTES
-            error = store_get(core, slot, page, out, NULL)
+            error = store_get(core, slot, page, out, NULL, may_block)
         else:
             n = min(length, <uint64_t>(PAGE_BYTES - start))
-            error = store_get(core, slot, page, slot.page, NULL)
+            error = store_get(core, slot, page, slot.page, NULL, may_block)
             if error == 0:
                 memcpy(out, slot.page + start, n)
         if error:
@@ -193,7 +196,10 @@ cdef int request_read(void *core, void *data, uint64_t length, uint64_t offset, 
         return ESHUTDOWN
     slot = slot_take(&(<Core *>core).slots)
     if inside(<Core *>core, offset, length):
-        error = read_range(<Core *>core, slot, offset, length, <uint8_t *>data)
+        error = read_range(<Core *>core, slot, offset, length, <uint8_t *>data, not flags & ZC_HOLDS_GIL)
+        if error == WOULD_BLOCK:
+            slot_release(slot)
+            return ZC_AGAIN
     return leave(slot, C_READ_REQUESTS, error)
 
 

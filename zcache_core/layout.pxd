@@ -151,6 +151,12 @@ cdef inline uint64_t header_version(const BlobHeader *header) noexcept nogil:
 cdef inline uint32_t header_length(const BlobHeader *header) noexcept nogil:
     return length_of(header.place)
 
+cdef inline uint64_t header_lower(const BlobHeader *header) noexcept nogil:
+    return header.place >> 16
+
+cdef inline void header_set_lower(BlobHeader *header, uint64_t where) noexcept nogil:
+    header.place = (where << 16) | (header.place & 0xFFFF)
+
 cdef inline bint header_matches(
     const BlobHeader *header, uint64_t version, uint32_t device, uint32_t page,
     uint64_t location, const uint8_t *blob,

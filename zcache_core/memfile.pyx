@@ -31,12 +31,12 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
 from zcache_core.layout cimport (
-    COUNTER_CELLS, COUNTER_SHARDS, FORMAT_VERSION, NAME_BYTES, PAGE_BYTES,
-    BlobHeader, Entry, Superblock,
+    COUNTER_CELLS, COUNTER_SHARDS, FORMAT_VERSION, NAME_BYTES, PAGE_BYTES, ST_DISK, ST_PEER,
+    ST_RAM_EPHEMERAL, BlobHeader, Entry, Superblock, state_of,
 )
 
 from zcache_core.errors import InUseError, MemoryFileError
-from zcache_core.owner import OwnerLock, runtime_dir, start_ticks, unattached_segments
+from zcache_core.owner import OwnerLock, recorded_segment, start_ticks, unattached_segments
 
 cdef extern from "<sys/ipc.h>" nogil:
     enum: IPC_PRIVATE, IPC_CREAT, IPC_EXCL, IPC_RMID
@@ -300,6 +300,20 @@ cdef class MemoryFile:
             raise MemoryFileError("the memory file is closed; open it again")
         return self.super
 
+    def pages_below(self):
+        """(pages only on a lower tier, pages there and in RAM), by one look at the whole index."""
+        cdef uint64_t only = 0
+        cdef uint64_t also = 0
+        cdef uint64_t page
+        cdef uint32_t state
+        cdef Superblock *s = self._open_super()
+        with nogil:
+            for page in range(s.device_pages):
+                state = state_of(self.index[page].version)
+                only += state == ST_DISK or state == ST_PEER
+                also += state == ST_RAM_EPHEMERAL
+        return only, also
+
     def counter_cells(self):
         """The counter shards as bytes: COUNTER_SHARDS rows of COUNTER_CELLS uint64."""
         self._open_super()
@@ -337,14 +351,15 @@ def _is_ours(int shmid):
         shmdt(base)
 
 
+def find(str name):
+    """Segment of the memory file of that name (its owner may live), None when there is none."""
+    shmid = recorded_segment(name)
+    return shmid if shmid >= 0 and _is_ours(shmid) else None
+
+
 def exists(str name):
     """Whether a memory file of that name is there to be opened (its owner may live)."""
-    path = runtime_dir() / f"{name}.mem"
-    try:
-        text = path.read_text().strip()
-    except OSError:
-        return False
-    return text.isdigit() and _is_ours(int(text))
+    return find(name) is not None
 
 
 def segment_name(int shmid):

@@ -56,6 +56,20 @@ def start_ticks(pid: int) -> int:
     return int(stat.rsplit(")", 1)[1].split()[19])
 
 
+def lock_path(name: str) -> Path:
+    """The lock file of a memory file's name."""
+    return runtime_dir() / f"{name}.mem"
+
+
+def recorded_segment(name: str) -> int:
+    """The segment that the lock file of `name` tells of; -1 when there is none."""
+    try:
+        text = lock_path(name).read_text().strip()
+    except OSError:
+        return -1
+    return int(text) if text.isdigit() else -1
+
+
 class OwnerLock:
     """The held lock of one memory-file name.  `shmid` is -1 when none is recorded."""
 
@@ -71,7 +85,7 @@ class OwnerLock:
                 f"the memory file name {name!r} is not usable; use up to 60 letters, digits, "
                 f"dots, dashes and underscores"
             )
-        path = runtime_dir() / f"{name}.mem"
+        path = lock_path(name)
         while True:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:

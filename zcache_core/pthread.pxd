@@ -34,6 +34,7 @@ cdef extern from "<pthread.h>" nogil:
     int pthread_attr_setschedparam(pthread_attr_t *, const sched_param *)
     enum: PTHREAD_EXPLICIT_SCHED
     int pthread_create(pthread_t *, const pthread_attr_t *, void *(*)(void *) noexcept nogil, void *)
+    int pthread_setname_np(pthread_t, const char *)
     int pthread_join(pthread_t, void **)
     int pthread_mutexattr_init(pthread_mutexattr_t *)
     int pthread_mutexattr_setprotocol(pthread_mutexattr_t *, int)
@@ -107,18 +108,24 @@ cdef inline timespec at_us(int64_t deadline_us) noexcept nogil:
     t.tv_nsec = (deadline_us % 1000000) * 1000
     return t
 
-cdef inline int thread_start(pthread_t *thread, void *(*run)(void *) noexcept nogil, void *argument) noexcept nogil:
-    """A background thread with a small stack (256 KiB: compression states live elsewhere).
+cdef inline int thread_start(
+    pthread_t *thread, void *(*run)(void *) noexcept nogil, void *argument, const char *name
+) noexcept nogil:
+    """A background thread called `name` (15 letters, as top -H shows it), with a small stack (256 KiB: compression states live elsewhere).
 
     Of the ordinary class, also where serving threads are SCHED_FIFO: on one CPU they
     come first, and lend their priority to whoever holds a lock they want.
     """
     cdef pthread_attr_t attributes
     cdef sched_param ordinary
+    cdef int error
     ordinary.sched_priority = 0
     pthread_attr_init(&attributes)
     pthread_attr_setinheritsched(&attributes, PTHREAD_EXPLICIT_SCHED)
     pthread_attr_setschedpolicy(&attributes, SCHED_OTHER)
     pthread_attr_setschedparam(&attributes, &ordinary)
     pthread_attr_setstacksize(&attributes, 256 * 1024)
-    return pthread_create(thread, &attributes, run, argument)
+    error = pthread_create(thread, &attributes, run, argument)
+    if error == 0:
+        pthread_setname_np(thread[0], name)
+    return error

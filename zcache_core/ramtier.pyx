@@ -20,9 +20,9 @@ from libc.string cimport memcpy, memset
 from posix.time cimport nanosleep, timespec
 
 from zcache_core.allocator cimport object_blob, object_bytes, object_header
-from zcache_core.arena cimport FRAME_TAKEN, arena_wait
+from zcache_core.arena cimport FRAME_TAKEN, Frame, arena_wait
 from zcache_core.codec cimport codec_compress, codec_decompress
-from zcache_core.core cimport RAN_OUT, Core
+from zcache_core.core cimport RAN_OUT, WOULD_BLOCK, Core
 from zcache_core.counter_ids cimport (
     C_COMMIT_WAIT_US, C_COMMIT_WAITS, C_COMPRESS_POOR, C_CORRUPT_LOADS, C_FAILED_STORES,
     C_FLIP_RETRIES, C_INVALIDATES, C_LOADS, C_LOADS_EMPTY, C_LOADS_SAME_FILLED, C_LOST_PAGES,
@@ -30,19 +30,21 @@ from zcache_core.counter_ids cimport (
 )
 from zcache_core.index cimport entry_flip, entry_load, versions_take
 from zcache_core.layout cimport (
-    CODEC_RAW, HEADER_BYTES, PAGE_BYTES, PAGE_SHIFT, ST_EMPTY, ST_LOST, ST_RAM, ST_SAME, Entry,
-    codec_of, entry_is_sound, header_fill, header_matches, length_of, place_word, state_of,
+    CODEC_RAW, HEADER_BYTES, PAGE_BYTES, PAGE_SHIFT, ST_DISK, ST_EMPTY, ST_LOST, ST_RAM,
+    ST_RAM_EPHEMERAL, ST_SAME, Entry,
+    codec_of, entry_is_sound, header_fill, header_lower, header_matches, length_of, place_word, state_of,
     version_of, version_word, where_of,
 )
 from zcache_core.native cimport (
     zc_acquire_fence, zc_add64, zc_fill_words, zc_load32, zc_prefetch, zc_release_fence,
     zc_same_filled,
 )
-from zcache_core.pthread cimport now_us
+from zcache_core.pthread cimport lock_take, now_us, pthread_mutex_unlock
 from zcache_core.slots cimport Slot, count, slot_park, slot_unpark
 
 cdef enum:
-    # Longest wait for committed memory; NBD clients give a request 2 to 3 s at least.
+    # Longest wait for room of one request, however many pages it has; NBD clients give it
+    # 2 to 3 s at least.
     ROOM_WAIT_US = 1500000
     # Cache lines fetched ahead of a page's turn; the hardware follows from there
     # (128 KiB reads of real pages: 0.73 of a bare decompression loop without, 0.86 with)
@@ -62,6 +64,20 @@ cdef bint place_is_possible(Core *core, uint64_t location) noexcept nogil:
     return (where & (PAGE_BYTES - 1)) + room <= PAGE_BYTES
 
 
+cdef void drop_lower_copy(Core *core, Entry old) noexcept nogil:
+    """Let go of the copy below an ephemeral page that is gone.
+
+    Its address may just be changing (the tier moved it): under the allocator's lock,
+    which the mover holds from its look at the entry to its write of the header.
+    """
+    cdef uint64_t lower
+    lock_take(&core.allocator.lock)
+    lower = header_lower(object_header(&core.arena, where_of(old.location), length_of(old.location)))
+    pthread_mutex_unlock(&core.allocator.lock)
+    if core.lower.tiers != NULL:
+        core.lower.drop(core.lower.tiers, ST_DISK, lower, length_of(old.location))
+
+
 cdef void dispose(Core *core, Slot *slot, Entry old) noexcept nogil:
     """Free what a replaced entry held.  A damaged one is left to the next rebuild."""
     cdef uint32_t state = state_of(old.version)
@@ -69,7 +85,12 @@ cdef void dispose(Core *core, Slot *slot, Entry old) noexcept nogil:
         return
     if in_ram(state):
         if place_is_possible(core, old.location):
+            if state == ST_RAM_EPHEMERAL:
+                drop_lower_copy(core, old)
             core.allocator.release(core.allocator, where_of(old.location), object_bytes(length_of(old.location)))
+    elif is_below(state):
+        if core.lower.tiers != NULL:
+            core.lower.drop(core.lower.tiers, state, where_of(old.location), length_of(old.location))
     elif state == ST_SAME:
         count(slot, C_SAME_FILLED_PAGES, <uint64_t>-1)
         zc_add64(&core.same_filled, <uint64_t>-1)
@@ -88,20 +109,30 @@ cdef void count_same_filled(Core *core, Slot *slot) noexcept nogil:
 
 cdef bint find_room(Core *core, Slot *slot, uint32_t bytes, uint64_t *where) noexcept nogil:
     """Room for an object; waits, bounded, while memory is being committed."""
-    cdef int64_t start, waited_us
+    cdef int64_t start, until
     cdef bint found = False
     if core.allocator.alloc(core.allocator, bytes, where):
         return True
     start = now_us()
+    if slot.room_until_us == 0:
+        slot.room_until_us = start + ROOM_WAIT_US
+    until = slot.room_until_us
     slot_park(slot)             # the committer may be waiting for every slot to leave a frame
-    while not found and arena_wait(&core.arena, start + ROOM_WAIT_US):
+    while not found and (
+        arena_wait(&core.arena, until)
+        or core.lower.tiers != NULL and core.lower.wait_room(core.lower.tiers, until)
+    ):
         found = core.allocator.alloc(core.allocator, bytes, where)
     slot_unpark(slot)
-    waited_us = now_us() - start
-    if found or waited_us >= ROOM_WAIT_US:      # else the pool was simply full
+    if found or now_us() >= until:      # else the pool was simply full
         count(slot, C_COMMIT_WAITS, 1)
-        count(slot, C_COMMIT_WAIT_US, <uint64_t>waited_us)
+        count(slot, C_COMMIT_WAIT_US, <uint64_t>(now_us() - start))
     return found
+
+
+cdef bint room_at_once(Core *core, uint32_t bytes, uint64_t *where) noexcept nogil:
+    """Room for an object if there is any now."""
+    return core.allocator.alloc(core.allocator, bytes, where)
 
 
 cdef int place_page(
@@ -207,12 +238,17 @@ cdef bint load_blob(Core *core, Slot *slot, uint64_t page, Entry e, uint8_t *dat
     return codec_decompress(slot, codec_of(e.location), blob, length, data)
 
 
-cdef int store_get(Core *core, Slot *slot, uint64_t page, uint8_t *data, Entry *seen) noexcept nogil:
-    """Read one page into `data`; 0 or EIO.  `seen` (or NULL) gets the entry that was read."""
+cdef int store_get(
+    Core *core, Slot *slot, uint64_t page, uint8_t *data, Entry *seen, bint may_block
+) noexcept nogil:
+    """Read one page into `data`; 0, EIO, or WOULD_BLOCK when it is below and may_block is not.
+
+    `seen` (or NULL) gets the entry that was read.
+    """
     cdef Entry e, again
     cdef uint32_t state, tries
     cdef bint good
-    count(slot, C_LOADS, 1)
+    cdef bint doubted = False
     for tries in range(MOST_READ_TRIES):
         e = entry_load(&core.index, page)
         state = state_of(e.version)
@@ -225,16 +261,32 @@ cdef int store_get(Core *core, Slot *slot, uint64_t page, uint8_t *data, Entry *
             zc_fill_words(data, e.location)
         elif state == ST_EMPTY:
             memset(data, 0, PAGE_BYTES)
+        elif is_below(state) and core.lower.tiers != NULL:
+            if not may_block:
+                return WOULD_BLOCK
+            good = core.lower.fetch(core.lower.tiers, slot, page, e, data) == 0
         else:
             good = False
         zc_acquire_fence()
         again = entry_load(&core.index, page)
-        if again.version == e.version and again.location == e.location:
+        # The same version is the same content, wherever it is by now.
+        if good and version_of(again.version) == version_of(e.version):
             break
+        if again.version == e.version and again.location == e.location:
+            # A page may have left RAM and come back to the same place while its reader
+            # slept in between: damage is what is there twice.
+            if doubted or not in_ram(state):
+                break
+            doubted = True
+        else:
+            doubted = False
         count(slot, C_READ_RETRIES, 1)
     else:
         good = False
+    count(slot, C_LOADS, 1)
     if not good:
+        if is_below(state) and entry_is_sound(e.location, e.version):
+            return EIO          # counted by the tier
         if state != ST_LOST or not entry_is_sound(e.location, e.version):
             count(slot, C_CORRUPT_LOADS, 1)
         return EIO
@@ -245,7 +297,7 @@ cdef int store_get(Core *core, Slot *slot, uint64_t page, uint8_t *data, Entry *
             core.arena.frames[where_of(e.location) >> PAGE_SHIFT].referenced = 1
     elif state == ST_SAME:
         count(slot, C_LOADS_SAME_FILLED, 1)
-    else:
+    elif state == ST_EMPTY:
         count(slot, C_LOADS_EMPTY, 1)
     return 0
 
@@ -285,24 +337,30 @@ cdef void store_invalidate(Core *core, Slot *slot, uint64_t page, uint64_t versi
     count(slot, C_INVALIDATES, 1)
 
 
-cdef uint32_t store_victims(Core *core, uint32_t *frames, uint32_t most) noexcept nogil:
-    """Up to `most` cold frames, by second chance; how many.  Two rounds at most."""
+cdef uint32_t store_victims(Core *core, uint32_t *frames, uint32_t most, bint ephemeral) noexcept nogil:
+    """Up to `most` cold frames, by second chance; how many.  Two rounds at most.
+
+    `ephemeral`: frames in which every object may be dropped; else all others.  Each
+    kind has a hand of its own.  Called by one thread at a time.
+    """
     cdef uint32_t n = 0
     cdef uint64_t steps
-    cdef uint32_t at = core.clock_hand
+    cdef uint32_t at = core.clock_hand[ephemeral]
+    cdef Frame *f
     for steps in range(2 * <uint64_t>core.arena.total):
         if n == most:
             break
-        if core.arena.frames[at].state == FRAME_TAKEN:
-            if core.arena.frames[at].referenced:
-                core.arena.frames[at].referenced = 0
+        f = &core.arena.frames[at]
+        if f.state == FRAME_TAKEN and (f.ephemeral_only != 0) == ephemeral:
+            if f.referenced:
+                f.referenced = 0
             else:
                 frames[n] = at
                 n += 1
         at += 1
         if at == core.arena.total:
             at = 0
-    core.clock_hand = at
+    core.clock_hand[ephemeral] = at
     return n
 
 

@@ -1,12 +1,13 @@
 """C face of the request slots."""
 
-from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
 from zcache_core.layout cimport COUNTER_CELLS
 
 cdef enum:
     SLOTS = 32                  # requests in flight inside the core; nbdkit starts 16 threads
     BLOB_ROOM = 4096 + 64       # one compressed page, and what a codec may write past it
+    IO_ROOM = 16384             # one object from a disk, with the blocks around it
 
 ctypedef struct Slot:
     uint32_t busy               # 0 free, 1 inside, 2 parked; taken by compare-and-swap
@@ -18,7 +19,9 @@ ctypedef struct Slot:
     void *zstd_decompress
     uint8_t *blob               # BLOB_ROOM bytes: a page after compression
     uint8_t *page               # 4096 bytes: a page before or after a partial write
-    uint64_t padding[7]         # 128 bytes a slot: no cache line is two slots'
+    uint8_t *io                 # IO_ROOM bytes, aligned to 4096: for reading from below
+    int64_t room_until_us       # this request waits for room no longer; 0: it did not yet
+    uint64_t padding[6]         # 128 bytes a slot: no cache line is two slots'
 
 ctypedef struct Slots:
     Slot slot[SLOTS]

@@ -11,9 +11,9 @@ when it was called has left.  (A reader that raced with an overwrite checks the
 entry again and tries anew; but it must not touch a frame that has been punched,
 because that would bring the memory back.)
 
-    slot[i]  | busy | turn | shard -> counters | lz4 16 KiB | blob 4160 | page 4096 |
+    slot[i]  | busy | turn | shard -> counters | io 16 KiB | page 4096 | lz4 16 KiB | blob 4160 |
 
-Bound: 32 slots x about 25 KiB, plus zstd's contexts when zstd is the codec.
+Bound: 32 slots x about 41 KiB, plus zstd's contexts when zstd is the codec.
 """
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
@@ -39,7 +39,8 @@ cdef extern from "<sys/mman.h>" nogil:
 
 cdef enum:
     LZ4_STATE_BYTES = 16640     # LZ4_sizeofState() of every 1.x; checked by the codec
-    SLOT_BYTES = LZ4_STATE_BYTES + BLOB_ROOM + PAGE_BYTES
+    # io and page first, so that both are aligned; rounded up to whole pages
+    SLOT_BYTES = (IO_ROOM + PAGE_BYTES + LZ4_STATE_BYTES + BLOB_ROOM + 4095) // 4096 * 4096
 
 
 cdef int slots_init(Slots *slots, uint64_t *counters) noexcept nogil:
@@ -58,9 +59,10 @@ cdef int slots_init(Slots *slots, uint64_t *counters) noexcept nogil:
         at = slots.memory + i * SLOT_BYTES
         slots.slot[i].number = i
         slots.slot[i].shard = counters + i * COUNTER_CELLS
-        slots.slot[i].lz4_state = at
-        slots.slot[i].blob = at + LZ4_STATE_BYTES
-        slots.slot[i].page = at + LZ4_STATE_BYTES + BLOB_ROOM
+        slots.slot[i].io = at
+        slots.slot[i].page = at + IO_ROOM
+        slots.slot[i].lz4_state = at + IO_ROOM + PAGE_BYTES
+        slots.slot[i].blob = at + IO_ROOM + PAGE_BYTES + LZ4_STATE_BYTES
     slots.shared = counters + SLOTS * COUNTER_CELLS
     slots.background = counters + (SLOTS + 1) * COUNTER_CELLS
     return 0
@@ -86,6 +88,7 @@ cdef Slot *slot_take(Slots *slots) noexcept nogil:
             at = (first + i) % SLOTS
             if zc_load32(&slots.slot[at].busy) == 0 and zc_cas32(&slots.slot[at].busy, 0, 1):
                 zc_last_slot = at
+                slots.slot[at].room_until_us = 0
                 if rounds:
                     slots.slot[at].shard[C_SLOT_WAITS] += 1
                 return &slots.slot[at]

@@ -5,6 +5,7 @@
 
 Locks, in the order in which they may be taken together
     page_lock[page % 64]   partial writes of a page, one at a time (device.pyx)
+    tiers.dropping         choosing ephemeral frames (tiers.pyx)
     allocator.lock         frames' layout, lists, shared counter shard
     arena.lock             free and uncommitted frames (a leaf)
     index.lock             reserving versions (a leaf)
@@ -27,9 +28,11 @@ from zcache_core.layout cimport (
 )
 from zcache_core.memfile cimport MemoryFile
 from zcache_core.native cimport zc_store32
-from zcache_core.pthread cimport lock_init, pthread_join, thread_start
+from zcache_core.pthread cimport (
+    lock_init, lock_take, pthread_join, pthread_mutex_unlock, thread_start,
+)
 from zcache_core.ramtier cimport (
-    in_ram, load_blob, store_get, store_invalidate, store_put, store_victims, store_wait_ready,
+    in_ram, is_below, load_blob, store_get, store_invalidate, store_put, store_victims, store_wait_ready,
 )
 from zcache_core.slots cimport Slot, slot_release, slot_take, slots_free, slots_init, slots_quiesce
 from zcache_core.takeover cimport takeover
@@ -113,7 +116,7 @@ cdef class Store:
             core.arena.reserve = core.arena.limit
         if not self.memory.fresh:
             core.arena.held = True
-            if thread_start(&core.rebuilder, takeover, core) != 0:
+            if thread_start(&core.rebuilder, takeover, core, b"zc-takeover") != 0:
                 raise MemoryFileError("no thread could be started; raise the limit of processes")
             core.rebuilding = True
         else:
@@ -181,7 +184,7 @@ cdef class Store:
         self._require_page(page)
         with nogil:
             slot = slot_take(&self.core.slots)
-            error = store_get(&self.core, slot, page, data, NULL)
+            error = store_get(&self.core, slot, page, data, NULL, True)
             slot_release(slot)
         if error:
             raise OSError(error, "the page is lost or damaged")
@@ -216,7 +219,7 @@ cdef class Store:
         """Up to `most` cold frames, coldest first as the clock sees it."""
         cdef uint32_t frames[256]
         self._require_open()
-        n = store_victims(&self.core, frames, min(most, 256))
+        n = store_victims(&self.core, frames, min(most, 256), False)
         return [frames[i] for i in range(n)]
 
     def pages_in_frame(self, uint32_t frame):
@@ -251,6 +254,7 @@ cdef class Store:
         cdef uint64_t page
         cdef uint64_t in_frames = 0
         cdef uint64_t same = 0
+        cdef uint64_t below = 0
         cdef uint64_t broken = 0
         self._require_page(0)
         with nogil:
@@ -265,11 +269,17 @@ cdef class Store:
                     broken += not load_blob(core, slot, page, e, slot.page)
                 elif state_of(e.version) == ST_SAME:
                     same += 1
+                elif is_below(state_of(e.version)):
+                    below += 1
             slot_release(slot)
             broken += core.allocator.check(core.allocator)
         from zcache_core.counters import read
         counted = read(self.memory)
-        broken += counted["pers_zpages"] != in_frames
+        broken += counted["pers_zpages"] + counted["eph_zpages"] != in_frames
         broken += counted["same_filled_pages"] != same
-        broken += counted["pers_pageframes"] + counted["free_frames"] != counted["committed_frames"]
+        lock_take(&core.arena.lock)
+        in_use = core.arena.committed - core.arena.free_count - core.arena.moving
+        pthread_mutex_unlock(&core.arena.lock)
+        broken += in_use != counted["pers_pageframes"] + counted["eph_pageframes"]
+        broken += counted["disk_pages"] != below + counted["eph_zpages"]
         return broken

@@ -11,16 +11,17 @@ needed: no list, no lock, no count.
 
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
-from zcache_core.allocator cimport object_bytes
+from zcache_core.allocator cimport object_bytes, object_header
 from zcache_core.core cimport Core
 from zcache_core.counter_ids cimport C_LOST_PAGES, C_REBUILD_US, C_REBUILT_PAGES
 from zcache_core.index cimport entry_flip, entry_load, versions_take
 from zcache_core.layout cimport (
-    ST_LOST, ST_SAME, Entry, entry_is_sound, length_of, state_of, version_word, where_of,
+    ST_DISK, ST_LOST, ST_RAM, ST_RAM_EPHEMERAL, ST_SAME, BlobHeader, Entry, entry_is_sound,
+    header_lower, header_page, header_version, length_of, state_of, version_of, version_word, where_of,
 )
 from zcache_core.native cimport zc_store32
-from zcache_core.pthread cimport now_us
-from zcache_core.ramtier cimport count_same_filled, in_ram, place_is_possible
+from zcache_core.pthread cimport lock_take, now_us, pthread_mutex_unlock
+from zcache_core.ramtier cimport count_same_filled, in_ram, is_below, place_is_possible
 from zcache_core.slots cimport Slot, count, slot_release, slot_take
 
 
@@ -30,6 +31,21 @@ cdef void mark_lost(Core *core, Slot *slot, uint64_t page, Entry old) noexcept n
     new.version = version_word(versions_take(&core.index, 1), ST_LOST, 0)
     if entry_flip(&core.index, page, old, new):
         count(slot, C_LOST_PAGES, 1)
+
+
+cdef void adopt_ephemeral(Core *core, uint64_t page, Entry e) noexcept nogil:
+    """Its copy below is known again, or it is the only copy from now on."""
+    cdef Entry persistent
+    cdef BlobHeader *header = object_header(&core.arena, where_of(e.location), length_of(e.location))
+    if header_page(header) == page and header_version(header) == version_of(e.version) and core.lower.tiers != NULL:
+        if core.lower.adopt(core.lower.tiers, ST_DISK, header_lower(header), length_of(e.location)):
+            lock_take(&core.allocator.lock)
+            core.allocator.ephemeral(core.allocator, where_of(e.location), object_bytes(length_of(e.location)), 1)
+            pthread_mutex_unlock(&core.allocator.lock)
+            return
+    persistent.location = e.location
+    persistent.version = version_word(version_of(e.version), ST_RAM, e.location)
+    entry_flip(&core.index, page, e, persistent)
 
 
 cdef void *takeover(void *argument) noexcept nogil:
@@ -50,6 +66,15 @@ cdef void *takeover(void *argument) noexcept nogil:
                 core.allocator, where_of(e.location), object_bytes(length_of(e.location))
             ):
                 count(slot, C_REBUILT_PAGES, 1)
+                if state == ST_RAM_EPHEMERAL:
+                    adopt_ephemeral(core, page, e)
+            else:
+                mark_lost(core, slot, page, e)
+        elif is_below(state):
+            if core.lower.tiers == NULL:
+                pass                # its tier was not given this time: EIO, but not forgotten
+            elif core.lower.adopt(core.lower.tiers, state, where_of(e.location), length_of(e.location)):
+                count(slot, C_REBUILT_PAGES, 1)
             else:
                 mark_lost(core, slot, page, e)
         elif state == ST_SAME:
@@ -58,6 +83,8 @@ cdef void *takeover(void *argument) noexcept nogil:
         elif state == ST_LOST:
             count(slot, C_LOST_PAGES, 1)
     core.allocator.adopted(core.allocator)
+    if core.lower.tiers != NULL:
+        core.lower.adopted(core.lower.tiers)
     count(slot, C_REBUILD_US, <uint64_t>(now_us() - start))
     slot_release(slot)
     zc_store32(&core.ready, 1)

@@ -28,7 +28,8 @@ from zcache_core.arena cimport (
     FRAME_TAKEN, NO_FRAME, Arena, Frame, arena_adopt, arena_give, arena_take,
 )
 from zcache_core.counter_ids cimport (
-    C_BUDDIED_COUNT, C_PERS_PAGEFRAMES, C_PERS_PAGEFRAMES_MAX, C_PERS_ZBYTES, C_PERS_ZBYTES_MAX,
+    C_BUDDIED_COUNT, C_EPH_PAGEFRAMES, C_EPH_PAGEFRAMES_MAX, C_EPH_ZBYTES, C_EPH_ZPAGES,
+    C_EPH_ZPAGES_MAX, C_PERS_PAGEFRAMES, C_PERS_PAGEFRAMES_MAX, C_PERS_ZBYTES, C_PERS_ZBYTES_MAX,
     C_PERS_ZPAGES, C_PERS_ZPAGES_MAX, C_RAW_PAGES, C_UNBUDDIED_COUNT,
 )
 from zcache_core.layout cimport CHUNK_BYTES, HEADER_BYTES, NCHUNKS, PAGE_BYTES, PAGE_SHIFT
@@ -37,6 +38,8 @@ from zcache_core.pthread cimport lock_init, lock_take, pthread_mutex_unlock
 
 cdef enum:
     LARGEST_CHUNKS = NCHUNKS - 1
+    FIRST = 1                   # bits of Frame.allocator_word: this bud is ephemeral
+    LAST = 2
     BUDDIED = 0                 # list number; others are the free chunks of an unbuddied frame
 
 ctypedef struct Zbud:
@@ -87,14 +90,47 @@ cdef void unlink_frame(Zbud *z, uint32_t frame) noexcept nogil:
         z.face.cells[C_UNBUDDIED_COUNT] -= 1
 
 
-cdef inline void account(Zbud *z, uint32_t bytes, uint32_t new_frames) noexcept nogil:
+# ---- accounting: lock held ------------------------------------------------------------
+# A frame counts as ephemeral when all of its objects are, else as persistent; so it
+# leaves its class before a change and enters one after.
+
+cdef inline uint32_t both_bits(const Frame *f) noexcept nogil:
+    return (FIRST if f.first_chunks else 0) | (LAST if f.last_chunks else 0)
+
+
+cdef inline void leave_class(Zbud *z, const Frame *f) noexcept nogil:
+    if both_bits(f) == 0:
+        return
+    z.face.cells[C_EPH_PAGEFRAMES if f.allocator_word == both_bits(f) else C_PERS_PAGEFRAMES] -= 1
+
+
+cdef inline void enter_class(Zbud *z, Frame *f) noexcept nogil:
+    cdef uint32_t which, peak
+    f.ephemeral_only = f.allocator_word == both_bits(f)
+    which = C_EPH_PAGEFRAMES if f.ephemeral_only else C_PERS_PAGEFRAMES
+    peak = C_EPH_PAGEFRAMES_MAX if f.ephemeral_only else C_PERS_PAGEFRAMES_MAX
+    if both_bits(f) == 0:
+        return
+    z.face.cells[which] += 1
+    z.face.cells[peak] = max(z.face.cells[peak], z.face.cells[which])
+
+
+cdef inline void count_object(Zbud *z, uint32_t bytes, bint ephemeral, int change) noexcept nogil:
     cdef uint64_t *cells = z.face.cells
-    cells[C_PERS_ZPAGES] += 1
-    cells[C_PERS_ZBYTES] += bytes - HEADER_BYTES if bytes < PAGE_BYTES else PAGE_BYTES
-    cells[C_PERS_PAGEFRAMES] += new_frames
-    cells[C_PERS_ZPAGES_MAX] = max(cells[C_PERS_ZPAGES_MAX], cells[C_PERS_ZPAGES])
-    cells[C_PERS_ZBYTES_MAX] = max(cells[C_PERS_ZBYTES_MAX], cells[C_PERS_ZBYTES])
-    cells[C_PERS_PAGEFRAMES_MAX] = max(cells[C_PERS_PAGEFRAMES_MAX], cells[C_PERS_PAGEFRAMES])
+    cdef uint64_t length = bytes - HEADER_BYTES if bytes < PAGE_BYTES else PAGE_BYTES
+    if ephemeral:
+        cells[C_EPH_ZPAGES] += <uint64_t>change
+        cells[C_EPH_ZBYTES] += <uint64_t>change * length
+        cells[C_EPH_ZPAGES_MAX] = max(cells[C_EPH_ZPAGES_MAX], cells[C_EPH_ZPAGES])
+    else:
+        cells[C_PERS_ZPAGES] += <uint64_t>change
+        cells[C_PERS_ZBYTES] += <uint64_t>change * length
+        cells[C_PERS_ZPAGES_MAX] = max(cells[C_PERS_ZPAGES_MAX], cells[C_PERS_ZPAGES])
+        cells[C_PERS_ZBYTES_MAX] = max(cells[C_PERS_ZBYTES_MAX], cells[C_PERS_ZBYTES])
+
+
+cdef inline uint32_t bit_of(uint64_t where) noexcept nogil:
+    return LAST if where & (PAGE_BYTES - 1) else FIRST
 
 
 cdef inline uint32_t chunks_for(uint32_t bytes) noexcept nogil:
@@ -109,12 +145,14 @@ cdef bint place_raw(Zbud *z, uint64_t *where) noexcept nogil:
         return False
     z.face.arena.frames[frame].first_chunks = NCHUNKS
     z.face.arena.frames[frame].last_chunks = 0
+    z.face.arena.frames[frame].allocator_word = 0
     z.face.cells[C_RAW_PAGES] += 1
+    enter_class(z, &z.face.arena.frames[frame])
     where[0] = <uint64_t>frame << PAGE_SHIFT
     return True
 
 
-cdef bint place_bud(Zbud *z, uint32_t chunks, uint64_t *where, uint32_t *opened) noexcept nogil:
+cdef bint place_bud(Zbud *z, uint32_t chunks, uint64_t *where) noexcept nogil:
     cdef uint64_t fitting = z.filled >> chunks << chunks
     cdef uint32_t frame
     cdef Frame *f
@@ -126,9 +164,10 @@ cdef bint place_bud(Zbud *z, uint32_t chunks, uint64_t *where, uint32_t *opened)
         frame = arena_take(z.face.arena)
         if frame == NO_FRAME:
             return False
-        opened[0] = 1
         f = &z.face.arena.frames[frame]
         f.first_chunks = f.last_chunks = 0
+        f.allocator_word = 0
+    leave_class(z, f)
     if f.first_chunks == 0:
         f.first_chunks = chunks
         where[0] = <uint64_t>frame << PAGE_SHIFT
@@ -136,22 +175,21 @@ cdef bint place_bud(Zbud *z, uint32_t chunks, uint64_t *where, uint32_t *opened)
         f.last_chunks = chunks
         where[0] = (<uint64_t>frame << PAGE_SHIFT) + (NCHUNKS - chunks) * CHUNK_BYTES
     f.referenced = 1
+    enter_class(z, f)
     link_frame(z, frame)
     return True
 
 
 cdef bint zbud_alloc(Allocator *self, uint32_t bytes, uint64_t *where) noexcept nogil:
     cdef Zbud *z = <Zbud *>self
-    cdef uint32_t opened = 0
     cdef bint placed
     lock_take(&self.lock)
     if bytes == PAGE_BYTES:
         placed = place_raw(z, where)
-        opened = 1
     else:
-        placed = place_bud(z, chunks_for(bytes), where, &opened)
+        placed = place_bud(z, chunks_for(bytes), where)
     if placed:
-        account(z, bytes, opened)
+        count_object(z, bytes, False, 1)
     pthread_mutex_unlock(&self.lock)
     return placed
 
@@ -161,24 +199,34 @@ cdef void zbud_release(Allocator *self, uint64_t where, uint32_t bytes) noexcept
     cdef uint32_t frame = <uint32_t>(where >> PAGE_SHIFT)
     cdef Frame *f = &self.arena.frames[frame]
     lock_take(&self.lock)
-    self.cells[C_PERS_ZPAGES] -= 1
+    leave_class(z, f)
+    count_object(z, bytes, f.allocator_word & bit_of(where), -1)
+    f.allocator_word &= ~bit_of(where)
     if bytes == PAGE_BYTES:
-        self.cells[C_PERS_ZBYTES] -= PAGE_BYTES
         self.cells[C_RAW_PAGES] -= 1
         f.first_chunks = 0
     else:
-        self.cells[C_PERS_ZBYTES] -= bytes - HEADER_BYTES
         unlink_frame(z, frame)
         if where & (PAGE_BYTES - 1):
             f.last_chunks = 0
         else:
             f.first_chunks = 0
     if f.first_chunks or f.last_chunks:
+        enter_class(z, f)
         link_frame(z, frame)
     else:
-        self.cells[C_PERS_PAGEFRAMES] -= 1
         arena_give(self.arena, frame)
     pthread_mutex_unlock(&self.lock)
+
+
+cdef void zbud_ephemeral(Allocator *self, uint64_t where, uint32_t bytes, int change) noexcept nogil:
+    cdef Zbud *z = <Zbud *>self
+    cdef Frame *f = &self.arena.frames[where >> PAGE_SHIFT]
+    leave_class(z, f)
+    count_object(z, bytes, change < 0, -1)
+    count_object(z, bytes, change > 0, 1)
+    f.allocator_word ^= bit_of(where)
+    enter_class(z, f)
 
 
 cdef bint zbud_adopt(Allocator *self, uint64_t where, uint32_t bytes) noexcept nogil:
@@ -201,15 +249,18 @@ cdef bint zbud_adopt(Allocator *self, uint64_t where, uint32_t bytes) noexcept n
     elif offset == 0:
         if f.first_chunks or chunks + f.last_chunks > NCHUNKS:
             return False
+        leave_class(z, f)
         f.first_chunks = chunks
     else:
         if f.last_chunks or chunks + f.first_chunks > NCHUNKS:
             return False
         if offset != (NCHUNKS - chunks) * CHUNK_BYTES:
             return False
+        leave_class(z, f)
         f.last_chunks = chunks
-    account(z, bytes, 0 if f.state == FRAME_TAKEN else 1)
     f.state = FRAME_TAKEN
+    enter_class(z, f)
+    count_object(z, bytes, False, 1)
     return True
 
 
@@ -254,6 +305,8 @@ cdef uint32_t zbud_check(Allocator *self) noexcept nogil:
     cdef uint64_t in_frames = 0
     cdef uint64_t pages = 0
     cdef uint64_t raw = 0
+    cdef uint64_t ephemeral = 0
+    cdef uint64_t ephemeral_frames = 0
     cdef uint32_t broken = 0
     cdef uint32_t which, frame
     lock_take(&self.lock)
@@ -278,11 +331,17 @@ cdef uint32_t zbud_check(Allocator *self) noexcept nogil:
                 broken += 1
             if not (frames[frame].first_chunks or frames[frame].last_chunks):
                 broken += 1
+            if frames[frame].allocator_word & ~both_bits(&frames[frame]):
+                broken += 1
+            ephemeral += (frames[frame].allocator_word & FIRST) + (frames[frame].allocator_word >> 1)
+            ephemeral_frames += frames[frame].allocator_word == both_bits(&frames[frame])
             pages += (frames[frame].first_chunks > 0) + (frames[frame].last_chunks > 0)
     broken += in_lists != in_frames
     broken += raw != self.cells[C_RAW_PAGES]
-    broken += raw + in_frames != self.cells[C_PERS_PAGEFRAMES]
-    broken += pages != self.cells[C_PERS_ZPAGES]
+    broken += raw + in_frames != self.cells[C_PERS_PAGEFRAMES] + self.cells[C_EPH_PAGEFRAMES]
+    broken += ephemeral_frames != self.cells[C_EPH_PAGEFRAMES]
+    broken += pages != self.cells[C_PERS_ZPAGES] + self.cells[C_EPH_ZPAGES]
+    broken += ephemeral != self.cells[C_EPH_ZPAGES]
     broken += in_frames != self.cells[C_BUDDIED_COUNT] + self.cells[C_UNBUDDIED_COUNT]
     pthread_mutex_unlock(&self.lock)
     return broken
@@ -308,6 +367,7 @@ cdef Allocator *zbud_make(Arena *arena, uint64_t *cells) noexcept nogil:
     z.face.adopt = zbud_adopt
     z.face.adopted = zbud_adopted
     z.face.objects = zbud_objects
+    z.face.ephemeral = zbud_ephemeral
     z.face.check = zbud_check
     z.face.discard = zbud_discard
     for i in range(NCHUNKS):

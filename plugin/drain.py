@@ -1,0 +1,129 @@
+"""`zcache drain`: empty a server's RAM to what is below, and watch it go.
+
+    drain on -> look every 0.2 s: pages and bytes left, bytes a second -> empty
+         Ctrl-C, SIGTERM, or no progress for a minute -> drain off again (not with --keep)
+
+Draining itself is the server's work; this only switches it and looks.  When RAM is empty
+it stays so, whatever comes is moved on at once, until `zcache drain --off`.
+
+Bound: a drain that stands still for STALL_S ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from types import FrameType
+from typing import Any, TextIO
+
+from cluster.link import RpcError
+from plugin import show
+from zcache_core.errors import ControlError
+
+Call = Callable[..., Any]  # (method, *params) -> the answer
+PAGE_BYTES = 4096
+LOOK_S = 0.2
+SAY_S = 5.0  # into a pipe: one line in that time
+STALL_S = 60.0
+INTERRUPTED = 130  # as a shell reports a program that Ctrl-C ended
+
+
+def run(call: Call, keep: bool, out: TextIO | None = None) -> int:
+    """Drain until RAM is empty; the exit code.  Raises ControlError."""
+    out = out or sys.stdout
+    try:
+        with _sigterm_as_ctrl_c():
+            call("drain")
+            _watch(call, out)
+    except KeyboardInterrupt:
+        _leave(call, keep, out)
+        return INTERRUPTED
+    except RpcError:  # the server said no: nothing was begun
+        raise
+    except ControlError:
+        with contextlib.suppress(ControlError):  # it may be gone
+            _leave(call, keep, out)
+        raise
+    _say(out, "RAM is empty, and stays so until 'zcache drain --off'.")
+    return 0
+
+
+def _leave(call: Call, keep: bool, out: TextIO) -> None:
+    """Before the end of it."""
+    if keep:
+        _say(out, "The server goes on draining; 'zcache drain --off' ends it.")
+        return
+    call("drain", False)
+    _say(out, "Draining is off again; what has gone to the disk is read from there.")
+
+
+def off(call: Call, out: TextIO | None = None) -> int:
+    """RAM is used again.  Raises ControlError."""
+    left = call("drain", False)
+    _say(out or sys.stdout, f"Draining is off; {show.count(left['pages'])} pages are in RAM.")
+    return 0
+
+
+def left_frames(stats: Mapping[str, int]) -> int:
+    """Frames that hold pages."""
+    return stats["pers_pageframes"] + stats["eph_pageframes"]
+
+
+def is_empty(stats: Mapping[str, int]) -> bool:
+    """Nothing left but what came just now: a thousandth of the pool."""
+    return left_frames(stats) <= stats["pool_limit_frames"] // 1000
+
+
+def _watch(call: Call, out: TextIO) -> None:
+    stats = call("stats")
+    began_s = said_s = moved_s = time.monotonic()
+    first = last = left_frames(stats)
+    while not is_empty(stats):
+        time.sleep(LOOK_S)
+        stats = call("stats")
+        now_s, left = time.monotonic(), left_frames(stats)
+        if left < last:
+            last, moved_s = left, now_s
+        elif now_s - moved_s > STALL_S:
+            raise ControlError(
+                f"the drain stands still with {show.size(left * PAGE_BYTES)} left in RAM; "
+                f"'zcache status' says what is the matter with the disk"
+            )
+        if out.isatty() or now_s - said_s >= SAY_S:
+            said_s = now_s
+            rate = max(0.0, (first - left) * PAGE_BYTES / (now_s - began_s))
+            _progress(out, 1 - left / first if first else 1.0, stats, rate)
+    if out.isatty():
+        print("\r\x1b[K", end="", file=out)
+
+
+def _progress(out: TextIO, share: float, stats: Mapping[str, int], rate: float) -> None:
+    pages = stats["pers_zpages"] + stats["eph_zpages"]
+    line = (
+        f"{show.bar(share)} {show.count(pages)} pages left in "
+        f"{show.size(left_frames(stats) * PAGE_BYTES)} of RAM, {show.size(rate)}/s"
+    )
+    if out.isatty():
+        print(f"\r{line}\x1b[K", end="", file=out, flush=True)
+    else:
+        _say(out, line)
+
+
+def _say(out: TextIO, sentence: str) -> None:
+    lead = "\r\x1b[K" if out.isatty() else ""
+    print(f"{lead}{sentence}", file=out, flush=True)
+
+
+@contextlib.contextmanager
+def _sigterm_as_ctrl_c() -> Iterator[None]:
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,150 @@
+"""The disk below a server: opened and checked, and what is guaranteed with it.
+
+    before the fork   disk free to be ours? -> room that is promised? -> is it the disk
+                      of this memory file, and of no other? -> say what is guaranteed
+    after the fork    the last question again, of the file as its last owner left it
+
+A memory file whose pages lie on a disk means that disk and no other: without it those
+pages answer EIO, and with another one a page in RAM would be believed safe there.  The
+file's index says whether there are such pages, the disk's header (an epoch) whose they are.
+
+What it is not: what moves pages; that is `zcache_core.tiers`.
+"""
+
+from __future__ import annotations
+
+from plugin.config import PAGE_BYTES, Config, human
+from zcache_core import memfile
+from zcache_core.diskfile import PROMISE, RESERVE_BYTES, DiskFile, open_disk, promised_bytes
+from zcache_core.errors import ConfigError, MemoryFileError
+from zcache_core.memfile import MemoryFile
+
+
+def open_checked(config: Config) -> DiskFile | None:
+    """The disk of this configuration, free to be taken; None without disk=.  Raises ConfigError."""
+    disk = None
+    if config.disk is not None:
+        disk = open_disk(config.disk, config.disk_size_bytes, force=config.disk_force is not None)
+    try:
+        if disk is not None:
+            refuse_disk_of_others(config, disk)
+        shmid = memfile.find(config.memory) if config.memory is not None else None
+        if shmid is not None:
+            memory = MemoryFile.attach(shmid)
+            try:
+                refuse_mismatch(memory, config, disk)
+            finally:
+                memory.close()
+        if disk is not None:
+            disk.allocate(config.size_bytes)
+    except BaseException:
+        if disk is not None:
+            disk.abandon()
+        raise
+    return disk
+
+
+def refuse_mismatch(memory: MemoryFile, config: Config, disk: DiskFile | None) -> None:
+    """Sizes and disk are what this memory file was made with, or ConfigError says so."""
+    for key, has, wanted in (
+        ("size", memory.device_bytes, config.size_bytes),
+        ("pool", memory.pool_bytes, config.pool_bytes),
+    ):
+        if has != wanted:
+            raise ConfigError(
+                f"the memory file {config.memory} was made with {key}={human(has)}; write that, "
+                f"or remove the file with 'zcache check --remove-leftovers'"
+            )
+    only_below, also_below = memory.pages_below()
+    if disk is None:
+        if only_below:
+            raise ConfigError(
+                f"{only_below} pages of the memory file {config.memory} lie on the disk that its "
+                f"last server had; write the same disk= again"
+            )
+        return
+    epoch, disk_bytes = disk.written_for()
+    if only_below + also_below == 0:
+        return
+    if epoch != memory.epoch:
+        raise ConfigError(
+            f"{only_below + also_below} pages of the memory file {config.memory} lie on another "
+            f"disk than disk={disk.path}; write the disk= that its last server had"
+        )
+    if disk.disk_bytes < disk_bytes:
+        raise ConfigError(
+            f"pages of the memory file {config.memory} may lie on all of {human(disk_bytes)} of "
+            f"disk={disk.path}; write disk_size={human(disk_bytes)} or more"
+        )
+
+
+def refuse_disk_of_others(config: Config, disk: DiskFile) -> None:
+    """ConfigError when pages of another memory file, that waits for its server, lie there."""
+    epoch, _ = disk.written_for()
+    if epoch == 0 or config.disk_force is not None:
+        return
+    for row in memfile.leftovers():
+        if row.name == (config.memory or ""):
+            continue
+        try:
+            memory = MemoryFile.attach(row.shmid)
+        except MemoryFileError:  # taken or removed meanwhile, or another user's
+            continue
+        try:
+            theirs = memory.epoch == epoch and sum(memory.pages_below()) > 0
+        finally:
+            memory.close()
+        if theirs:
+            raise ConfigError(
+                f"disk={disk.path} holds pages of the memory file {row.name}, which waits for its "
+                f"server; choose another disk, or repeat the path in disk_force={disk.path} if "
+                f"they are not needed"
+            )
+
+
+# ---- what is guaranteed ----------------------------------------------------------------
+
+
+def guaranteed_bytes(config: Config, disk_bytes: int) -> int:
+    """So much of the device can be in use without a refused write, whatever its data."""
+    if disk_bytes >= promised_bytes(config.size_bytes):
+        return config.size_bytes
+    below = int((disk_bytes - RESERVE_BYTES) / PROMISE) // PAGE_BYTES * PAGE_BYTES
+    return min(config.size_bytes, max(config.pool_bytes, below))
+
+
+def refusal_warning(config: Config, disk_bytes: int = 0) -> str | None:
+    """What to know when writes may be refused one day; None when none ever is."""
+    guaranteed = guaranteed_bytes(config, disk_bytes)
+    if guaranteed >= config.size_bytes:
+        return None  # a page that does not compress takes one frame, or its room below
+    if disk_bytes:
+        return (
+            f"of size={human(config.size_bytes)}, {mib(guaranteed)} are safe from refused writes "
+            f"(ENOSPC) whatever the data; with more in use that compresses badly, pool and disk "
+            f"can be full; write disk_size={needed_disk(config)} or more to have no write refused"
+        )
+    ratio = config.size_bytes / config.pool_bytes
+    return (
+        f"with size={human(config.size_bytes)}, pool={human(config.pool_bytes)} and no lower "
+        f"tier, writes are refused (ENOSPC) once the pool is full of pages that compress worse "
+        f"than {ratio:.1f} to 1; give it a disk (disk=PATH disk_size={needed_disk(config)}), keep "
+        f"other swap of lower priority beside it, or choose a larger pool= or a smaller size="
+    )
+
+
+def promise(config: Config, disk: DiskFile) -> str:
+    """The sentence of a server with a disk that no write can fill."""
+    return (
+        f"zcache: no write is ever refused: {mib(disk.disk_bytes)} of {disk.path} have room for "
+        f"all of size={human(config.size_bytes)}, whatever the data"
+    )
+
+
+def needed_disk(config: Config) -> str:
+    """disk_size= from which on no write is refused, in whole MiB."""
+    return f"{-(-promised_bytes(config.size_bytes) >> 20)}M"
+
+
+def mib(size_bytes: int) -> str:
+    return f"{size_bytes >> 20} MiB"

@@ -1,0 +1,60 @@
+"""The face that every cold tier has: batches of pages put, got and dropped.
+
+    RAM tier -> tiers (what leaves, what comes back) -> ColdTier: disk, peers, a faulty one
+
+A tier keeps compressed pages as they are.  Each travels with its page number and
+version, and what comes back is proven by them: a tier that answers with other
+bytes, an older version or another page has failed for that page, and never
+passes it on.  It owns its addresses (`where`, 48 bits) and its accounting of what
+is live; which copy counts is the index's to say.
+
+Contract
+    put      store a batch; sets `where` and `error` of each page; how many are good.
+             Blocks as long as the tier needs.  One caller at a time.  A good page is
+             counted live; who does not use it must drop it.
+    get      fetch one page into `blob` (4096 bytes of room) through `io` (IO_ROOM bytes,
+             aligned); 0, EIO (unreadable), EILSEQ (wrong or damaged).  Many at a time.
+    drop     the copy at `where` is not needed any more.  Never blocks, never fails.
+    adopt    after a restart: the index knows this copy.  False: impossible address.
+    adopted  all are known.
+    has_room whether a batch of that many bytes would find room now.
+    resort   the objects of the container with least life (a segment of the disk) read
+             into `room`: pages with where and blob; how many, 0 when nothing is worth it.
+             The caller puts those that are still alive anew, and then calls resorted.
+    tick     background work, called now and then: give back what is free, try again
+             after a failure.
+    reason   0, or the errno of the failure that degrades the tier now.
+"""
+
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+
+cdef enum:
+    COLD_BATCH = 512            # most pages in one put
+
+cdef extern from *:
+    """
+    #define COLD_CAPSULE "zcache_core.ColdTier"     /* of tiers that Python hands about */
+    """
+    const char *COLD_CAPSULE
+
+ctypedef struct ColdPage:
+    uint64_t version
+    uint64_t where
+    uint32_t page
+    uint32_t length_codec       # the low 16 bits of a location word
+    uint8_t *blob
+    int error
+
+ctypedef struct ColdTier:
+    const char *name
+    uint32_t state              # of entries whose copy is here: ST_DISK or ST_PEER
+    uint32_t (*put)(ColdTier *, ColdPage *, uint32_t n) noexcept nogil
+    int (*get)(ColdTier *, ColdPage *, uint8_t *io) noexcept nogil
+    void (*drop)(ColdTier *, uint64_t where, uint32_t length_bytes) noexcept nogil
+    bint (*adopt)(ColdTier *, uint64_t where, uint32_t length_bytes) noexcept nogil
+    void (*adopted)(ColdTier *) noexcept nogil
+    bint (*has_room)(ColdTier *, uint64_t bytes) noexcept nogil
+    uint32_t (*resort)(ColdTier *, ColdPage *, uint32_t most, uint8_t *room, uint64_t room_bytes) noexcept nogil
+    void (*resorted)(ColdTier *) noexcept nogil
+    void (*tick)(ColdTier *) noexcept nogil
+    int (*reason)(ColdTier *) noexcept nogil

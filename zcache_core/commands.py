@@ -1,0 +1,30 @@
+"""Commands to a running server: 16 bytes each, through a pipe that its cooling thread reads.
+
+    byte 0         8            16
+    +--------------+-------------+
+    | command u64  | value u64   |   the machine's byte order: both ends are this machine
+    +--------------+-------------+
+
+A write of so few bytes to a pipe is atomic (pipe(7), PIPE_BUF), so commands are read
+whole.  There is no answer: who sent one reads the counters (draining, high_percent,
+low_percent), which the server sets when it has obeyed.  No Python runs there for it.
+"""
+
+from __future__ import annotations
+
+import struct
+
+COMMAND = struct.Struct("=QQ")
+DRAIN = 1  # value 1: move everything below, 0: no longer
+WATERMARKS = 2  # value: high << 32 | low, both in percent of the pool; both at once
+
+
+def drain(on: bool) -> bytes:
+    """The command that switches draining on or off."""
+    return COMMAND.pack(DRAIN, on)
+
+
+def watermarks(high: int, low: int) -> bytes:
+    """The command that sets both watermarks; 0 < low <= high <= 100."""
+    assert 0 < low <= high <= 100
+    return COMMAND.pack(WATERMARKS, high << 32 | low)

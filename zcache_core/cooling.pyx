@@ -1,0 +1,187 @@
+"""Moves between RAM and the tiers below: each one flip, from exactly the entry it knows.
+
+    RAM  --copied down-->  EPHEMERAL  --room needed-->  DISK
+     ^                        |  ^                        |
+     +----- overwritten ------+  +------ read twice ------+
+
+The version never changes in a move, because the content does not.  An overwrite or
+trim in between makes the flip fail, and then nothing has happened: what was copied
+is dropped again.  There is no moment at which a page is nowhere.
+
+The lower address of an ephemeral page stands in its blob's header.  Whoever reads
+or writes it holds the allocator's lock and has looked at the entry under it: the
+room of an object is only given to another under that lock.
+"""
+
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.string cimport memcpy
+
+from zcache_core.allocator cimport object_blob, object_bytes, object_header
+from zcache_core.cold cimport ColdPage
+from zcache_core.core cimport Core
+from zcache_core.index cimport entry_flip, entry_load
+from zcache_core.layout cimport (
+    PAGE_BYTES, ST_RAM, ST_RAM_EPHEMERAL, BlobHeader, Entry, codec_of,
+    entry_is_sound, header_fill, header_lower, header_matches, header_page, header_set_lower,
+    length_of, place_word, state_of, version_of, version_word, where_of,
+)
+from zcache_core.native cimport zc_acquire_fence, zc_load32, zc_release_fence
+from zcache_core.pthread cimport lock_take, pthread_mutex_unlock
+from zcache_core.ramtier cimport room_at_once
+from zcache_core.slots cimport Slot
+
+
+cdef inline Entry same_page(Entry e, uint32_t state, uint64_t location) noexcept nogil:
+    """The entry of the same content in another state and place."""
+    cdef Entry new
+    new.location = location
+    new.version = version_word(version_of(e.version), state, location)
+    return new
+
+
+cdef inline bint is_now(Core *core, uint64_t page, Entry e) noexcept nogil:
+    cdef Entry now = entry_load(&core.index, page)
+    return now.location == e.location and now.version == e.version
+
+
+cdef uint32_t page_at(Core *core, uint64_t where, uint32_t bytes) noexcept nogil:
+    """Number of the page that the object at `where` is, by its header: a hint, the entry decides."""
+    return header_page(object_header(&core.arena, where, PAGE_BYTES if bytes >= PAGE_BYTES else 1))
+
+
+cdef bint copy_for_below(
+    Core *core, uint64_t where, uint32_t bytes, ColdPage *page, Entry *entry, uint8_t *blob
+) noexcept nogil:
+    """Copy the persistent object at `where` (of `bytes`, as the allocator has it) into `blob`.
+
+    Whole, and checked.  The caller is inside a slot, so the frame is not punched meanwhile.  False when
+    there is none (any more), it is ephemeral already, or it is damaged: damaged bytes
+    must not go down under a fresh checksum.
+    """
+    cdef uint32_t length
+    cdef uint64_t number
+    cdef Entry e
+    cdef BlobHeader header
+    number = page_at(core, where, bytes)
+    if number >= core.index.pages:
+        return False
+    e = entry_load(&core.index, number)
+    if state_of(e.version) != ST_RAM or where_of(e.location) != where or not entry_is_sound(e.location, e.version):
+        return False
+    length = length_of(e.location)
+    header = object_header(&core.arena, where, length)[0]
+    memcpy(blob, object_blob(&core.arena, where, length), length)
+    zc_acquire_fence()
+    if not is_now(core, number, e):
+        return False
+    if not header_matches(&header, version_of(e.version), core.device, <uint32_t>number, e.location, blob):
+        return False
+    page.page = <uint32_t>number
+    page.version = version_of(e.version)
+    page.length_codec = e.location & 0xFFFF
+    page.blob = blob
+    entry[0] = e
+    return True
+
+
+cdef bint make_ephemeral(Core *core, uint64_t page, Entry entry, uint64_t lower) noexcept nogil:
+    """The page has a copy at `lower`: its RAM copy may be dropped from now on."""
+    cdef uint64_t where = where_of(entry.location)
+    cdef uint32_t length = length_of(entry.location)
+    cdef bint done = False
+    lock_take(&core.allocator.lock)
+    if is_now(core, page, entry):
+        header_set_lower(object_header(&core.arena, where, length), lower)
+        zc_release_fence()
+        done = entry_flip(&core.index, page, entry, same_page(entry, ST_RAM_EPHEMERAL, entry.location))
+        if done:
+            core.allocator.ephemeral(core.allocator, where, object_bytes(length), 1)
+    pthread_mutex_unlock(&core.allocator.lock)
+    return done
+
+
+cdef bint drop_ram_copy(Core *core, uint64_t page, Entry entry, uint32_t state) noexcept nogil:
+    """An ephemeral page leaves RAM: its entry points below (state ST_DISK) from now on."""
+    cdef uint64_t where = where_of(entry.location)
+    cdef uint32_t length = length_of(entry.location)
+    cdef uint64_t lower
+    cdef bint done = False
+    lock_take(&core.allocator.lock)
+    if state_of(entry.version) == ST_RAM_EPHEMERAL and is_now(core, page, entry):
+        lower = header_lower(object_header(&core.arena, where, length))
+        done = entry_flip(
+            &core.index, page, entry, same_page(entry, state, place_word(lower, length, codec_of(entry.location)))
+        )
+    pthread_mutex_unlock(&core.allocator.lock)
+    if done:
+        core.allocator.release(core.allocator, where, object_bytes(length))
+    return done
+
+
+cdef bint promote(Core *core, Slot *slot, uint64_t page, Entry entry, const uint8_t *blob) noexcept nogil:
+    """Give a page that was read from below (entry, blob) an ephemeral RAM copy, if there is room now."""
+    cdef uint32_t length = length_of(entry.location)
+    cdef uint32_t codec = codec_of(entry.location)
+    cdef uint64_t where
+    cdef BlobHeader *header
+    cdef bint done
+    if not zc_load32(&core.ready) or not room_at_once(core, object_bytes(length), &where):
+        return False            # (a takeover must not see entries change that it still has to adopt)
+    memcpy(object_blob(&core.arena, where, length), blob, length)
+    header = object_header(&core.arena, where, length)
+    header_fill(header, version_of(entry.version), core.device, <uint32_t>page, length, codec, blob)
+    header_set_lower(header, where_of(entry.location))
+    zc_release_fence()
+    lock_take(&core.allocator.lock)
+    done = entry_flip(
+        &core.index, page, entry, same_page(entry, ST_RAM_EPHEMERAL, place_word(where, length, codec))
+    )
+    if done:
+        core.allocator.ephemeral(core.allocator, where, object_bytes(length), 1)
+    pthread_mutex_unlock(&core.allocator.lock)
+    if not done:
+        core.allocator.release(core.allocator, where, object_bytes(length))
+    return done
+
+
+cdef bint still_needed(Core *core, const ColdPage *page, uint32_t state) noexcept nogil:
+    """Whether the index still counts on this copy below."""
+    cdef Entry e
+    cdef bint needed = False
+    if page.page >= core.index.pages:
+        return False
+    e = entry_load(&core.index, page.page)
+    if version_of(e.version) != page.version or not entry_is_sound(e.location, e.version):
+        return False
+    if state_of(e.version) == state:
+        return where_of(e.location) == page.where
+    if state_of(e.version) != ST_RAM_EPHEMERAL:
+        return False
+    lock_take(&core.allocator.lock)
+    if is_now(core, page.page, e):
+        needed = header_lower(object_header(&core.arena, where_of(e.location), length_of(e.location))) == page.where
+    pthread_mutex_unlock(&core.allocator.lock)
+    return needed
+
+
+cdef bint copy_moved(Core *core, const ColdPage *old, uint32_t state, uint64_t where) noexcept nogil:
+    """The copy below has a new address: tell the entry, or the ephemeral page's header."""
+    cdef Entry e = entry_load(&core.index, old.page)
+    cdef BlobHeader *header
+    cdef bint done = False
+    if version_of(e.version) != old.version:
+        return False
+    if state_of(e.version) == state and where_of(e.location) == old.where:
+        return entry_flip(
+            &core.index, old.page, e, same_page(e, state, place_word(where, length_of(e.location), codec_of(e.location)))
+        )
+    if state_of(e.version) != ST_RAM_EPHEMERAL:
+        return False
+    lock_take(&core.allocator.lock)
+    if is_now(core, old.page, e):
+        header = object_header(&core.arena, where_of(e.location), length_of(e.location))
+        if header_lower(header) == old.where:
+            header_set_lower(header, where)
+            done = True
+    pthread_mutex_unlock(&core.allocator.lock)
+    return done

@@ -1,0 +1,13 @@
+"""C face of the commands to a running server."""
+
+from libc.stdint cimport uint32_t, uint64_t
+
+ctypedef struct Orders:
+    int fd                      # pipe with commands of the node process, or -1
+    uint32_t high_percent       # of the pool: writeback starts above ...
+    uint32_t low_percent        # ... and stops here
+    bint draining               # everything goes down, and RAM copies are dropped
+    uint64_t *cells             # counter shard that tells what holds
+
+cdef void orders_tell(Orders *o) noexcept nogil
+cdef void orders_hear(Orders *o) noexcept nogil

@@ -1,0 +1,49 @@
+"""Commands to a running server, from the node process: 16 bytes each, through a pipe.
+
+The cooling thread reads the pipe at its tick, without waiting and without the GIL, and
+says what holds now in its counters; there is no other answer.  commands.py has the
+bytes.  What cannot be meant is ignored: its sender sees that nothing changed.
+
+Bound: 16 commands a tick.
+"""
+
+from libc.stdint cimport uint32_t, uint64_t
+
+from zcache_core.counter_ids cimport C_DRAINING, C_HIGH_PERCENT, C_LOW_PERCENT
+
+cdef extern from "<unistd.h>" nogil:
+    ssize_t read(int fd, void *data, size_t length)
+
+cdef enum:
+    AT_ONCE = 16
+    WORDS = 2                   # of a command
+    DRAIN = 1                   # as in commands.py
+    WATERMARKS = 2
+
+
+cdef void orders_tell(Orders *o) noexcept nogil:
+    """What holds now, for whoever reads the counters."""
+    o.cells[C_HIGH_PERCENT] = o.high_percent
+    o.cells[C_LOW_PERCENT] = o.low_percent
+    o.cells[C_DRAINING] = o.draining
+
+
+cdef void obey(Orders *o, uint64_t command, uint64_t value) noexcept nogil:
+    cdef uint32_t high = <uint32_t>(value >> 32)
+    cdef uint32_t low = <uint32_t>value
+    if command == DRAIN:
+        o.draining = value != 0
+    elif command == WATERMARKS and 0 < low and low <= high and high <= 100:
+        o.high_percent, o.low_percent = high, low
+    orders_tell(o)
+
+
+cdef void orders_hear(Orders *o) noexcept nogil:
+    """Obey what is in the pipe.  Its writers write whole commands, which are atomic there."""
+    cdef uint64_t words[AT_ONCE * WORDS]
+    cdef ssize_t got = 0
+    cdef ssize_t i
+    if o.fd >= 0:
+        got = read(o.fd, words, sizeof(words))
+    for i in range(got // <ssize_t>(WORDS * sizeof(uint64_t)) if got > 0 else 0):
+        obey(o, words[WORDS * i], words[WORDS * i + 1])
