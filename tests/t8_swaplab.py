@@ -176,6 +176,8 @@ def test_a_full_pool_refuses_writes_and_no_page_is_lost() -> None:
 
 # ---- 4: the machine that swaps is the machine that serves ----
 
+PF_MEMALLOC_NOIO = 0x00080000  # include/linux/sched.h
+
 SELF_SERVING = GuestConfig(mem_mib=256, sysctl=SELF_SERVING_SYSCTL)
 
 
@@ -214,7 +216,30 @@ def own_memory_run(corpus: Path, seconds: float, seed: int, limit_s: float) -> N
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("run", range(3))
 def test_a_guest_swaps_onto_its_own_memory(corpus: Path, run: int, seed: int) -> None:
-    own_memory_run(corpus, seconds=16, seed=seed + run, limit_s=210)
+    own_memory_run(corpus, seconds=30, seed=seed + run, limit_s=210)
+
+
+@pytest.mark.timeout(120)
+def test_a_server_with_every_permission_is_fit_for_swap() -> None:
+    """The guest's root may do what the development machine's may not."""
+    with Lab(limit_s=100) as lab:
+        guest, server = self_serving(lab, size="64M", pool="32M")
+        pid = guest.read(server.place.pidfile).strip()
+        stats = guest.call(["/bin/sh", "-c", f"cat /proc/{pid}/task/*/stat"]).splitlines()
+        assert len(stats) >= 3  # nbdkit's, the connection's, the committer
+        flags = [int(line.rsplit(")", 1)[1].split()[6]) for line in stats]
+        assert all(flag & PF_MEMALLOC_NOIO for flag in flags), "PR_SET_IO_FLUSHER"
+        policies = {
+            line[line.index("(") + 1 : line.rindex(")")]: int(line.rsplit(")", 1)[1].split()[38])
+            for line in stats
+        }
+        assert policies.pop("zc-commit") == os.SCHED_OTHER
+        assert set(policies.values()) == {os.SCHED_FIFO}
+        assert guest.read(f"/proc/{pid}/oom_score_adj").strip() == "-1000"
+        assert int(server.status()["VmLck"].split()[0]) > 0
+        assert "not fit" not in server.job.stderr()
+        swap_off(guest)
+        detach(guest)
 
 
 @pytest.mark.soak
