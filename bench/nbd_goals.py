@@ -13,10 +13,10 @@ uncompressed server takes.  Then deep queues, where they are about requests per 
     128 KiB, depth 4                  0.8 x the codec on all cores
 
 Latency is the p50, also of the codec (of 128 KiB pieces).  zcache runs as it is started by a user;
-the others with as many nbdkit threads as it chooses for itself.  The first three are measured as
-the scheduler has it and with server and client on one core: whether the two share a core decides
-about more microseconds than anything that either does, and real-time threads are not put together
-as others are.
+the others with as many nbdkit threads as it chooses for itself.  Whether server and client share a
+core decides about more microseconds than anything that either does, and real-time threads are not
+put together as others are; so depth 1 is measured as the scheduler has it and on one core, and
+depth 32 as the scheduler has it and with a core each.
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ ROWS = (
     WIDE_READ_2,
     WIDE_WRITE_2,
 )
-SINGLE = ROWS[:3]
+SINGLE = (READ_4K, READ_32K, WRITE_128K)
+DEEP = (DEEP_READ, DEEP_WRITE)
+ONE_CORE, TWO_CORES = ", one core", ", a core each"
 NAMES = ("null", "memory", "memory-zstd", "zcache")
 CODEC_MIB = 16
 Codecs = dict[Load, list[CodecTimes]]
@@ -62,7 +64,7 @@ Codecs = dict[Load, list[CodecTimes]]
 def measure(setup: Setup) -> Section:
     loops = BareLoops(setup.pages[: min(CODEC_MIB << 20, len(setup.pages))])
     codec: Codecs = {load: [] for load in ROWS}
-    codec_pinned: Codecs = {load: [] for load in SINGLE}
+    codec_pinned: Codecs = {load: [] for load in (*SINGLE, *DEEP)}
     recipes = (
         servers.null(SIZE, servers.THREADS),
         servers.memory(SIZE, servers.THREADS),
@@ -73,28 +75,38 @@ def measure(setup: Setup) -> Section:
         results = interleave(
             running, ROWS, setup.plan, lambda load: codec[load].append(loops.measure())
         )
-        with servers.on_cores(running, {min(os.sched_getaffinity(0))}):
-            pinned = interleave(
+        first, last = min(os.sched_getaffinity(0)), max(os.sched_getaffinity(0))
+        with servers.on_cores(running, {first}):
+            together = interleave(
                 running,
                 SINGLE,
                 setup.plan,
                 lambda load: codec_pinned[load].append(loops.measure()),
             )
+        with servers.on_cores(running, {first}, {last}):
+            apart = interleave(
+                running, DEEP, setup.plan, lambda load: codec_pinned[load].append(loops.measure())
+            )
     head = ["", *NAMES, "zcache: CPU", "null: CPU"]
     section = Section("nbd", "Over NBD, Unix socket: p50 us, or requests/s", head)
     section.rows = [_row(load, results) for load in ROWS]
-    section.rows += [_row(load, pinned, ", one core") for load in SINGLE]
+    section.rows += [_row(load, together, ONE_CORE) for load in SINGLE]
+    section.rows += [_row(load, apart, TWO_CORES) for load in DEEP]
     section.goals = latency_goals(results, codec)
-    section.goals += latency_goals(pinned, codec_pinned, ", one core")
-    section.goals += rate_goals(results, codec, loops.cores)
+    section.goals += latency_goals(together, codec_pinned, ONE_CORE)
+    section.goals += deep_goals(results, codec)
+    section.goals += deep_goals(apart, codec_pinned, TWO_CORES)
+    section.goals += wide_goals(results, codec, loops.cores)
     section.notes = [
         _codec_note(codec, loops.cores),
-        "CPU: the server's, us per request; one core: server and client share it",
+        "CPU: the server's, us per request; one core: server and client share it; "
+        "a core each: each is kept on its own",
         *(_ceiling_note(load, results, codec, loops.cores) for load in (WIDE_READ_2, WIDE_WRITE_2)),
     ]
     section.raw = {
         "loads": results.as_json(),
-        "one core": pinned.as_json(),
+        "one core": together.as_json(),
+        "a core each": apart.as_json(),
         "codec": {str(load): [vars(times) for times in rounds] for load, rounds in codec.items()},
     }
     return section
@@ -193,8 +205,8 @@ def latency_goals(results: Results, codec: Codecs, where: str = "") -> list[Goal
     ]
 
 
-def rate_goals(results: Results, codec: Codecs, cores: int) -> list[Goal]:
-    """Of many requests at once."""
+def deep_goals(results: Results, codec: Codecs, where: str = "") -> list[Goal]:
+    """Of 4 KiB requests, many at once."""
 
     def rate(load: Load, name: str) -> list[float]:
         return results.each(load, name, "requests_per_s")
@@ -208,14 +220,21 @@ def rate_goals(results: Results, codec: Codecs, cores: int) -> list[Goal]:
         bound = [1 / (1 / null + us / 1e6) for null, us in pairs]
         measured = _ratio(rate(load, "zcache"), bound)
         text = "requests/s, of 1/(1/null + codec)"
-        found.append(Goal(f"4 KiB {load.op}, depth 32", measured, 0.9, False, text))
+        found.append(Goal(f"4 KiB {load.op}, depth 32{where}", measured, 0.9, False, text))
     measured = _ratio(rate(DEEP_WRITE, "zcache"), rate(DEEP_WRITE, "memory-zstd"))
     text = "requests/s, of memory-zstd's"
-    found.append(Goal("4 KiB write, depth 32", measured, 3.0, False, text))
+    found.append(Goal(f"4 KiB write, depth 32{where}", measured, 3.0, False, text))
+    return found
+
+
+def wide_goals(results: Results, codec: Codecs, cores: int) -> list[Goal]:
+    """Of 128 KiB requests, several at once."""
+    found = []
     for load in (WIDE_READ, WIDE_WRITE, WIDE_READ_2, WIDE_WRITE_2):
         together = [_together(load, times) for times in codec[load]]
         pages = load.block_bytes // PAGE_BYTES
-        measured = _ratio([pages * r for r in rate(load, "zcache")], together)
+        rates = results.each(load, "zcache", "requests_per_s")
+        measured = _ratio([pages * rate for rate in rates], together)
         lines = f", {load.connections} connections" if load.connections > 1 else ""
         name = f"128 KiB {load.op}, depth 4{lines}"
         found.append(Goal(name, measured, 0.8, False, f"pages/s, of the codec on {cores} cores"))

@@ -67,13 +67,15 @@ def zcache(
 
 
 @contextmanager
-def on_cores(running: Sequence[Server], cores: set[int]) -> Iterator[None]:
+def on_cores(
+    running: Sequence[Server], cores: set[int], client_cores: set[int] | None = None
+) -> Iterator[None]:
     """Servers, and the clients started meanwhile, on these cores only; on all again afterwards."""
     everywhere = os.sched_getaffinity(0)
     try:
         for server in running:
             server.pin(cores)
-        os.sched_setaffinity(0, cores)
+        os.sched_setaffinity(0, client_cores or cores)
         yield
     finally:
         os.sched_setaffinity(0, everywhere)

@@ -182,8 +182,9 @@ SELF_SERVING = GuestConfig(mem_mib=256, sysctl=SELF_SERVING_SYSCTL)
 
 
 def self_serving(lab: Lab, size: str, pool: str) -> tuple[Guest, InsideServer]:
+    """The pool is there from the start: one that has to grow while memory is short can stop."""
     guest = lab.boot(SELF_SERVING)
-    server = serve_inside(guest, zcache(size=size, pool=pool))
+    server = serve_inside(guest, zcache(size=size, pool=pool, commit="all"))
     attach(guest, server)
     swap_on(guest)
     return guest, server
