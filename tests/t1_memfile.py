@@ -24,11 +24,11 @@ POOL = 16 * PAGE
 
 @pytest.fixture(autouse=True)
 def _runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Lock files of these tests stand in a folder of their own; no segment stays."""
-    before = {row.shmid for row in memfile.leftovers()}
+    """Lock files of these tests stand in a folder of their own; no segment they name stays."""
     monkeypatch.setenv("ZCACHE_RUNTIME_DIR", str(tmp_path))
     yield
-    assert {row.shmid for row in memfile.leftovers()} <= before
+    ours = {int(path.read_text() or -1) for path in tmp_path.glob("*.mem")}
+    assert not ours & {row.shmid for row in memfile.leftovers()}
 
 
 def test_golden_superblock() -> None:
@@ -138,13 +138,18 @@ def test_killed_owner_leaves_a_file_that_is_listed_and_can_be_removed() -> None:
 
 
 def test_killed_owner_of_a_private_file_leaves_nothing() -> None:
-    before = memfile.leftovers()
+    told, tell = os.pipe()
     child = os.fork()
     if child == 0:
-        MemoryFile.create(None, DEVICE, POOL)
+        os.write(tell, b"%d" % MemoryFile.create(None, DEVICE, POOL).shmid)
         os.kill(os.getpid(), signal.SIGKILL)
     os.waitpid(child, 0)
-    assert [r.shmid for r in memfile.leftovers()] == [r.shmid for r in before]
+    shmid = int(os.read(told, 20))
+    os.close(told)
+    os.close(tell)
+    assert shmid not in {row.shmid for row in memfile.leftovers()}
+    with pytest.raises(MemoryFileError, match="cannot be attached"):
+        MemoryFile.attach(shmid)
 
 
 def test_successor_waits_for_the_predecessors_exit(tmp_path: Path) -> None:
