@@ -125,16 +125,17 @@ def test_unusable_names_are_refused(name: str) -> None:
 
 
 def test_killed_owner_leaves_a_file_that_is_listed_and_can_be_removed() -> None:
+    name = f"killed-{os.getpid()}"  # the list is the whole machine's
     child = os.fork()
     if child == 0:
-        MemoryFile.create("killed", DEVICE, POOL)
+        MemoryFile.create(name, DEVICE, POOL)
         os.kill(os.getpid(), signal.SIGKILL)
     os.waitpid(child, 0)
-    found = [row for row in memfile.leftovers() if row.name == "killed"]
+    found = [row for row in memfile.leftovers() if row.name == name]
     assert len(found) == 1
     assert found[0].size_bytes > POOL
     memfile.remove(found[0].shmid)
-    assert not [row for row in memfile.leftovers() if row.name == "killed"]
+    assert not [row for row in memfile.leftovers() if row.name == name]
 
 
 def test_killed_owner_of_a_private_file_leaves_nothing() -> None:

@@ -64,7 +64,7 @@ def lock_path(name: str) -> Path:
 def recorded_segment(name: str) -> int:
     """The segment that the lock file of `name` tells of; -1 when there is none."""
     try:
-        text = lock_path(name).read_text().strip()
+        text = lock_path(name).read_text().partition("\n")[0]
     except OSError:
         return -1
     return int(text) if text.isdigit() else -1
@@ -102,7 +102,7 @@ class OwnerLock:
             except FileNotFoundError:
                 pass
             os.close(fd)
-        text = os.pread(fd, 32, 0).decode(errors="replace").strip()
+        text = os.pread(fd, 32, 0).decode(errors="replace").partition("\n")[0]
         return cls(name, path, fd, int(text) if text.isdigit() else -1)
 
     def wait_for_exit(self, pid: int, ticks: int) -> None:
@@ -122,10 +122,15 @@ class OwnerLock:
             os.close(pidfd)
 
     def record(self, shmid: int) -> None:
-        """Write down the segment, for the successor."""
+        """Write down the segment, for the successor.
+
+        Never through an empty file: who is killed in between must still be found.
+        """
+        text = f"{shmid}\n".encode()
         self.shmid = shmid
-        os.ftruncate(self._fd, 0)
-        os.pwrite(self._fd, f"{shmid}\n".encode(), 0)
+        if os.pread(self._fd, 32, 0) != text:
+            os.pwrite(self._fd, text, 0)
+            os.ftruncate(self._fd, len(text))
 
     def forget(self) -> None:
         """The file is gone: remove its lock file (still holding the lock)."""
