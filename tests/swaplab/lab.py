@@ -90,8 +90,8 @@ class Lab:
 
     def __enter__(self) -> Lab:
         fitness.require()
-        self.folder = Path(tempfile.mkdtemp(prefix="swaplab-"))
         self.network = Network()
+        self.folder = Path(tempfile.mkdtemp(prefix="swaplab-"))
         self._watchdog = threading.Timer(self.limit_s, self._expire)
         self._watchdog.daemon = True
         self._watchdog.start()
