@@ -5,6 +5,7 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from zcache_core.allocator cimport Allocator
 from zcache_core.arena cimport Arena
 from zcache_core.codec cimport CodecChoice
+from zcache_core.crew cimport Crew
 from zcache_core.index cimport Index
 from zcache_core.layout cimport Entry
 from zcache_core.pthread cimport pthread_mutex_t, pthread_t
@@ -35,6 +36,7 @@ ctypedef struct Core:
     Allocator *allocator
     Slots slots
     CodecChoice codec
+    Crew crew
     Lower lower
     uint32_t device             # number in the superblock's device table
     uint32_t serving            # atomic: between start and stop; else requests are refused

@@ -53,6 +53,7 @@ COUNTERS: tuple[Counter, ...] = (
     Counter("loads_same_filled", "pages", "counter", "pages read that were same-filled"),
     Counter("invalidates", "pages", "counter", "stored pages dropped by trim or zero"),
     Counter("compress_poor", "pages", "counter", "pages that did not compress; kept raw"),
+    Counter("crew_pages", "pages", "counter", "pages of long writes that the crew compressed"),
     # trouble and contention
     Counter("corrupt_loads", "pages", "counter", "reads that found a damaged copy (answered EIO)"),
     Counter("lost_pages", "pages", "gauge", "pages whose last copy is gone (answer EIO)"),

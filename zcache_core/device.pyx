@@ -24,6 +24,7 @@ from zcache_core.counter_ids cimport (
     C_FAILED_REQUESTS, C_FLUSH_REQUESTS, C_PARTIAL_WRITES, C_READ_REQUESTS, C_TRIM_REQUESTS,
     C_WRITE_REQUESTS, C_ZERO_REQUESTS,
 )
+from zcache_core.crew cimport crew_close, crew_collect, crew_offer
 from zcache_core.index cimport entry_load, versions_take
 from zcache_core.layout cimport PAGE_BYTES, PAGE_SHIFT, ST_EMPTY, ST_SAME, Entry, entry_is_sound, state_of
 from zcache_core.native cimport zc_load32
@@ -118,12 +119,22 @@ cdef int write_range(
     cdef uint64_t page = offset >> PAGE_SHIFT
     cdef uint64_t n
     cdef uint64_t version = versions_take(&core.index, (length >> PAGE_SHIFT) + 1)
-    cdef int error
+    cdef uint32_t shared = 0        # pages of the stretch that the crew shares
+    cdef uint32_t at = 0
+    cdef int error = 0
     if data == NULL:
         memset(slot.page, 0, PAGE_BYTES)
     while length:
         if start == 0 and length >= PAGE_BYTES:
             n = PAGE_BYTES
+            if at == shared and data != NULL:
+                if shared:
+                    crew_close(&core.crew)
+                shared = crew_offer(&core.crew, data, length >> PAGE_SHIFT)
+                at = 0
+            if at < shared:
+                crew_collect(&core.crew, slot, at)
+                at += 1
             error = store_put(core, slot, page, data if data != NULL else slot.page, version)
             version += 1
         else:
@@ -132,13 +143,15 @@ cdef int write_range(
             if data == NULL:
                 memset(slot.page, 0, PAGE_BYTES)
         if error:
-            return error
+            break
         if data != NULL:
             data += n
         length -= n
         page += 1
         start = 0
-    return 0
+    if shared:
+        crew_close(&core.crew)
+    return error
 
 
 cdef void drop_pages(Core *core, Slot *slot, uint64_t first, uint64_t end) noexcept nogil:

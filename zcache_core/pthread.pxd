@@ -108,6 +108,19 @@ cdef inline timespec at_us(int64_t deadline_us) noexcept nogil:
     t.tv_nsec = (deadline_us % 1000000) * 1000
     return t
 
+cdef inline int thread_start_alike(
+    pthread_t *thread, void *(*run)(void *) noexcept nogil, void *argument, const char *name
+) noexcept nogil:
+    """As thread_start, but of the caller's own scheduling class."""
+    cdef pthread_attr_t attributes
+    cdef int error
+    pthread_attr_init(&attributes)
+    pthread_attr_setstacksize(&attributes, 256 * 1024)
+    error = pthread_create(thread, &attributes, run, argument)
+    if error == 0:
+        pthread_setname_np(thread[0], name)
+    return error
+
 cdef inline int thread_start(
     pthread_t *thread, void *(*run)(void *) noexcept nogil, void *argument, const char *name
 ) noexcept nogil:

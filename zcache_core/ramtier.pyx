@@ -141,13 +141,18 @@ cdef int place_page(
     """Store the page's bytes and make the entry for them; 0 or ENOSPC.  Nothing points there yet."""
     cdef uint64_t word, where
     cdef uint32_t length, codec
-    cdef const uint8_t *blob = slot.blob
+    cdef const uint8_t *blob = slot.ahead
+    slot.ahead = NULL
     if zc_same_filled(data, &word):
         new.location = word
         new.version = version_word(version, ST_SAME, word)
         return 0
     codec = core.codec.codec
-    length = codec_compress(slot, core.codec, data, slot.blob, core.allocator.largest_bytes - HEADER_BYTES)
+    if blob != NULL:
+        length = <uint32_t>slot.ahead_bytes
+    else:
+        blob = slot.blob
+        length = codec_compress(slot, core.codec, data, slot.blob, core.allocator.largest_bytes - HEADER_BYTES)
     if length == 0:
         if codec != CODEC_RAW:
             count(slot, C_COMPRESS_POOR, 1)

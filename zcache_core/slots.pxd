@@ -21,7 +21,9 @@ ctypedef struct Slot:
     uint8_t *page               # 4096 bytes: a page before or after a partial write
     uint8_t *io                 # IO_ROOM bytes, aligned to 4096: for reading from below
     int64_t room_until_us       # this request waits for room no longer; 0: it did not yet
-    uint64_t padding[6]         # 128 bytes a slot: no cache line is two slots'
+    const uint8_t *ahead        # the next page's blob, if the crew has made it; else NULL
+    uint64_t ahead_bytes        # its length; 0: the page does not compress
+    uint64_t padding[4]         # 128 bytes a slot: no cache line is two slots'
 
 ctypedef struct Slots:
     Slot slot[SLOTS]

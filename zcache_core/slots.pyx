@@ -89,6 +89,7 @@ cdef Slot *slot_take(Slots *slots) noexcept nogil:
             if zc_load32(&slots.slot[at].busy) == 0 and zc_cas32(&slots.slot[at].busy, 0, 1):
                 zc_last_slot = at
                 slots.slot[at].room_until_us = 0
+                slots.slot[at].ahead = NULL
                 if rounds:
                     slots.slot[at].shard[C_SLOT_WAITS] += 1
                 return &slots.slot[at]

@@ -9,7 +9,8 @@ Locks, in the order in which they may be taken together
     allocator.lock         frames' layout, lists, shared counter shard
     arena.lock             free and uncommitted frames (a leaf)
     index.lock             reserving versions (a leaf)
-All have priority inheritance, and the last three are never held across compression,
+    crew.lock              its thread's sleep (a leaf)
+All have priority inheritance, and the last four are never held across compression,
 a system call that may block, or a wait.  Who reads whole pages takes none.
 """
 
@@ -22,9 +23,10 @@ from zcache_core.arena cimport arena_commit_now, arena_free, arena_init, arena_s
 from zcache_core.codec cimport codec_discard, codec_prepare
 from zcache_core.core cimport PAGE_LOCKS, Core
 from zcache_core.counter_ids cimport C_DEVICE_PAGES, C_PRIVATE_TABLE_BYTES
+from zcache_core.crew cimport crew_start, crew_stop
 from zcache_core.index cimport entry_load, index_init, versions_take
 from zcache_core.layout cimport (
-    COUNTER_CELLS, COUNTER_SHARDS, PAGE_BYTES, ST_SAME, Entry, entry_is_sound, state_of, where_of,
+    COUNTER_CELLS, COUNTER_SHARDS, HEADER_BYTES, PAGE_BYTES, ST_SAME, Entry, entry_is_sound, state_of, where_of,
 )
 from zcache_core.memfile cimport MemoryFile
 from zcache_core.native cimport zc_store32
@@ -123,7 +125,9 @@ cdef class Store:
             if arena_commit_now(&core.arena, core.arena.reserve) and self.commit == "all":
                 raise MemoryFileError("there is not enough memory for the whole pool; choose a smaller pool")
             zc_store32(&core.ready, 1)
-        if arena_start(&core.arena):
+        if arena_start(&core.arena) or crew_start(
+            &core.crew, &core.slots, core.codec, core.allocator.largest_bytes - HEADER_BYTES
+        ):
             raise MemoryFileError("no thread could be started; raise the limit of processes")
         self.memory.fresh = False       # the next store on this file takes it over
         zc_store32(&core.serving, 1)
@@ -141,6 +145,7 @@ cdef class Store:
             if core.rebuilding:
                 pthread_join(core.rebuilder, NULL)
                 core.rebuilding = False
+            crew_stop(&core.crew)
             arena_free(&core.arena)
             core.allocator.discard(core.allocator)
             codec_discard(&core.slots)
