@@ -61,13 +61,17 @@ def test_against_a_bytearray(rng: random.Random, codec: str, writers: int) -> No
         assert store.check() == 0
 
 
+def write_everywhere(device: Device, rng: random.Random) -> None:
+    for first in range(0, 2 * HALF, 32):
+        device.pwrite(None, rng.randbytes(32 * PAGE), first * PAGE)
+
+
 def test_a_refused_write_gives_the_crew_back(rng: random.Random) -> None:
     """The pool is full in the middle of a shared stretch: later writes are shared again."""
     with opened_store(2 * HALF * PAGE, 1 << 20) as store:
         device = Device(store)
         with pytest.raises(OSError, match="space") as refused:
-            for first in range(0, 2 * HALF, 32):
-                device.pwrite(None, rng.randbytes(32 * PAGE), first * PAGE)
+            write_everywhere(device, rng)
         assert refused.value.errno == errno.ENOSPC
         device.trim(None, 2 * HALF * PAGE, 0)
         before = crew_pages(store)
