@@ -21,8 +21,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import ctypes
 import json
 import logging
+import mmap
 import os
 import select
 import signal
@@ -44,7 +46,6 @@ from zcache_core.memfile import MemoryFile
 
 BACKLOG = 64
 STDERR = 2
-LOG_READ_BYTES = 64 * 1024
 
 
 class Node:
@@ -131,16 +132,31 @@ def become_ordinary() -> None:
         Path("/proc/self/oom_score_adj").write_text("0")
 
 
+def locked_page() -> mmap.mmap:
+    """Memory to read the log into that can never be swapped out.
+
+    A pipe's reader copies to its buffer under the pipe's mutex, which a writer takes even if it
+    does not block: a reader that faults there, on a page that only the server can bring back,
+    stops the server at its next line.
+    """
+    page = mmap.mmap(-1, mmap.PAGESIZE)
+    page[0] = 0
+    address = ctypes.addressof(ctypes.c_char.from_buffer(page))
+    ctypes.CDLL(None).mlock(ctypes.c_void_p(address), ctypes.c_size_t(mmap.PAGESIZE))
+    return page
+
+
 def relay_log(fd: int) -> Callable[[], None]:
     """Pass the server's log on to ours from now on; returns what to call at the end."""
     relay = LogRelay()
     os.set_blocking(fd, False)
     loop = asyncio.get_running_loop()
+    page = locked_page()
 
     def pass_on() -> bool:
         with contextlib.suppress(OSError):  # nothing to read now, or nobody reads our log
-            if data := os.read(fd, LOG_READ_BYTES):
-                os.write(STDERR, relay.feed(data, loop.time()))
+            if count := os.readv(fd, [page]):
+                os.write(STDERR, relay.feed(page[:count], loop.time()))
                 return True
             loop.remove_reader(fd)
         return False

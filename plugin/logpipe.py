@@ -13,6 +13,7 @@ every line.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 
 STDERR = 2
@@ -25,6 +26,10 @@ class LogPipe:
         self.log_fd = os.dup(STDERR)  # Python makes all three close-on-exec
         self.read_fd, write_fd = os.pipe()
         os.set_blocking(write_fd, False)
+        # One page, used once: from now on the kernel keeps it, and a write allocates nothing.
+        fcntl.fcntl(write_fd, fcntl.F_SETPIPE_SZ, 4096)
+        os.write(write_fd, b"\n")
+        os.read(self.read_fd, 1)
         os.dup2(write_fd, STDERR)
         os.close(write_fd)
 

@@ -139,12 +139,16 @@ class Server:
         return self.process.wait(WAIT_S)
 
     def threads(self) -> list[Thread]:
-        """All threads of the server process."""
-        return [Thread(path) for path in Path(f"/proc/{self.pid}/task").iterdir()]
+        """All threads of the server process, but for those that end while they are looked at."""
+        found = []
+        for path in Path(f"/proc/{self.pid}/task").iterdir():
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                found.append(Thread(path))
+        return found
 
 
 class Thread:
-    """What /proc says about one thread."""
+    """What /proc says about one thread.  Raises FileNotFoundError, ProcessLookupError: it ended."""
 
     def __init__(self, path: Path) -> None:
         self.tid = int(path.name)

@@ -21,7 +21,7 @@ import pytest
 
 from tests.core_helpers import PAGE
 from tests.t3_takeover import PAGES, Notes, content
-from tests.tiers_helpers import Cold, open_file
+from tests.tiers_helpers import Cold, open_file, wait_for
 from zcache_core import counters
 from zcache_core.device import Device
 from zcache_core.diskfile import open_disk, promised_bytes
@@ -173,6 +173,11 @@ def test_taken_over_without_its_disk(name: str, tmp_path: Path, rng: random.Rand
     os.close(fd)
 
 
+def in_ram(memory: MemoryFile) -> int:
+    now = counters.read(memory)
+    return now["pers_zpages"] + now["eph_zpages"]
+
+
 @pytest.mark.timeout(300)
 def test_promised_disk_never_refuses(tmp_path: Path, rng: random.Random) -> None:
     """The whole device full of random bytes, twice, in random order, and all of it read back."""
@@ -202,7 +207,8 @@ def test_promised_disk_never_refuses(tmp_path: Path, rng: random.Random) -> None
         assert now["failed_stores"] == now["failed_requests"] == 0
         assert os.stat(tmp_path / "disk").st_blocks * 512 >= disk.disk_bytes, "never given away"
         cooling.drain()
-        time.sleep(1)
+        wait_for(lambda: in_ram(memory) == 0)
+        cooling.stop()
         assert store.check() == 0
     finally:
         cooling.stop()

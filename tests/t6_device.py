@@ -155,9 +155,13 @@ store.start()
 device = Device(store)
 device.pwrite(None, os.urandom(32 << 20), 0)
 device.trim(None, 32 << 20, 0)
-time.sleep(1)
-rows = [line.split() for line in open("/proc/sysvipc/shm")]
-print(next(r[rows[0].index("rss")] for r in rows[1:] if r[1] == str(memory.shmid)))
+def resident():
+    rows = [line.split() for line in open("/proc/sysvipc/shm")]
+    return next(int(r[rows[0].index("rss")]) for r in rows[1:] if r[1] == str(memory.shmid))
+end = time.monotonic() + 30
+while resident() >= 16 << 20 and time.monotonic() < end:
+    time.sleep(0.01)
+print(resident())
 for task in os.listdir("/proc/self/task"):
     name = open(f"/proc/self/task/{task}/comm").read().strip()
     print("thread", int(task) == os.getpid(), os.sched_getscheduler(int(task)), name)

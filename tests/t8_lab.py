@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import shutil
@@ -96,12 +97,12 @@ def test_progress_sees_a_swap_that_stopped() -> None:
 
 
 @boots
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(130)
 def test_labs_run_beside_each_other() -> None:
     said: list[str] = []
 
     def one() -> None:
-        with Lab(limit_s=40) as lab:
+        with Lab(limit_s=100) as lab:
             server = lab.serve(nbdkit_memory("64M"))
             guest = lab.boot(SMALL)
             attach(guest, server)
@@ -118,11 +119,12 @@ def test_labs_run_beside_each_other() -> None:
 
 
 @boots
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(130)
 def test_the_limit_ends_everything_and_says_what_was_going_on() -> None:
-    with Lab(limit_s=6) as lab:
+    with Lab(limit_s=100) as lab:
         guest = lab.boot(SMALL)
         job = guest.start(["/bin/busybox", "sleep", "1000"])
+        lab.end_within(2)
         with pytest.raises(LabTimeoutError, match="busybox-"):
             job.wait()
     assert any("Show Blocked State" in line.text for line in guest.log)
@@ -131,9 +133,9 @@ def test_the_limit_ends_everything_and_says_what_was_going_on() -> None:
 
 
 @boots
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(130)
 def test_a_panic_ends_every_wait() -> None:
-    with Lab(limit_s=40) as lab:
+    with Lab(limit_s=100) as lab:
         guest = lab.boot(SMALL)
         job = guest.start(["/bin/busybox", "sleep", "1000"])
         guest.link.send("sysrq", "c")
@@ -143,9 +145,9 @@ def test_a_panic_ends_every_wait() -> None:
 
 
 @boots
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(130)
 def test_a_command_that_fails_says_why() -> None:
-    with Lab(limit_s=40) as lab:
+    with Lab(limit_s=100) as lab:
         guest = lab.boot(SMALL)
         with pytest.raises(CommandFailedError, match="No such file"):
             guest.call(["/bin/busybox", "cat", "/nowhere"])
@@ -156,9 +158,9 @@ def test_a_command_that_fails_says_why() -> None:
 
 
 @boots
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(130)
 def test_a_link_can_be_cut_and_mended() -> None:
-    with Lab(limit_s=40) as lab:
+    with Lab(limit_s=100) as lab:
         guest = lab.boot(SMALL)
         ping = ["/bin/busybox", "ping", guest.tap.host, "-c"]
         guest.call([*ping, "5", "-A", "-W", "2"])
@@ -172,7 +174,7 @@ def test_a_link_can_be_cut_and_mended() -> None:
 KILLED = """
 import sys
 from tests.swaplab import GuestConfig, Lab, nbdkit_memory
-with Lab(limit_s=60) as lab:
+with Lab(limit_s=100) as lab:
     lab.serve(nbdkit_memory("64M"))
     lab.boot(GuestConfig(mem_mib=64))
     print(lab.folder, *lab.network.pids(), flush=True)
@@ -181,14 +183,17 @@ with Lab(limit_s=60) as lab:
 
 
 @boots
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(130)
 def test_a_killed_harness_leaves_no_process_behind() -> None:
     with subprocess.Popen(
         [sys.executable, "-c", KILLED], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as harness:
         assert harness.stdout
         folder, *words = harness.stdout.readline().split()
-        pidfds = [os.pidfd_open(int(word)) for word in words]
+        pidfds = []
+        for word in words:
+            with contextlib.suppress(ProcessLookupError):  # of a program that was ending
+                pidfds.append(os.pidfd_open(int(word)))
         assert len(pidfds) > 5  # the server, unshare, the kernel and the guest's processes
         harness.kill()
     try:
@@ -213,7 +218,7 @@ def noisy_hog(lab: Lab, recipe: Recipe) -> Job:
 
 
 @boots
-@pytest.mark.timeout(90)
+@pytest.mark.timeout(170)
 def test_the_hog_notices_a_server_that_lies() -> None:
     script = Path(__file__).parent / "swaplab" / "bad_server.py"
 
@@ -222,7 +227,7 @@ def test_the_hog_notices_a_server_that_lies() -> None:
         words = (f"size={256 << 20}", "every=40")
         return ServerCommand("bad server", (*nbdkit, "python", str(script), *words))
 
-    with Lab(limit_s=70) as lab:
+    with Lab(limit_s=140) as lab:
         job = noisy_hog(lab, recipe)
         assert job.wait().code == HOG_BAD
         report = read_hog(job.stdout())
@@ -231,7 +236,7 @@ def test_the_hog_notices_a_server_that_lies() -> None:
 
 
 @boots
-@pytest.mark.timeout(90)
+@pytest.mark.timeout(170)
 def test_the_hog_notices_pages_that_do_not_come_back(tmp_path: Path) -> None:
     """Every read fails from some moment on; writes go on working."""
     trigger = tmp_path / "reads fail while this exists"
@@ -241,7 +246,7 @@ def test_the_hog_notices_pages_that_do_not_come_back(tmp_path: Path) -> None:
         words = ("--filter=error", *good.argv[1:], "error-pread-rate=100%")
         return replace(good, argv=(good.argv[0], *words, f"error-pread-file={trigger}"))
 
-    with Lab(limit_s=70) as lab:
+    with Lab(limit_s=140) as lab:
         job = noisy_hog(lab, recipe)
         until(lambda: "random" in job.stderr(), Deadline(40), "the hog's phase random")
         trigger.touch()
@@ -252,9 +257,9 @@ def test_the_hog_notices_pages_that_do_not_come_back(tmp_path: Path) -> None:
 
 
 @boots
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(130)
 def test_a_server_can_be_killed_and_started_again() -> None:
-    with Lab(limit_s=40) as lab:
+    with Lab(limit_s=100) as lab:
         server = lab.serve(nbdkit_memory("64M"))
         first = server.pid
         server.kill()

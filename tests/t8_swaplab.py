@@ -20,10 +20,14 @@ import pytest
 
 from bench.corpus import pages_file
 from tests.swaplab import (
+    DEVICE,
+    OTHER_DEVICE,
     SELF_SERVING_SYSCTL,
     Guest,
     GuestConfig,
+    HostServer,
     InsideServer,
+    Job,
     Lab,
     Recipe,
     Result,
@@ -46,9 +50,11 @@ pytestmark = pytest.mark.skipif(
     os.geteuid() != 0, reason="; ".join(fitness.missing()) or "needs root for its network"
 )
 CORPUS_MIB = 64
-PAGE_BYTES = 4096
 REFUSED = ("nbd", "io-error", "write-error")
 """What the kernel says when the server refuses a write."""
+HARMLESS = ("allocation",)
+"""A small guest's network finds no memory at once, and tries again."""
+SWAPPING = GuestConfig(mem_mib=128, sysctl={"vm.min_free_kbytes": "8192"})
 
 
 def on_the_host(size: str, pool: str) -> Recipe:
@@ -70,22 +76,22 @@ def corpus() -> Path:
 # ---- 1: stress-ng ----
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(400)
 def test_stress_ng_verifies_more_memory_than_the_guest_has() -> None:
     mib = 160
-    with Lab(limit_s=150) as lab:
+    with Lab(limit_s=360) as lab:
         server = lab.serve(on_the_host(size="512M", pool="256M"))
-        guest = lab.boot(GuestConfig(mem_mib=128))
+        guest = lab.boot(SWAPPING)
         attach(guest, server)
         swap_on(guest)
-        result = lab.watch(lambda: stress_ng(guest, mib), server)
+        result = lab.watch(lambda: stress_ng(guest, mib, limit_s=300), server)
         swap_off(guest)
         detach(guest)
         report = read_stress(result)
         assert report.failures == ()
         assert report.passed
         assert report.passes(mib) > 1, "no pass of verification was completed"
-        assert trouble(guest.log) == []
+        assert trouble(guest.log, HARMLESS) == []
         assert_swapped(result)
 
 
@@ -95,15 +101,15 @@ def test_stress_ng_verifies_more_memory_than_the_guest_has() -> None:
 @pytest.fixture(scope="module")
 def overcommitted(corpus: Path) -> Iterator[tuple[Result, Lab]]:
     """A guest of 128 MiB after a hog of 192 MiB of real pages has come and gone."""
-    with Lab(limit_s=150) as lab:
+    with Lab(limit_s=360) as lab:
         server = lab.serve(on_the_host(size="512M", pool="256M"))
-        guest = lab.boot(GuestConfig(mem_mib=128))
+        guest = lab.boot(SWAPPING)
         attach(guest, server)
         swap_on(guest)
         yield lab.watch(lambda: hog(guest, 192, corpus, 6, 6), server), lab
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(400)
 def test_the_hog_finds_every_page_as_it_left_it(overcommitted: tuple[Result, Lab]) -> None:
     result, lab = overcommitted
     assert result.exit.code == 0, result.stdout + result.stderr
@@ -111,11 +117,11 @@ def test_the_hog_finds_every_page_as_it_left_it(overcommitted: tuple[Result, Lab
     assert report.bad == 0
     assert report.phase("audit").touches == report.pages == 192 << 8
     assert report.phase("random").touches > 0
-    assert trouble(lab.guests[0].log) == []
+    assert trouble(lab.guests[0].log, HARMLESS) == []
     assert_swapped(result)
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(400)
 def test_discards_empty_the_server_once_the_hog_has_gone(
     overcommitted: tuple[Result, Lab],
 ) -> None:
@@ -130,7 +136,7 @@ def test_discards_empty_the_server_once_the_hog_has_gone(
     guest = lab.guests[0]
     swap_off(guest)
     detach(guest)
-    assert trouble(guest.log) == []
+    assert trouble(guest.log, HARMLESS) == []
 
 
 def assert_swapped(result: Result) -> None:
@@ -144,34 +150,51 @@ def assert_swapped(result: Result) -> None:
 # ---- what the server refuses ----
 
 
-def fitting_mib(guest: Guest) -> int:
-    """A little more than the guest can hold without swapping anything out.
+def refusing(commit: str = "ahead") -> Recipe:
+    """A device that is given pages first, and can keep a quarter of it in random bytes.
 
-    Random bytes in a pool of SMALL_POOL win nothing and fill it at once, also with slots that the
-    kernel has read back and not discarded: so this much has to fit into what there is beside it.
+    The kernel fills it before the other: of any 40 MiB that leave, 24 MiB are refused, and stay.
     """
-    return guest.meminfo_kb()["MemAvailable"] // 1024 + 8
+    return zcache(size="32M", pool="8M", commit=commit)
 
 
-SMALL_POOL = "8M"
+MORE_MIB = 40
 
 
-@pytest.mark.timeout(120)
+def swap_on_two(lab: Lab, guest: Guest, first: HostServer | InsideServer) -> None:
+    """Onto a server that refuses, and after it, when its device is full, onto one with room."""
+    attach(guest, first)
+    swap_on(guest, priority=10)
+    attach(guest, lab.serve(nbdkit_memory("512M")), OTHER_DEVICE)
+    swap_on(guest, OTHER_DEVICE, priority=5)
+
+
+def noise_that_must_leave(guest: Guest, seconds: float) -> Job:
+    """A hog of random bytes, MORE_MIB more than the guest can hold; every page verified."""
+    mib = guest.meminfo_kb()["MemAvailable"] // 1024 + MORE_MIB
+    return hog(guest, mib, None, seconds, seconds, noise_percent=100)
+
+
+def assert_refused_and_kept(guest: Guest, result: Result, stats: dict[str, int]) -> None:
+    """Writes were refused, and not a byte is wrong.  Leaves the guest without swap."""
+    assert result.exit.code == 0, result.stdout + result.stderr
+    assert read_hog(result.stdout).bad == 0
+    assert stats["failed_stores"] > 0
+    assert stats["corrupt_loads"] == stats["lost_pages"] == 0
+    for device in (DEVICE, OTHER_DEVICE):
+        swap_off(guest, device)
+        detach(guest, device)
+    assert trouble(guest.log, expected=(*REFUSED, *HARMLESS)) == []
+
+
+@pytest.mark.timeout(400)
 def test_a_full_pool_refuses_writes_and_no_page_is_lost() -> None:
-    """Random bytes in a guest that has room for them, and tries to swap out all the time."""
-    with Lab(limit_s=100) as lab:
-        server = lab.serve(zcache(size="256M", pool=SMALL_POOL))
-        guest = lab.boot(GuestConfig(mem_mib=128, sysctl={"vm.min_free_kbytes": "8192"}))
-        attach(guest, server)
-        swap_on(guest)
-        mib = fitting_mib(guest)
-        result = lab.watch(lambda: hog(guest, mib, None, 3, 3, 3, noise_percent=100), server)
-        assert result.exit.code == 0, result.stdout + result.stderr
-        assert read_hog(result.stdout).bad == 0
-        assert result.stats["after"]["failed_stores"] > 0
-        swap_off(guest)
-        detach(guest)
-        assert trouble(guest.log, expected=REFUSED) == []
+    with Lab(limit_s=360) as lab:
+        server = lab.serve(refusing())
+        guest = lab.boot(SWAPPING)
+        swap_on_two(lab, guest, server)
+        result = lab.watch(lambda: noise_that_must_leave(guest, 3), server)
+        assert_refused_and_kept(guest, result, server.stats())
 
 
 # ---- 4: the machine that swaps is the machine that serves ----
@@ -214,16 +237,16 @@ def own_memory_run(corpus: Path, seconds: float, seed: int, limit_s: float) -> N
         assert stats["failed_stores"] == stats["corrupt_loads"] == stats["lost_pages"] == 0
 
 
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(400)
 @pytest.mark.parametrize("run", range(3))
 def test_a_guest_swaps_onto_its_own_memory(corpus: Path, run: int, seed: int) -> None:
-    own_memory_run(corpus, seconds=30, seed=seed + run, limit_s=210)
+    own_memory_run(corpus, seconds=30, seed=seed + run, limit_s=360)
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(250)
 def test_a_server_with_every_permission_is_fit_for_swap() -> None:
     """The guest's root may do what the development machine's may not."""
-    with Lab(limit_s=100) as lab:
+    with Lab(limit_s=220) as lab:
         guest, server = self_serving(lab, size="64M", pool="32M")
         pid = guest.read(server.place.pidfile).strip()
         stats = guest.call(["/bin/sh", "-c", f"cat /proc/{pid}/task/*/stat"]).splitlines()
@@ -251,26 +274,20 @@ def test_a_guest_swaps_onto_its_own_memory_for_long(corpus: Path, run: int, seed
 
 
 def refused_run(seconds: float, limit_s: float) -> None:
-    """Random bytes: the pool fills, writes are refused, and the guest lives on what it has."""
+    """Random bytes: the guest's own pool fills, writes are refused, and the guest lives on."""
     with Lab(limit_s) as lab:
-        guest, server = self_serving(lab, size="256M", pool=SMALL_POOL)
-        mib = fitting_mib(guest)
-        result = lab.watch(lambda: hog(guest, mib, None, seconds, seconds, seconds, 100))
-        assert result.exit.code == 0, result.stdout + result.stderr
-        assert read_hog(result.stdout).bad == 0
+        guest = lab.boot(SELF_SERVING)
+        server = serve_inside(guest, refusing(commit="all"))
+        swap_on_two(lab, guest, server)
+        result = lab.watch(lambda: noise_that_must_leave(guest, seconds))
         assert not server.job.done()
         assert_answers(guest)
-        assert trouble(guest.log, expected=REFUSED) == []
-        stats = server.stats()
-        assert stats["failed_stores"] > 0
-        assert stats["corrupt_loads"] == stats["lost_pages"] == 0
-        swap_off(guest)
-        detach(guest)
+        assert_refused_and_kept(guest, result, server.stats())
 
 
-@pytest.mark.timeout(150)
+@pytest.mark.timeout(400)
 def test_a_guest_survives_its_own_full_pool() -> None:
-    refused_run(seconds=3, limit_s=130)
+    refused_run(seconds=3, limit_s=360)
 
 
 @pytest.mark.soak
@@ -280,14 +297,14 @@ def test_a_guest_survives_its_own_full_pool_for_long(run: int) -> None:
     refused_run(seconds=20, limit_s=540)
 
 
-@pytest.mark.timeout(150)
+@pytest.mark.timeout(400)
 def test_a_guest_survives_what_fits_nowhere() -> None:
     """300 MiB of random bytes, with a pool in the guest's own memory: there is no room at all.
 
     The kernel does not give up for minutes (it writes again what was refused).  PID 1 answers all
     the while, and once the hog is killed, everything is as before.
     """
-    with Lab(limit_s=130) as lab:
+    with Lab(limit_s=360) as lab:
         guest, server = self_serving(lab, size="288M", pool="64M")
         job = hog(guest, 300, None, noise_percent=100)
         guest.link.wait_for(lambda: refused(guest), None, "a refused write")

@@ -24,11 +24,23 @@ from .host_server import HostServer
 from .kernel_log import trouble
 from .lab import Lab, Result
 from .servers import Recipe, nbdkit_memory, zcache
-from .swap import SELF_SERVING_SYSCTL, InsideServer, attach, detach, serve_inside, swap_off, swap_on
+from .swap import (
+    DEVICE,
+    OTHER_DEVICE,
+    SELF_SERVING_SYSCTL,
+    InsideServer,
+    attach,
+    detach,
+    serve_inside,
+    swap_off,
+    swap_on,
+)
 from .vmstat import Progress, Sample, progress
 from .workloads import HogReport, StressReport, hog, read_hog, read_stress, stress_ng
 
 __all__ = [
+    "DEVICE",
+    "OTHER_DEVICE",
     "SELF_SERVING_SYSCTL",
     "CommandFailedError",
     "Exit",

@@ -37,6 +37,11 @@ class Deadline:
     def passed(self) -> bool:
         return time.monotonic() >= self.end_s
 
+    def bring_nearer(self, limit_s: float) -> None:
+        """From now on it is in `limit_s` seconds, for whoever holds it, unless it is nearer."""
+        if limit_s < self.left_s():
+            self.limit_s, self.end_s = limit_s, time.monotonic() + limit_s
+
     def nearer(self, limit_s: float | None) -> Deadline:
         """This deadline, or the one `limit_s` seconds from now if that comes first."""
         if limit_s is None or limit_s >= self.left_s():

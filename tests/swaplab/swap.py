@@ -21,7 +21,7 @@ from .guest import Guest, Job
 from .host_server import HostServer
 from .servers import REPOSITORY, SMALL_STACK_BYTES, Place, Recipe, ServerCommand, unix_place
 
-DEVICE = "/dev/nbd0"
+DEVICE, OTHER_DEVICE = "/dev/nbd0", "/dev/nbd1"
 INSIDE_FOLDER = "/run"
 SELF_SERVING_SYSCTL = {"vm.watermark_boost_factor": "0", "vm.min_free_kbytes": "16384"}
 """What a guest of 256 MiB needs to serve its own swap without deadlock: boosted watermarks make
