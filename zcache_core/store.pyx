@@ -5,7 +5,7 @@
 
 Locks, in the order in which they may be taken together
     page_lock[page % 64]   partial writes of a page, one at a time (device.pyx)
-    tiers.dropping         choosing ephemeral frames (tiers.pyx)
+    tiers.dropping         choosing ephemeral frames (eviction.pyx)
     allocator.lock         frames' layout, lists, shared counter shard
     arena.lock             free and uncommitted frames (a leaf)
     index.lock             reserving versions (a leaf)

@@ -1,4 +1,11 @@
-"""C face of the tiers."""
+"""The state of the tiers below one store, as a C struct: what all of their parts share.
+
+    tiers.pyx       made, started, stopped; what the RAM tier calls
+    fullness.pyx    how full the pool is; when to cool
+    eviction.pyx    down: cold pages copied, ephemeral frames dropped, the tier tidied up
+    cooler.pyx      the thread that does it; writers that wait for it
+    fetching.pyx    up: pages read from below, and which of them earn a RAM copy
+"""
 
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
@@ -12,6 +19,7 @@ cdef enum:
     GHOSTS = 65536              # pages remembered as read once; a power of two
     GATHER_BYTES = 1 << 20
     RESORT_PAGES = 32768        # most objects in a segment: none is smaller than 32 bytes
+    FRAMES_AT_ONCE = 64         # victims looked at in one slot's time
 
 ctypedef struct Tiers:
     Core *core
