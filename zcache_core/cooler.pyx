@@ -1,7 +1,7 @@
 """The cooling thread: one round after another of what is needed most; and who waits for it.
 
     room short? -> drop ephemeral frames      above high? -> a batch goes down
-    every 0.1 s -> the tier's own background work, commands from the node process
+    every 0.1 s -> the tier's own background work
 
 It works without the GIL and sleeps when nothing is to be done.  Writers wait only when
 not one frame is free, and do none of its work, but for one thing: when the tier
@@ -19,7 +19,6 @@ from zcache_core.counter_ids cimport C_POOL_WAIT_US, C_POOL_WAITS
 from zcache_core.eviction cimport cool_batch, drop_frames, resort
 from zcache_core.fullness cimport frames_ephemeral, frames_left, free_target, must_cool
 from zcache_core.native cimport zc_add64
-from zcache_core.orders cimport orders_hear
 from zcache_core.pthread cimport (
     at_us, lock_take, now_us, pthread_cond_broadcast, pthread_cond_signal, pthread_cond_timedwait,
     pthread_mutex_unlock,
@@ -67,7 +66,6 @@ cdef void *cooling_thread(void *argument) noexcept nogil:
         moved = turn(t)
         if now_us() >= next_tick:
             t.cold.tick(t.cold)
-            orders_hear(&t.orders)
             next_tick = now_us() + TICK_US
         lock_take(&t.lock)
         if moved:

@@ -6,7 +6,8 @@
     +---------------+-----------------+
     above high: the coldest persistent frames are copied down in batches until low
 
-A frame is persistent when the only copy of any of its pages is in it.  All numbers are
+"All of the pool" is the arena's target: its limit, or less while memory is short.  A
+frame is persistent when the only copy of any of its pages is in it.  All numbers are
 of this moment and may be old the next: they steer, and nothing is proven by them.
 """
 
@@ -42,11 +43,11 @@ cdef uint64_t frames_persistent(Tiers *t) noexcept nogil:
 
 cdef uint32_t frames_left(Tiers *t) noexcept nogil:
     cdef uint32_t taken = frames_taken(t)
-    return t.core.arena.limit - taken if t.core.arena.limit > taken else 0
+    return t.core.arena.target - taken if t.core.arena.target > taken else 0
 
 
 cdef uint32_t free_target(Tiers *t) noexcept nogil:
-    return min(<uint32_t>FREE_MOST, t.core.arena.limit // FREE_SHARE + 4)
+    return min(<uint32_t>FREE_MOST, t.core.arena.target // FREE_SHARE + 4)
 
 
 cdef bint must_cool(Tiers *t) noexcept nogil:
@@ -54,8 +55,8 @@ cdef bint must_cool(Tiers *t) noexcept nogil:
     cdef uint64_t now = frames_persistent(t) * 100
     if t.orders.draining:
         return frames_persistent(t) > 0
-    if now > <uint64_t>t.core.arena.limit * t.orders.high_percent:
+    if now > <uint64_t>t.core.arena.target * t.orders.high_percent:
         t.cooling = True
-    elif now <= <uint64_t>t.core.arena.limit * t.orders.low_percent:
+    elif now <= <uint64_t>t.core.arena.target * t.orders.low_percent:
         t.cooling = False
     return t.cooling or t.waiting > 0 and frames_ephemeral(t) == 0

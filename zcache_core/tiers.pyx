@@ -9,8 +9,6 @@ RAM copies stay, to be read, until room is needed, and are then dropped without 
 The parts are named in below.pxd, the locks in their files and in store.pyx.
 """
 
-import os
-
 from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_New
 cimport cython
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
@@ -65,11 +63,6 @@ cdef class Cooling:
     says that its room was promised.  Raises ConfigError, MemoryFileError.
     """
 
-    cdef Tiers tiers
-    cdef Store store
-    cdef ColdTier *disk
-    cdef object wrapper         # of the disk, kept alive
-
     def __cinit__(
         self, Store store not None, int fd, uint64_t disk_bytes, preallocated=False, int high=90, int low=80
     ):
@@ -83,12 +76,14 @@ cdef class Cooling:
         t.core = &store.core
         t.orders.high_percent, t.orders.low_percent = high, low
         t.orders.fd = -1
+        t.orders.arena = &store.core.arena
+        t.orders.below = True
         t.cells = store.memory.counters + (SLOTS + 2) * COUNTER_CELLS
         t.cold = self.disk = disk_make(
             fd, disk_bytes, store.memory.super.epoch, store.core.device, preallocated,
             store.memory.counters + (SLOTS + 3) * COUNTER_CELLS,
         )
-        t.orders.cells = t.cells
+        t.orders.cells = store.memory.counters + (SLOTS + 4) * COUNTER_CELLS
         orders_tell(&t.orders)
         t.gathered = pages_of(GATHER_BYTES)
         t.resort_room = pages_of(SEGMENT_BYTES)
@@ -147,11 +142,6 @@ cdef class Cooling:
         self.wrapper = wrapper(PyCapsule_New(self.tiers.cold, COLD_CAPSULE, NULL))
         self.tiers.cold = <ColdTier *>PyCapsule_GetPointer(self.wrapper.capsule, COLD_CAPSULE)
         return self.wrapper
-
-    def listen(self, int fd):
-        """Obey the commands (commands.py) that come through this pipe, at most 0.1 s later."""
-        os.set_blocking(fd, False)
-        self.tiers.orders.fd = fd
 
     def set_watermarks(self, int high, int low):
         """New watermarks, in percent of the pool.  Raises ConfigError."""

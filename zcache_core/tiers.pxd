@@ -1,0 +1,12 @@
+"""C face of the tiers: the struct behind the class."""
+
+from zcache_core.below cimport Tiers
+from zcache_core.cold cimport ColdTier
+from zcache_core.store cimport Store
+
+
+cdef class Cooling:
+    cdef Tiers tiers
+    cdef Store store
+    cdef ColdTier *disk
+    cdef object wrapper         # of the disk, kept alive
