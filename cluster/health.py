@@ -209,6 +209,42 @@ def is_draining(stats: Stats, config: Config) -> Reason | None:
     )
 
 
+def memory_short(stats: Stats, config: Config) -> Reason | None:
+    """The pool is held below its limit because the machine is, or was, short of memory."""
+    target, limit = stats["pool_target_frames"], stats["pool_set_frames"]
+    if not stats["memory_pressure"] and target >= limit:
+        return None
+    now = "short" if stats["memory_pressure"] else "no longer short"
+    if stats["disk_limit_bytes"]:
+        what = (
+            f"Memory is {now} on this machine: {100 * target // max(1, limit)} % of the pool are "
+            f"used for the time being, the rest goes to the disk."
+        )
+    else:
+        what = (
+            f"Memory is {now} on this machine; without a lower tier the pool can give back only "
+            f"what it does not use."
+        )
+    return Reason(
+        DEGRADED,
+        what,
+        "Nothing, if it passes: the pool grows again 10 s after. Else end something that uses "
+        "memory, or choose a smaller pool= (set pool does it now).",
+    )
+
+
+def pool_shrinks(stats: Stats, config: Config) -> Reason | None:
+    """`set pool` asked for less than what is there; it is given back as it becomes free."""
+    now, wanted = stats["pool_limit_frames"], stats["pool_set_frames"]
+    if now <= wanted:
+        return None
+    return Reason(
+        DEGRADED,
+        f"The pool is being made smaller: {now} frames now, {wanted} wanted.",
+        "Wait. If it does not go on, see what keeps pages from the disk (the other reasons).",
+    )
+
+
 def memory_not_given(stats: Stats, config: Config) -> Reason | None:
     """The kernel refused memory to the pool although its limit is not reached."""
     if not (failures := stats["commit_failures"]):
@@ -241,6 +277,8 @@ RULES: tuple[Rule, ...] = (
     writes_refused,
     disk_nearly_full,
     memory_not_given,
+    memory_short,
+    pool_shrinks,
     server_unfit,
     pool_can_fill,
     is_draining,

@@ -2,14 +2,14 @@
 
     server process (nbdkit + plugin)          node process (this, asyncio)
       memory file: counters  <-- read-only --   stats, health
-      cooling thread         <-- commands ---   set, drain: 16 bytes through a pipe
+      steward (a thread)     <-- commands ---   set, drain: 16 bytes through a pipe
       starts the node, waits  <-- pidfd ------   ends itself when the server ends
                                                  control socket, mode 0600
 
 The server never answers a question: whoever polls costs the node's time, not a
 page's.  Counters are read straight from the shared memory file, so a node that is
 killed loses nothing and the next one goes on.  Commands (`steering.py`) are obeyed by
-the server's compiled cooling thread.
+the server's compiled steward.
 
 Bound: the link's (connections, calls in flight, deadlines, message size).
 
@@ -60,7 +60,7 @@ class Node:
     ) -> None:
         self._memory, self._config, self._server_pid = memory, config, server_pid
         self._started_s = server_start_s(server_pid)
-        self._steering = Steering(command_fd, lambda: counters.read(memory))
+        self._steering = Steering(command_fd, lambda: counters.read(memory), config)
         self._methods: dict[str, Callable[[], Awaitable[Any]]] = {
             "ping": self.ping,
             "stats": self.stats,
@@ -99,7 +99,7 @@ class Node:
         return self._config | self._steering.effective()
 
     async def health(self) -> dict[str, Any]:
-        return health(counters.read(self._memory), self._config)
+        return health(counters.read(self._memory), await self.config())
 
 
 def server_start_s(pid: int) -> float:
@@ -200,7 +200,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--shmid", required=True, type=int, help="segment of the memory file")
     parser.add_argument("--server-pid", required=True, type=int, help="the server, our parent")
     parser.add_argument("--config", required=True, type=json.loads, help="what `config` answers")
-    parser.add_argument("--command-fd", type=int, help="pipe to the server's cooling thread")
+    parser.add_argument("--command-fd", type=int, help="pipe to the server's steward")
     parser.add_argument("--log-fd", type=int, help="pipe with the server's log, to pass on")
     args = parser.parse_args(argv)
     logging.basicConfig(format="zcache node: %(message)s", level=logging.WARNING)

@@ -1,11 +1,13 @@
 """Changing a running server: the methods `set` and `drain`.
 
-    client -- RPC --> node: checked here -- 16 bytes, pipe --> server's cooling thread
+    client -- RPC --> node: checked here -- 16 bytes, pipe --> server's steward
            <- answer - node: sees it in the counters <-- memory file --
 
-The server obeys within about 0.1 s and says so in its counters (high_percent,
-low_percent, draining); the answer is given when it has, so what an answer says holds.
-What is set is the server's, not ours: a node that is started anew reads it again.
+The server obeys at once and says so in its counters (high_percent, low_percent,
+draining, pool_set_frames, refused_commands); the answer is given when it has, so what
+an answer says holds.  What is set is the server's, not ours: a node that is started
+anew reads it again.  A smaller pool is reached as pages go down: until then
+pool_limit_frames is above pool_set_frames, and `health` says so.
 
 Bound: ANSWER_S for the server to obey; a full pipe is an error at once.
 """
@@ -20,8 +22,10 @@ from typing import Any
 from cluster.link import RpcError
 from zcache_core import commands
 
-ANSWER_S = 3.0  # below a client's patience; a disk that stalls keeps the server from its pipe
+ANSWER_S = 3.0  # below a client's patience
 LOOK_S = 0.02
+PAGE_BYTES = 4096
+POOL_BYTES_MIN = 1 << 20  # as pool= at the start
 NO_DISK = (
     "this server has no disk below its pool, so pages have nowhere else to go; "
     "start it with disk=PATH"
@@ -31,62 +35,129 @@ Stats = Mapping[str, int]
 
 
 class Steering:
-    """`fd` is the pipe's end for writing, None without a disk; `read` reads the counters."""
+    """`fd` is the pipe's end for writing; `read` reads the counters, `config` is the server's."""
 
-    def __init__(self, fd: int | None, read: Callable[[], Stats]) -> None:
-        self._fd, self._read = fd, read
+    def __init__(
+        self, fd: int | None, read: Callable[[], Stats], config: Mapping[str, Any]
+    ) -> None:
+        self._fd, self._read, self._config = fd, read, config
+        self._changing = asyncio.Lock()  # one change at a time: its answer is its own
         if fd is not None:
             os.set_blocking(fd, False)
 
     def effective(self) -> dict[str, Any]:
-        """What can be changed, under the keys' names, as it is now; nothing without a disk."""
-        if self._fd is None:
-            return {}
+        """What can be changed, under the keys' names, as it is now, and what follows from it."""
         stats = self._read()
-        return {"high": stats["high_percent"], "low": stats["low_percent"]}
+        pool = stats["pool_set_frames"] * PAGE_BYTES
+        found: dict[str, Any] = {"pool": pool}
+        if self._has_disk(stats):
+            found |= {"high": stats["high_percent"], "low": stats["low_percent"]}
+        if "guaranteed_below" in self._config:
+            size = stats["device_pages"] * PAGE_BYTES
+            found["guaranteed"] = min(size, max(pool, self._config["guaranteed_below"]))
+        return found
 
     async def set(self, params: list[Any]) -> dict[str, Any]:
-        """set({"high": percent, "low": percent}), or one of them; what holds then.  RpcError."""
+        """set({"pool": bytes, "high": percent, "low": percent}), or some of them; what holds then.
+
+        Watermarks first, then the pool: what cannot be done is refused before anything is.
+        Raises RpcError.
+        """
         if len(params) != 1 or not isinstance(params[0], dict) or not params[0]:
             raise RpcError("bad_params", 'set takes one map, like {"high": 85, "low": 70}')
-        self._need_disk()
-        wanted = self.effective() | params[0]
-        if unknown := [str(key) for key in wanted if key not in ("high", "low")]:
+        wanted: dict[str, Any] = params[0]
+        if unknown := [str(key) for key in wanted if key not in ("pool", "high", "low")]:
             raise RpcError(
-                "bad_params", f"{unknown[0]} cannot be set while the server runs; set high or low"
+                "bad_params",
+                f"{unknown[0]} cannot be set while the server runs; set pool, high or low",
             )
-        high, low = wanted["high"], wanted["low"]
+        async with self._changing:
+            stats = self._read()
+            if "high" in wanted or "low" in wanted:
+                marks = self._checked_marks(stats, wanted)
+            if "pool" in wanted:
+                frames = self._checked_pool(stats, wanted["pool"])
+            if "high" in wanted or "low" in wanted:
+                await self._send(
+                    commands.watermarks(*marks),
+                    lambda stats: (stats["high_percent"], stats["low_percent"]) == marks,
+                )
+            if "pool" in wanted:
+                await self._send(
+                    commands.pool(frames), lambda stats: stats["pool_set_frames"] == frames
+                )
+            holds = self.effective()
+            return {key: holds[key] for key in ("pool", "high", "low") if key in holds}
+
+    def _checked_marks(self, stats: Stats, wanted: Mapping[str, Any]) -> tuple[int, int]:
+        self._need_disk(stats)
+        high = wanted.get("high", stats["high_percent"])
+        low = wanted.get("low", stats["low_percent"])
         if type(high) is not int or type(low) is not int or not 0 < low <= high <= 100:
             raise RpcError(
                 "bad_params",
                 f"high={high} and low={low} are no watermarks; use 0 < low <= high <= 100",
             )
-        await self._send(
-            commands.watermarks(high, low),
-            lambda stats: (stats["high_percent"], stats["low_percent"]) == (high, low),
-        )
-        return self.effective()
+        return high, low
+
+    def _checked_pool(self, stats: Stats, pool: Any) -> int:
+        """Frames of a pool limit that can be had; the server decides again, at its moment."""
+        most = int(self._config["pool"])
+        if type(pool) is not int or pool % PAGE_BYTES or not POOL_BYTES_MIN <= pool <= most:
+            raise RpcError(
+                "bad_params",
+                f"pool={pool} is not possible; use whole pages of {PAGE_BYTES} bytes, from "
+                f"{POOL_BYTES_MIN} to {most}, which is the room of the memory file (a larger pool "
+                f"needs a restart with a larger pool=)",
+            )
+        frames = pool // PAGE_BYTES
+        persistent = stats["pers_pageframes"]
+        if persistent <= frames:
+            return frames
+        if not self._has_disk(stats):
+            raise RpcError("in_use", _in_use(stats))
+        if stats["disk_degraded"]:
+            raise RpcError(
+                "disk_fails",
+                f"{(persistent - frames) * PAGE_BYTES} bytes of pages would have to leave RAM, "
+                f"and the disk fails ({os.strerror(stats['disk_errno'])}); see to the disk first",
+            )
+        leaving = stats["pers_zbytes"] * (persistent - frames) // persistent
+        room = stats["disk_limit_bytes"] - stats["disk_bytes"]
+        if leaving > room:
+            raise RpcError(
+                "disk_full",
+                f"{leaving} bytes of pages would have to leave RAM, and the disk has room for "
+                f"{room}; use a larger pool",
+            )
+        return frames
 
     async def drain(self, params: list[Any]) -> dict[str, Any]:
         """drain() or drain(true) begins, drain(false) ends; how much is left.  Raises RpcError."""
         if len(params) > 1 or not all(type(value) is bool for value in params):
             raise RpcError("bad_params", "drain takes nothing, true or false")
         on = params[0] if params else True
-        self._need_disk()
-        stats = await self._send(commands.drain(on), lambda stats: stats["draining"] == on)
+        self._need_disk(self._read())
+        async with self._changing:
+            stats = await self._send(commands.drain(on), lambda stats: stats["draining"] == on)
         return {
             "draining": on,
             "pages": stats["pers_zpages"] + stats["eph_zpages"],
             "frames": stats["pers_pageframes"] + stats["eph_pageframes"],
         }
 
-    def _need_disk(self) -> None:
-        if self._fd is None:
+    def _has_disk(self, stats: Stats) -> bool:
+        return stats["disk_limit_bytes"] > 0
+
+    def _need_disk(self, stats: Stats) -> None:
+        if not self._has_disk(stats):
             raise RpcError("no_disk", NO_DISK)
 
     async def _send(self, command: bytes, done: Callable[[Stats], bool]) -> Stats:
-        """Write a command and wait until the counters show that it was obeyed."""
-        assert self._fd is not None
+        """Write a command and wait until the counters show that it was obeyed, or was not."""
+        if self._fd is None:
+            raise RpcError("no_pipe", "this node was started without a way to its server")
+        refused = self._read()["refused_commands"]
         try:
             os.write(self._fd, command)
         except OSError as error:
@@ -94,11 +165,19 @@ class Steering:
         try:
             async with asyncio.timeout(ANSWER_S):
                 while not done(stats := self._read()):
+                    if stats["refused_commands"] != refused:
+                        raise RpcError("in_use", _in_use(stats))
                     await asyncio.sleep(LOOK_S)
         except TimeoutError:
             raise RpcError(
-                "busy",
-                f"the server has not obeyed within {ANSWER_S:.0f} s, its disk may stall; it will "
-                f"when it can",
+                "busy", f"the server has not obeyed within {ANSWER_S:.0f} s; it will when it can"
             ) from None
         return stats
+
+
+def _in_use(stats: Stats) -> str:
+    used = (stats["pers_pageframes"] + stats["eph_pageframes"]) * PAGE_BYTES
+    return (
+        f"{used} bytes of the pool are in use and there is no disk for their pages to go to; use "
+        f"at least that"
+    )

@@ -32,6 +32,7 @@ ZSTD_LEVELS = range(1, 20)
 HIGH_PERCENT = 90
 LOW_BELOW_HIGH_PERCENT = 10  # enough that writeback comes in long sequential runs
 REALTIME = ("auto", "yes", "no")
+PRESSURE = ("psi", "none")
 UNITS = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 # Keys that the design has and this version has not: a clear no, not "unknown".
 KEYS_LATER = (
@@ -39,7 +40,6 @@ KEYS_LATER = (
     "recompress_age",
     "encrypt",
     "writeback_limit",
-    "pressure",
     "peers",
     "replicas",
     "backup",
@@ -65,6 +65,7 @@ class Config:
     disk_force: str | None = None  # the same path as `disk`: its content may be overwritten
     high_percent: int = HIGH_PERCENT
     low_percent: int = HIGH_PERCENT - LOW_BELOW_HIGH_PERCENT
+    pressure: str = "psi"  # or "none", or the absolute path of a pressure file
     control: str | None = None  # absolute path; None: beside the NBD socket
     memory: str | None = None  # None: private to the process
     realtime: str = "auto"  # or "yes", "no"
@@ -103,6 +104,10 @@ def parse(pairs: Iterable[tuple[str, str]], ram_bytes: int | None = None) -> Con
         raise ConfigError("size is missing; write size=8G for a swap device of 8 GiB")
     if "high" in given and "low" not in given:
         values["low_percent"] = max(1, values["high_percent"] - LOW_BELOW_HIGH_PERCENT)
+    if values.get("commit") == "all" and values.setdefault("pressure", "none") != "none":
+        raise ConfigError(
+            "commit=all keeps the whole pool and pressure= gives it back; leave one of them out"
+        )
     config = Config(**values)
     _check_disk_keys(config, given)
     return config
@@ -265,6 +270,22 @@ def _percent(name: str, default: int) -> Callable[[str, int], int]:
     return read
 
 
+def _pressure(text: str, ram_bytes: int) -> str:
+    if text in PRESSURE:
+        return text
+    if not os.path.isabs(text):
+        raise ConfigError(
+            f"pressure={text} is not possible; write {_either('pressure', PRESSURE)}, or the path "
+            f"of a cgroup's memory.pressure"
+        )
+    if not os.access(text, os.R_OK):
+        raise ConfigError(
+            f"pressure={text} is no pressure file that can be read; write pressure=psi for that of "
+            f"the whole system"
+        )
+    return text
+
+
 def _choice(name: str, *words: str) -> Callable[[str, int], str]:
     def read(text: str, ram_bytes: int) -> str:
         if text not in words:
@@ -357,6 +378,14 @@ KEYS: tuple[Key, ...] = (
         "80",
         "and stops at this one; when only high is given: 10 below it",
         _percent("low", 80),
+    ),
+    Key(
+        "pressure",
+        "pressure",
+        "psi",
+        "what makes the pool smaller for a while: psi, memory pressure on this machine; a path, "
+        "that of a cgroup (its memory.pressure); none (the default with commit=all)",
+        _pressure,
     ),
     Key(
         "control",

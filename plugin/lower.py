@@ -107,10 +107,16 @@ def refuse_disk_of_others(config: Config, disk: DiskFile) -> None:
 
 def guaranteed_bytes(config: Config, disk_bytes: int) -> int:
     """So much of the device can be in use without a refused write, whatever its data."""
+    return min(
+        config.size_bytes, max(config.pool_bytes, guaranteed_below_bytes(config, disk_bytes))
+    )
+
+
+def guaranteed_below_bytes(config: Config, disk_bytes: int) -> int:
+    """The disk's part in that, whatever the pool's limit is."""
     if disk_bytes >= promised_bytes(config.size_bytes):
         return config.size_bytes
-    below = int((disk_bytes - RESERVE_BYTES) / PROMISE) // PAGE_BYTES * PAGE_BYTES
-    return min(config.size_bytes, max(config.pool_bytes, below))
+    return max(0, int((disk_bytes - RESERVE_BYTES) / PROMISE) // PAGE_BYTES * PAGE_BYTES)
 
 
 def refusal_warning(config: Config, disk_bytes: int = 0) -> str | None:

@@ -3,8 +3,8 @@
     check    before the fork: everything that can be refused is refused here, while a
              person still reads the message; the disk is opened and locked
     start    after the fork: process fit for swap -> MemoryFile -> Store -> Cooling (what
-             is below) -> their threads -> Device -> node process
-    stop     node process -> Cooling -> Store -> MemoryFile -> disk, in that order
+             is below) -> Steward -> their threads -> Device -> node process
+    stop     node process -> Steward -> Cooling -> Store -> MemoryFile -> disk, in that order
 
 No Python runs in the server after `start`, except in nbdkit's callbacks that open
 and close a connection, and when the node process has died.
@@ -34,6 +34,7 @@ from zcache_core import memfile, process
 from zcache_core.device import Device
 from zcache_core.diskfile import DiskFile
 from zcache_core.memfile import MemoryFile
+from zcache_core.steward import Steward
 from zcache_core.store import Store
 from zcache_core.tiers import Cooling
 
@@ -62,22 +63,24 @@ class Serving:
         self._store = Store(
             self._memory, allocator=config.allocator, codec=config.codec, commit=config.commit
         )
-        self._cooling: Cooling | None = None
-        self._command_fd = -1
-        if disk is not None:
-            self._cooling = self._below(config, disk)
+        self._cooling = self._below(config, disk) if disk is not None else None
+        read_fd, write_fd = os.pipe()  # both stay open: a node may be started anew
+        self._command_fd = fcntl.fcntl(write_fd, fcntl.F_DUPFD_CLOEXEC, PIPES_FROM_FD)
+        os.close(write_fd)
+        self._steward = Steward(self._store, self._cooling, read_fd, config.pressure)
         self._store.start()
         if self._cooling is not None:
             self._cooling.start()
+        self._steward.start()
         self.device = Device(self._store, set_error)
         self._socket_inode = os.stat(where.unix).st_ino if where.unix is not None else 0
         self._log: LogPipe | None = None
         self._keeper: Keeper | None = None
 
     def _below(self, config: Config, disk: DiskFile) -> Cooling:
-        """What cools the store down onto the disk, and the pipe for the node's commands."""
+        """What cools the store down onto the disk."""
         disk.take(self._memory.epoch, self._memory.device_bytes)
-        cooling = Cooling(
+        return Cooling(
             self._store,
             disk.fd,
             disk.disk_bytes,
@@ -85,11 +88,6 @@ class Serving:
             config.high_percent,
             config.low_percent,
         )
-        read_fd, write_fd = os.pipe()  # both stay open: a node may be started anew
-        self._command_fd = fcntl.fcntl(write_fd, fcntl.F_DUPFD_CLOEXEC, PIPES_FROM_FD)
-        os.close(write_fd)
-        cooling.listen(read_fd)
-        return cooling
 
     def start_node(self, control: str, told: Mapping[str, Any]) -> None:
         """The node process, and the log through it.  Nothing may fail after this."""
@@ -101,9 +99,8 @@ class Serving:
             fds, say = {STDERR: self._log.log_fd, free: self._log.read_fd}, self._log.say
             words += ["--log-fd", str(free)]
             free += 1
-        if self._command_fd >= 0:
-            fds[free] = self._command_fd
-            words += ["--command-fd", str(free)]
+        fds[free] = self._command_fd
+        words += ["--command-fd", str(free)]
         program = Program([python_path(), "-m", "cluster.node", *words], node_env(), fds)
         self._keeper = Keeper("the node process", program, say)
         self._keeper.start()
@@ -114,6 +111,7 @@ class Serving:
             self._log.close()
         if self._keeper is not None:
             self._keeper.stop()
+        self._steward.stop()
         if self._cooling is not None:
             self._cooling.stop()
         self._store.stop()
@@ -181,6 +179,7 @@ def told(
         "realtime": "yes" if realtime else "no",
         "disk_size": disk_bytes,
         "guaranteed": lower.guaranteed_bytes(config, disk_bytes or 0),
+        "guaranteed_below": lower.guaranteed_below_bytes(config, disk_bytes or 0),
         "refused": refused,
     }
 

@@ -127,6 +127,9 @@ BAD = [
     ("size=1G control=", "write control=/run/zcache.ctl"),
     ("size=1G memory=a/b", "write up to 60 letters"),
     ("size=1G memory=", "write up to 60 letters"),
+    ("size=1G pressure=yes", "write pressure=psi or pressure=none, or the path"),
+    ("size=1G pressure=/nowhere/memory.pressure", "write pressure=psi for that of the whole"),
+    ("size=1G pressure=psi commit=all", "leave one of them out"),
     ("size=1G realtime=maybe", "write realtime=auto or realtime=yes or realtime=no"),
     ("size=1G disk=", "disk= is no path; write disk=/var/lib/zcache/disk"),
     ("size=1G disk=/d disk_size=1M", "write at least disk_size=16M"),
@@ -144,6 +147,15 @@ BAD = [
     ("size=1G codecs=lz4", "did you mean codec=?"),
     ("size=1G zzz=1", "use one of size, pool"),
 ]
+
+
+def test_pressure_and_the_whole_pool(tmp_path: Path) -> None:
+    assert config_of("size=1G").pressure == "psi"
+    assert config_of("size=1G commit=all").pressure == "none"
+    assert config_of("size=1G pressure=none").pressure == "none"
+    file = tmp_path / "memory.pressure"
+    file.write_text("some total=1")
+    assert config_of(f"size=1G pressure={file}").pressure == str(file)
 
 
 @pytest.mark.parametrize(("words", "advice"), BAD)

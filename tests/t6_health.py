@@ -13,6 +13,8 @@ from zcache_core.counters import COUNTERS
 WELL = {counter.name: 0 for counter in COUNTERS} | {
     "device_pages": 1000,
     "pool_limit_frames": 1000,
+    "pool_set_frames": 1000,
+    "pool_target_frames": 1000,
     "pers_pageframes": 100,
 }
 
@@ -51,6 +53,28 @@ TROUBLE: list[tuple[dict[str, int], dict[str, Any], str, str, str]] = [
         "degraded",
         "2000 of the device's 4000 pages are safe",
         "larger disk_size=",
+    ),
+    ({"memory_pressure": 1}, {}, "degraded", "give back only what it does not use", "passes"),
+    (
+        DISK | {"pool_target_frames": 400, "memory_pressure": 1},
+        ALL,
+        "degraded",
+        "Memory is short on this machine: 40 % of the pool",
+        "10 s after",
+    ),
+    (
+        DISK | {"pool_target_frames": 900},
+        ALL,
+        "degraded",
+        "Memory is no longer short on this machine: 90 % of the pool",
+        "10 s after",
+    ),
+    (
+        DISK | {"pool_set_frames": 600, "pool_target_frames": 600},
+        ALL,
+        "degraded",
+        "1000 frames now, 600 wanted",
+        "Wait",
     ),
     ({}, {"refused": ["a is refused", "b too"]}, "degraded", "a is refused; b too.", "as root"),
 ]

@@ -289,8 +289,9 @@ def test_drain_and_set(tmp_path: Path, rng: random.Random) -> None:
         wait_for("another node process", server.ping)
         assert server.rpc("stats")["draining"] == 1
         assert server.rpc("drain", False)["draining"] is False
-        assert server.rpc("set", {"high": 60, "low": 40}) == {"high": 60, "low": 40}
-        assert server.rpc("set", {"low": 20}) == {"high": 60, "low": 20}
+        pool = 4 * MIB
+        assert server.rpc("set", {"high": 60, "low": 40}) == {"pool": pool, "high": 60, "low": 40}
+        assert server.rpc("set", {"low": 20}) == {"pool": pool, "high": 60, "low": 20}
         config = server.rpc("config")
         assert (config["high"], config["low"]) == (60, 20)
         assert_holds(handle, written)
@@ -298,7 +299,10 @@ def test_drain_and_set(tmp_path: Path, rng: random.Random) -> None:
             (({"high": 10},), "use 0 < low <= high <= 100"),
             (({"high": "90"},), "use 0 < low <= high <= 100"),
             (({"low": 0},), "use 0 < low <= high <= 100"),
-            (({"pool": 5},), "pool cannot be set while the server runs"),
+            (({"size": 5},), "size cannot be set while the server runs"),
+            (({"pool": 5},), "use whole pages of 4096 bytes, from 1048576 to 4194304"),
+            (({"pool": 8 * MIB},), "needs a restart with a larger pool="),
+            (({"pool": 2 * MIB, "low": 90},), "use 0 < low <= high <= 100"),
             ((), "set takes one map"),
             ((1,), "set takes one map"),
         ):
@@ -317,6 +321,58 @@ def test_drain_and_set_without_a_disk(tmp_path: Path) -> None:
         assert (done.returncode, done.stdout) == (6, "")
         assert "start it with disk=PATH" in done.stderr
         assert done.stderr.count("\n") == 1
+
+
+def test_set_pool(tmp_path: Path, rng: random.Random) -> None:
+    words = ("size=32M", "pool=16M", "disk_size=64M", f"disk={tmp_path / 'disk'}")
+    with Server(tmp_path, *words) as server:
+        handle = server.connect()
+        written = fill(handle, rng, 24 * MIB)
+        assert server.rpc("set", {"pool": 6 * MIB})["pool"] == 6 * MIB
+        assert server.rpc("config")["pool"] == 6 * MIB
+        wait_for("a smaller pool", lambda: server.rpc("stats")["pool_limit_frames"] == 1536)
+        wait_for("health", lambda: not any("smaller" in what for what in reasons(server)))
+        assert server.rpc("stats")["committed_frames"] <= 1536
+        assert_holds(handle, written)
+        os.kill(server.ping()["pid"], signal.SIGKILL)  # what is set is the server's
+        wait_for("another node process", server.ping)
+        assert server.rpc("config")["pool"] == 6 * MIB
+        assert server.rpc("set", {"pool": 16 * MIB, "high": 95}) == {
+            "pool": 16 * MIB, "high": 95, "low": 80
+        }  # fmt: skip
+        assert_holds(handle, fill(handle, rng, 24 * MIB))
+        assert server.rpc("stats")["failed_requests"] == 0
+
+
+def test_set_pool_that_cannot_be(tmp_path: Path, rng: random.Random) -> None:
+    """Without a disk, and with one that is too small for what would have to leave."""
+    with Server(tmp_path, "size=16M", "pool=16M") as server:
+        handle = server.connect()
+        handle.pwrite(rng.randbytes(8 * MIB), 0)
+        assert server.rpc("config")["guaranteed"] == 16 * MIB
+        error = refusal(server, "set", {"pool": 4 * MIB})
+        assert error.code == "in_use"
+        assert f"{8 * MIB} bytes of the pool are in use and there is no disk" in str(error)
+        assert server.rpc("set", {"pool": 9 * MIB}) == {"pool": 9 * MIB}
+        assert server.rpc("config")["guaranteed"] == 9 * MIB
+        assert any("pool can fill" in what for what in reasons(server))
+        with pytest.raises(nbd.Error, match="ENOSPC"):
+            handle.pwrite(rng.randbytes(8 * MIB), 8 * MIB)
+        assert server.rpc("set", {"pool": 16 * MIB}) == {"pool": 16 * MIB}
+        handle.pwrite(rng.randbytes(8 * MIB), 8 * MIB)
+    words = ("size=32M", "pool=16M", "disk_size=8M", f"disk={tmp_path / 'disk'}")
+    with Server(tmp_path, *words) as server:
+        handle = server.connect()
+        for offset in range(0, 14 * MIB, MIB):
+            handle.pwrite(rng.randbytes(MIB), offset)
+        error = refusal(server, "set", {"pool": 1 * MIB})
+        assert error.code == "disk_full"
+        assert "bytes of pages would have to leave RAM, and the disk has room for" in str(error)
+        assert server.rpc("config")["pool"] == 16 * MIB
+
+
+def reasons(server: Server) -> list[str]:
+    return [reason["what"] for reason in server.rpc("health")["reasons"]]
 
 
 def zcache(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:

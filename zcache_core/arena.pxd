@@ -28,7 +28,10 @@ ctypedef struct Arena:
     BlobHeader *headers         # for pages kept raw: one per frame, in the memory file
     Frame *frames               # by frame number
     uint32_t total              # frames the memory file has room for
-    uint32_t limit              # most frames that may be committed
+    # changed under `lock`; read without it where being a little late does not matter
+    uint32_t limit              # most frames that may be committed; falls to `goal` as they go
+    uint32_t goal               # what the limit was set to
+    uint32_t target             # what use is steered to: goal, or less under memory pressure
     uint32_t reserve            # free frames to keep committed ahead of use
     # guarded by `lock`
     pthread_mutex_t lock
@@ -43,6 +46,9 @@ ctypedef struct Arena:
     bint stopping
     bint failing                # the last commit failed
     bint held                   # a taken-over file: nothing is known to be free yet
+    bint keep_all               # commit=all: the reserve is the whole pool
+    bint squeezed               # memory is short: give back what is not in use
+    uint32_t over_waiting       # takers that may take the pool above its target
     uint64_t *cells             # counter shard, written under `lock`
     pthread_t thread
     bint running
@@ -55,9 +61,12 @@ cdef int arena_start(Arena *arena) noexcept nogil
 cdef void arena_stop(Arena *arena) noexcept nogil
 cdef int arena_commit_now(Arena *arena, uint32_t frames) noexcept nogil
 cdef uint32_t arena_take(Arena *arena) noexcept nogil
-cdef bint arena_wait(Arena *arena, int64_t deadline_us) noexcept nogil
+cdef bint arena_wait(Arena *arena, int64_t deadline_us, bint over) noexcept nogil
 cdef void arena_give(Arena *arena, uint32_t frame) noexcept nogil
 cdef void arena_adopt(Arena *arena) noexcept nogil
+cdef bint arena_set_goal(Arena *arena, uint32_t frames, bint can_move) noexcept nogil
+cdef void arena_keep_all(Arena *arena) noexcept nogil
+cdef void arena_squeeze(Arena *arena, uint32_t target, bint squeezed) noexcept nogil
 
 cdef inline uint8_t *frame_address(Arena *arena, uint32_t frame) noexcept nogil:
     return arena.base + (<uint64_t>frame << 12)

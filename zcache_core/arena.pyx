@@ -16,6 +16,15 @@ A taker that finds the reserve empty below the limit waits for the thread, bound
 by the caller's deadline (arena_wait); at the limit, or while the kernel gives no
 memory, it is refused at once.
 
+    0 ........ target .......... goal ......... limit ........ total
+      ahead of use | only for a taker that says so | shrinking: given back as it is freed
+
+The pool may be given another limit at any time (`goal`).  A smaller one holds at once
+for what is committed anew; `limit` itself comes down with what is given back, so that
+committed <= limit is true at every moment.  Under memory pressure the pool is steered
+to a `target` below its goal: nothing is committed ahead above it, and what is free
+there goes back.  A taker that would be refused otherwise may go above (`over`).
+
 Bounds: committed <= limit, always; free <= 2 * reserve + one batch after the thread
 has run.  Cost of a frame: 16 bytes here, 24 in the file (used by raw pages).
 
@@ -34,7 +43,7 @@ from posix.time cimport timespec
 
 from zcache_core.counter_ids cimport (
     C_COMMIT_FAILURES, C_COMMITTED_FRAMES, C_COMMITTED_FRAMES_MAX, C_FREE_FRAMES,
-    C_POOL_LIMIT_FRAMES, C_PUNCHED_FRAMES,
+    C_POOL_LIMIT_FRAMES, C_POOL_SET_FRAMES, C_POOL_TARGET_FRAMES, C_PUNCHED_FRAMES,
 )
 from zcache_core.layout cimport HEADER_BYTES, PAGE_BYTES, PAGE_SHIFT, BlobHeader
 from zcache_core.pthread cimport (
@@ -63,6 +72,10 @@ cdef enum:
     RESERVE_LEAST = 1024        # 4 MiB
     RESERVE_MOST = 16384        # 64 MiB
     RETRY_US = 100000           # after the kernel refused memory
+    OVER_BATCH = 64             # frames committed at once above the target: two requests of 128 KiB
+    # Free frames left while memory is short: punching waits for every request inside, so
+    # not for each frame; and a request of 128 KiB must not need the committer.
+    SQUEEZE_SLACK = 64
 
 
 cdef int populate(uint8_t *start, uint64_t length_bytes) noexcept nogil:
@@ -88,15 +101,18 @@ cdef int commit_range(Arena *arena, uint32_t first, uint32_t n) noexcept nogil:
     return populate(frame_address(arena, first), <uint64_t>n << PAGE_SHIFT)
 
 
+cdef inline uint32_t reserve_for(uint32_t frames) noexcept nogil:
+    return min(frames, max(<uint32_t>RESERVE_LEAST, min(<uint32_t>RESERVE_MOST, frames // RESERVE_SHARE)))
+
+
 cdef int arena_init(Arena *arena, uint8_t *base, BlobHeader *headers, uint32_t total, uint64_t *cells) noexcept nogil:
     """An arena of uncommitted frames; 0 or ENOMEM."""
-    cdef uint32_t reserve = total // RESERVE_SHARE
     memset(arena, 0, sizeof(Arena))
     arena.base = base
     arena.headers = headers
     arena.total = total
-    arena.limit = total
-    arena.reserve = min(total, max(RESERVE_LEAST, min(RESERVE_MOST, reserve)))
+    arena.limit = arena.goal = arena.target = total
+    arena.reserve = reserve_for(total)
     arena.free_head = NO_FRAME
     arena.bare_head = NO_FRAME
     arena.cells = cells
@@ -109,7 +125,7 @@ cdef int arena_init(Arena *arena, uint8_t *base, BlobHeader *headers, uint32_t t
     lock_init(&arena.lock)
     cond_init(&arena.work)
     cond_init(&arena.room)
-    cells[C_POOL_LIMIT_FRAMES] = total
+    cells[C_POOL_LIMIT_FRAMES] = cells[C_POOL_SET_FRAMES] = cells[C_POOL_TARGET_FRAMES] = total
     return 0
 
 
@@ -123,18 +139,38 @@ cdef void arena_free(Arena *arena) noexcept nogil:
 # ---- taking and giving, by allocators -------------------------------------------
 
 cdef inline void publish(Arena *arena) noexcept nogil:
+    arena.limit = max(arena.goal, arena.committed)
+    arena.cells[C_POOL_LIMIT_FRAMES] = arena.limit
     arena.cells[C_FREE_FRAMES] = arena.free_count
     arena.cells[C_COMMITTED_FRAMES] = arena.committed
     if arena.committed > arena.cells[C_COMMITTED_FRAMES_MAX]:
         arena.cells[C_COMMITTED_FRAMES_MAX] = arena.committed
 
 
-cdef inline bint wants_commit(Arena *arena) noexcept nogil:
-    return not arena.held and arena.free_count < arena.reserve and arena.committed < arena.limit
+cdef uint32_t wanted(Arena *arena) noexcept nogil:
+    """Frames to commit now.  Lock held."""
+    if arena.held:
+        return 0
+    if arena.free_count < arena.reserve and arena.committed < arena.target:
+        return min(arena.reserve - arena.free_count, arena.target - arena.committed)
+    if arena.over_waiting and arena.free_count == 0 and arena.committed < arena.goal:
+        return min(<uint32_t>OVER_BATCH, arena.goal - arena.committed)
+    return 0
 
 
-cdef inline bint wants_punch(Arena *arena) noexcept nogil:
-    return arena.free_count > 2 * arena.reserve + BATCH or arena.committed > arena.limit and arena.free_count > 0
+cdef uint32_t surplus(Arena *arena) noexcept nogil:
+    """Free frames to give back now.  Lock held."""
+    cdef uint32_t n = 0
+    if arena.free_count > 2 * arena.reserve + BATCH:
+        n = BATCH
+    if arena.committed > arena.goal:
+        n = max(n, min(arena.free_count, arena.committed - arena.goal))
+    if arena.squeezed and arena.free_count > SQUEEZE_SLACK:
+        if arena.free_count > arena.reserve + SQUEEZE_SLACK:
+            n = max(n, arena.free_count - arena.reserve)
+        if arena.committed > arena.target:
+            n = max(n, min(arena.free_count - SQUEEZE_SLACK, arena.committed - arena.target))
+    return n
 
 
 cdef uint32_t arena_take(Arena *arena) noexcept nogil:
@@ -149,7 +185,7 @@ cdef uint32_t arena_take(Arena *arena) noexcept nogil:
         arena.frames[frame].referenced = 1
         arena.cells[C_FREE_FRAMES] = arena.free_count
     # half empty: enough left while the thread wakes, and not a system call for each frame
-    if arena.free_count * 2 < arena.reserve and arena.committed < arena.limit:
+    if arena.free_count * 2 < arena.reserve and arena.committed < arena.target:
         pthread_cond_signal(&arena.work)
     pthread_mutex_unlock(&arena.lock)
     return frame
@@ -171,24 +207,30 @@ cdef void arena_give(Arena *arena, uint32_t frame) noexcept nogil:
     lock_take(&arena.lock)
     push_free(arena, frame)
     arena.cells[C_FREE_FRAMES] = arena.free_count
-    if wants_punch(arena):
+    if surplus(arena):
         pthread_cond_signal(&arena.work)
     pthread_cond_signal(&arena.room)
     pthread_mutex_unlock(&arena.lock)
 
 
-cdef bint arena_wait(Arena *arena, int64_t deadline_us) noexcept nogil:
-    """Wait for a free frame.  True: try again.  False: full, no memory, or too late."""
-    cdef bint again
+cdef bint arena_wait(Arena *arena, int64_t deadline_us, bint over) noexcept nogil:
+    """Wait for a free frame.  True: try again.  False: full, no memory, or too late.
+
+    `over`: the pool may go above its target for it, up to its goal.
+    """
+    cdef bint again, late
     cdef timespec until = at_us(deadline_us)
     lock_take(&arena.lock)
     while arena.free_count == 0:
         if arena.failing or not arena.running:
             break
-        if arena.committed >= arena.limit and arena.moving == 0:
+        if arena.committed >= (arena.goal if over else arena.target) and arena.moving == 0:
             break
+        arena.over_waiting += over
         pthread_cond_signal(&arena.work)
-        if pthread_cond_timedwait(&arena.room, &arena.lock, &until) != 0:
+        late = pthread_cond_timedwait(&arena.room, &arena.lock, &until) != 0
+        arena.over_waiting -= over
+        if late:
             break
     again = arena.free_count > 0
     pthread_mutex_unlock(&arena.lock)
@@ -200,7 +242,7 @@ cdef bint arena_wait(Arena *arena, int64_t deadline_us) noexcept nogil:
 cdef uint32_t claim_bare(Arena *arena, uint32_t *batch, uint32_t most) noexcept nogil:
     """Take up to `most` uncommitted frames off their lists; how many.  Lock held."""
     cdef uint32_t n = 0
-    most = min(most, arena.limit - arena.committed)
+    most = min(most, arena.goal - arena.committed) if arena.committed < arena.goal else 0
     while n < most and arena.bare_head != NO_FRAME:
         batch[n] = arena.bare_head
         arena.bare_head = arena.frames[batch[n]].next
@@ -261,13 +303,13 @@ cdef bint commit_batch(Arena *arena, uint32_t most) noexcept nogil:
     return done == n
 
 
-cdef void punch_batch(Arena *arena) noexcept nogil:
-    """Give up to one batch of free frames back.  Lock held, and dropped inside."""
+cdef void punch_batch(Arena *arena, uint32_t most) noexcept nogil:
+    """Give up to `most` free frames back, and up to one batch.  Lock held, and dropped inside."""
     cdef uint32_t batch[BATCH]
     cdef uint32_t n = 0
     cdef uint32_t run
     cdef uint32_t at = 0
-    while n < BATCH and arena.free_head != NO_FRAME:
+    while n < min(most, <uint32_t>BATCH) and arena.free_head != NO_FRAME:
         batch[n] = arena.free_head
         arena.free_head = arena.frames[batch[n]].next
         arena.frames[batch[n]].state = FRAME_UNCOMMITTED
@@ -297,12 +339,12 @@ cdef void *committer(void *argument) noexcept nogil:
     cdef timespec until
     lock_take(&arena.lock)
     while not arena.stopping:
-        if wants_commit(arena):
-            if not commit_batch(arena, arena.reserve - arena.free_count):
+        if wanted(arena):
+            if not commit_batch(arena, wanted(arena)):
                 until = at_us(now_us() + RETRY_US)
                 pthread_cond_timedwait(&arena.work, &arena.lock, &until)
-        elif wants_punch(arena):
-            punch_batch(arena)
+        elif surplus(arena):
+            punch_batch(arena, surplus(arena))
         else:
             pthread_cond_wait(&arena.work, &arena.lock)
     pthread_mutex_unlock(&arena.lock)
@@ -314,11 +356,56 @@ cdef int arena_commit_now(Arena *arena, uint32_t frames) noexcept nogil:
     cdef uint32_t goal
     cdef bint good = True
     lock_take(&arena.lock)
-    goal = min(arena.limit, arena.committed + frames)
+    goal = min(arena.goal, arena.committed + frames)
     while good and arena.committed < goal:
         good = commit_batch(arena, goal - arena.committed)
     pthread_mutex_unlock(&arena.lock)
     return 0 if good else ENOMEM
+
+
+# ---- another limit, and memory pressure ---------------------------------------------
+
+cdef bint arena_set_goal(Arena *arena, uint32_t frames, bint can_move) noexcept nogil:
+    """Another limit: at once for what is committed anew, step by step for what is.
+
+    False, and nothing has changed, when the memory file has not room for so many, or when
+    more are in use and their pages cannot move elsewhere (`can_move`: there is a tier below).
+    """
+    cdef bint good
+    lock_take(&arena.lock)
+    good = 0 < frames and frames <= arena.total
+    if good and not can_move:
+        good = arena.committed - arena.free_count - arena.moving <= frames
+    if good:
+        arena.goal = frames
+        arena.target = min(arena.target, frames) if arena.squeezed else frames
+        arena.reserve = frames if arena.keep_all else reserve_for(frames)
+        arena.cells[C_POOL_SET_FRAMES] = arena.goal
+        arena.cells[C_POOL_TARGET_FRAMES] = arena.target
+        publish(arena)
+        pthread_cond_signal(&arena.work)
+        pthread_cond_broadcast(&arena.room)
+    pthread_mutex_unlock(&arena.lock)
+    return good
+
+
+cdef void arena_keep_all(Arena *arena) noexcept nogil:
+    """commit=all: the reserve is the whole pool, whatever its limit is."""
+    lock_take(&arena.lock)
+    arena.keep_all = True
+    arena.reserve = arena.goal
+    pthread_mutex_unlock(&arena.lock)
+
+
+cdef void arena_squeeze(Arena *arena, uint32_t target, bint squeezed) noexcept nogil:
+    """Steer use to `target` frames (at most the goal); `squeezed`: give back what is free."""
+    lock_take(&arena.lock)
+    arena.target = min(target, arena.goal)
+    arena.squeezed = squeezed
+    arena.cells[C_POOL_TARGET_FRAMES] = arena.target
+    pthread_cond_signal(&arena.work)
+    pthread_cond_broadcast(&arena.room)
+    pthread_mutex_unlock(&arena.lock)
 
 
 cdef int arena_start(Arena *arena) noexcept nogil:

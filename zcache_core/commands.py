@@ -1,4 +1,4 @@
-"""Commands to a running server: 16 bytes each, through a pipe that its cooling thread reads.
+"""Commands to a running server: 16 bytes each, through a pipe that its steward reads.
 
     byte 0         8            16
     +--------------+-------------+
@@ -7,7 +7,8 @@
 
 A write of so few bytes to a pipe is atomic (pipe(7), PIPE_BUF), so commands are read
 whole.  There is no answer: who sent one reads the counters (draining, high_percent,
-low_percent), which the server sets when it has obeyed.  No Python runs there for it.
+low_percent, pool_set_frames), which the server sets when it has obeyed, or sees
+refused_commands grow.  No Python runs there for it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import struct
 COMMAND = struct.Struct("=QQ")
 DRAIN = 1  # value 1: move everything below, 0: no longer
 WATERMARKS = 2  # value: high << 32 | low, both in percent of the pool; both at once
+POOL = 3  # value: frames of 4096 bytes
 
 
 def drain(on: bool) -> bytes:
@@ -28,3 +30,9 @@ def watermarks(high: int, low: int) -> bytes:
     """The command that sets both watermarks; 0 < low <= high <= 100."""
     assert 0 < low <= high <= 100
     return COMMAND.pack(WATERMARKS, high << 32 | low)
+
+
+def pool(frames: int) -> bytes:
+    """The command that gives the pool another limit."""
+    assert 0 < frames < 1 << 32
+    return COMMAND.pack(POOL, frames)

@@ -107,8 +107,22 @@ COUNTERS: tuple[Counter, ...] = (
     Counter("high_percent", "percent", "gauge", "of the pool: writeback starts above"),
     Counter("low_percent", "percent", "gauge", "of the pool: writeback stops below"),
     Counter("draining", "flag", "gauge", "1 while everything is moved below"),
+    Counter("refused_commands", "commands", "counter", "commands that could not be obeyed"),
+    # the machine's memory
+    Counter("memory_pressure", "flag", "gauge", "1 while memory is short on this machine"),
+    Counter(
+        "pressure_steps", "events", "counter", "times the pool was made smaller because of that"
+    ),
+    Counter(
+        "pressure_watch",
+        "number",
+        "gauge",
+        "what tells it: 0 nothing, 1 PSI trigger, 2 PSI read each second, 3 MemAvailable",
+    ),
     # the arena
     Counter("pool_limit_frames", "frames", "gauge", "most frames the pool may hold"),
+    Counter("pool_set_frames", "frames", "gauge", "what that was set to; it shrinks to there"),
+    Counter("pool_target_frames", "frames", "gauge", "to be used now: less under memory pressure"),
     Counter("committed_frames", "frames", "gauge", "frames backed by memory, reserve included"),
     Counter("committed_frames_max", "frames", "max", "most of those so far"),
     Counter("free_frames", "frames", "gauge", "committed frames waiting for use: the reserve"),

@@ -1,15 +1,16 @@
 """Commands to a running server, from the node process: 16 bytes each, through a pipe.
 
-The cooling thread reads the pipe at its tick, without waiting and without the GIL, and
-says what holds now in its counters; there is no other answer.  commands.py has the
-bytes.  What cannot be meant is ignored: its sender sees that nothing changed.
+The steward's thread reads the pipe when something is in it, without waiting and without
+the GIL, and what holds now is in the counters; there is no other answer.  commands.py
+has the bytes.  What cannot be done changes nothing and is counted (refused_commands).
 
-Bound: 16 commands a tick.
+Bound: 16 commands at a time.
 """
 
 from libc.stdint cimport uint32_t, uint64_t
 
-from zcache_core.counter_ids cimport C_DRAINING, C_HIGH_PERCENT, C_LOW_PERCENT
+from zcache_core.arena cimport arena_set_goal
+from zcache_core.counter_ids cimport C_DRAINING, C_HIGH_PERCENT, C_LOW_PERCENT, C_REFUSED_COMMANDS
 
 cdef extern from "<unistd.h>" nogil:
     ssize_t read(int fd, void *data, size_t length)
@@ -19,6 +20,7 @@ cdef enum:
     WORDS = 2                   # of a command
     DRAIN = 1                   # as in commands.py
     WATERMARKS = 2
+    POOL = 3
 
 
 cdef void orders_tell(Orders *o) noexcept nogil:
@@ -28,14 +30,22 @@ cdef void orders_tell(Orders *o) noexcept nogil:
     o.cells[C_DRAINING] = o.draining
 
 
-cdef void obey(Orders *o, uint64_t command, uint64_t value) noexcept nogil:
+cdef bint obey(Orders *o, uint64_t command, uint64_t value) noexcept nogil:
+    """False when it cannot be done."""
     cdef uint32_t high = <uint32_t>(value >> 32)
     cdef uint32_t low = <uint32_t>value
+    if command == POOL:
+        return high == 0 and arena_set_goal(o.arena, low, o.below)
+    if not o.below:
+        return False
     if command == DRAIN:
         o.draining = value != 0
     elif command == WATERMARKS and 0 < low and low <= high and high <= 100:
         o.high_percent, o.low_percent = high, low
+    else:
+        return False
     orders_tell(o)
+    return True
 
 
 cdef void orders_hear(Orders *o) noexcept nogil:
@@ -46,4 +56,5 @@ cdef void orders_hear(Orders *o) noexcept nogil:
     if o.fd >= 0:
         got = read(o.fd, words, sizeof(words))
     for i in range(got // <ssize_t>(WORDS * sizeof(uint64_t)) if got > 0 else 0):
-        obey(o, words[WORDS * i], words[WORDS * i + 1])
+        if not obey(o, words[WORDS * i], words[WORDS * i + 1]):
+            o.cells[C_REFUSED_COMMANDS] += 1

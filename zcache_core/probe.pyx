@@ -74,7 +74,7 @@ cdef class Probe:
             raise ValueError("an object has a header, and fits, or is a raw page")
         with nogil:
             found = self.allocator.alloc(self.allocator, size_bytes, &where)
-        while not found and wait and arena_wait(&self.arena, now_us() + 2000000):
+        while not found and wait and arena_wait(&self.arena, now_us() + 2000000, False):
             found = self.allocator.alloc(self.allocator, size_bytes, &where)
         return where if found else None
 

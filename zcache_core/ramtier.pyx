@@ -46,6 +46,9 @@ cdef enum:
     # Longest wait for room of one request, however many pages it has; NBD clients give it
     # 2 to 3 s at least.
     ROOM_WAIT_US = 1500000
+    # Of it: so long a write waits for the tiers to make room before it takes the pool above
+    # the target that memory pressure set.  A batch of 1 MiB is on a disk in 2 to 10 ms.
+    OVER_TARGET_AFTER_US = 100000
     # Cache lines fetched ahead of a page's turn; the hardware follows from there
     # (128 KiB reads of real pages: 0.73 of a bare decompression loop without, 0.86 with)
     EXPECT_LINES = 8
@@ -111,6 +114,7 @@ cdef bint find_room(Core *core, Slot *slot, uint32_t bytes, uint64_t *where) noe
     """Room for an object; waits, bounded, while memory is being committed."""
     cdef int64_t start, until
     cdef bint found = False
+    cdef bint over = False
     if core.allocator.alloc(core.allocator, bytes, where):
         return True
     start = now_us()
@@ -118,10 +122,14 @@ cdef bint find_room(Core *core, Slot *slot, uint32_t bytes, uint64_t *where) noe
         slot.room_until_us = start + ROOM_WAIT_US
     until = slot.room_until_us
     slot_park(slot)             # the committer may be waiting for every slot to leave a frame
-    while not found and (
-        arena_wait(&core.arena, until)
-        or core.lower.tiers != NULL and core.lower.wait_room(core.lower.tiers, until)
-    ):
+    while not found:
+        over |= now_us() >= until - ROOM_WAIT_US + OVER_TARGET_AFTER_US
+        if not arena_wait(&core.arena, until, over) and not (
+            core.lower.tiers != NULL and core.lower.wait_room(core.lower.tiers, until)
+        ):
+            if over:
+                break
+            over = True         # no hope below: pressure must not refuse what would have fitted
         found = core.allocator.alloc(core.allocator, bytes, where)
     slot_unpark(slot)
     if found or now_us() >= until:      # else the pool was simply full

@@ -5,7 +5,7 @@
 
 Locks, in the order in which they may be taken together
     page_lock[page % 64]   partial writes of a page, one at a time (device.pyx)
-    tiers.dropping         choosing ephemeral frames (tiers.pyx)
+    tiers.dropping         choosing ephemeral frames (eviction.pyx)
     allocator.lock         frames' layout, lists, shared counter shard
     arena.lock             free and uncommitted frames (a leaf)
     index.lock             reserving versions (a leaf)
@@ -19,7 +19,9 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memset
 
 from zcache_core.allocator cimport object_header
-from zcache_core.arena cimport arena_commit_now, arena_free, arena_init, arena_start
+from zcache_core.arena cimport (
+    arena_commit_now, arena_free, arena_init, arena_keep_all, arena_set_goal, arena_start,
+)
 from zcache_core.codec cimport codec_discard, codec_prepare
 from zcache_core.core cimport PAGE_LOCKS, Core
 from zcache_core.counter_ids cimport C_DEVICE_PAGES, C_PRIVATE_TABLE_BYTES
@@ -115,7 +117,7 @@ cdef class Store:
         with nogil:
             madvise(self.memory.base, self.memory.super.frame_headers_offset, MADV_POPULATE_WRITE)
         if self.commit == "all":
-            core.arena.reserve = core.arena.limit
+            arena_keep_all(&core.arena)
         if not self.memory.fresh:
             core.arena.held = True
             if thread_start(&core.rebuilder, takeover, core, b"zc-takeover") != 0:
@@ -213,6 +215,19 @@ cdef class Store:
         self._require_open()
         with nogil:
             store_wait_ready(&self.core)
+
+    def set_pool(self, uint64_t pool_bytes):
+        """Another limit of the pool, of whole frames; a smaller one is reached as pages leave.
+
+        Raises ConfigError when the memory file has no room for it, or more is in use
+        and there is no tier below.
+        """
+        self._require_open()
+        frames = pool_bytes // PAGE_BYTES
+        if frames > self.core.arena.total:
+            raise ConfigError(f"the memory file has room for a pool of {self.core.arena.total * PAGE_BYTES} bytes")
+        if pool_bytes % PAGE_BYTES or not arena_set_goal(&self.core.arena, frames, self.core.lower.tiers != NULL):
+            raise ConfigError(f"a pool of {pool_bytes} bytes is no whole number of frames, or less than is in use")
 
     def entry(self, uint64_t page):
         """(location word, version word) of a page."""

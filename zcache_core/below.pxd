@@ -1,0 +1,46 @@
+"""The state of the tiers below one store, as a C struct: what all of their parts share.
+
+    tiers.pyx       made, started, stopped; what the RAM tier calls
+    fullness.pyx    how full the pool is; when to cool
+    eviction.pyx    down: cold pages copied, ephemeral frames dropped, the tier tidied up
+    cooler.pyx      the thread that does it; writers that wait for it
+    fetching.pyx    up: pages read from below, and which of them earn a RAM copy
+"""
+
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+
+from zcache_core.cold cimport COLD_BATCH, ColdPage, ColdTier
+from zcache_core.core cimport Core
+from zcache_core.layout cimport Entry
+from zcache_core.orders cimport Orders
+from zcache_core.pthread cimport pthread_cond_t, pthread_mutex_t, pthread_t
+
+cdef enum:
+    GHOSTS = 65536              # pages remembered as read once; a power of two
+    GATHER_BYTES = 1 << 20
+    RESORT_PAGES = 32768        # most objects in a segment: none is smaller than 32 bytes
+    FRAMES_AT_ONCE = 64         # victims looked at in one slot's time
+
+ctypedef struct Tiers:
+    Core *core
+    ColdTier *cold              # the one tier below so far
+    Orders orders               # watermarks, draining: changed while the server runs
+    uint64_t *cells             # counter shard of the cooling thread
+    uint8_t *gathered           # GATHER_BYTES: blobs on their way down
+    uint8_t *resort_room        # one segment
+    ColdPage *batch             # COLD_BATCH
+    Entry *entries              # COLD_BATCH: what each page of the batch was
+    ColdPage *resort_batch      # RESORT_PAGES
+    uint64_t *ghosts            # atomics
+    pthread_mutex_t dropping    # guards the choice of ephemeral frames to drop
+    uint64_t cold_loads         # atomic
+    # guarded by `lock`
+    pthread_mutex_t lock
+    pthread_cond_t work         # the cooling thread waits here
+    pthread_cond_t room         # writers wait here
+    uint32_t waiting            # writers that do
+    bint stopping
+    bint cooling                # between high and low
+    uint64_t rounds             # turns of the thread that made progress
+    pthread_t thread
+    bint running

@@ -1,0 +1,6 @@
+"""C face of the cooling thread."""
+
+from libc.stdint cimport int64_t
+
+cdef void *cooling_thread(void *tiers) noexcept nogil
+cdef bint tiers_wait_room(void *tiers, int64_t deadline_us) noexcept nogil

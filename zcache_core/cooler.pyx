@@ -1,0 +1,107 @@
+"""The cooling thread: one round after another of what is needed most; and who waits for it.
+
+    room short? -> drop ephemeral frames      above high? -> a batch goes down
+    every 0.1 s -> the tier's own background work
+
+It works without the GIL and sleeps when nothing is to be done.  Writers wait only when
+not one frame is free, and do none of its work, but for one thing: when the tier
+stalls, and the thread with it, they drop ephemeral frames themselves.
+
+Bound: a writer waits no longer than its caller says.
+Lock: `lock` guards the flags and waits, and is never held across anything else.
+"""
+
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+from posix.time cimport timespec
+
+from zcache_core.below cimport FRAMES_AT_ONCE, GATHER_BYTES, Tiers
+from zcache_core.counter_ids cimport C_POOL_WAIT_US, C_POOL_WAITS
+from zcache_core.eviction cimport cool_batch, drop_frames, resort
+from zcache_core.fullness cimport frames_ephemeral, frames_left, free_target, must_cool
+from zcache_core.native cimport zc_add64
+from zcache_core.pthread cimport (
+    at_us, lock_take, now_us, pthread_cond_broadcast, pthread_cond_signal, pthread_cond_timedwait,
+    pthread_mutex_unlock,
+)
+from zcache_core.ramtier cimport store_wait_ready
+from zcache_core.slots cimport Slot, slot_release, slot_take
+
+cdef enum:
+    # A tier with less room gets smaller batches; one frame's time must fit (see gather_batch).
+    GATHER_LEAST = FRAMES_AT_ONCE * 4096
+    TICK_US = 100000
+    WAIT_STEP_US = 20000        # a waiting writer looks again
+
+
+cdef bint turn(Tiers *t) noexcept nogil:
+    """One round of what is needed most; whether anything moved.  No lock held."""
+    cdef uint32_t target = free_target(t)
+    cdef uint64_t most = GATHER_BYTES
+    cdef bint moved = False
+    cdef Slot *slot
+    if t.orders.draining or frames_left(t) < target:
+        slot = slot_take(&t.core.slots)
+        moved = drop_frames(t, FRAMES_AT_ONCE) > 0
+        slot_release(slot)
+    if must_cool(t):
+        if not t.cold.has_room(t.cold, GATHER_BYTES):
+            t.cold.tick(t.cold)         # what died meanwhile may do
+            if not t.cold.has_room(t.cold, GATHER_BYTES):
+                moved |= resort(t)
+            while most > GATHER_LEAST and not t.cold.has_room(t.cold, most):
+                most //= 2
+        moved |= cool_batch(t, most) > 0
+    return moved
+
+
+cdef void *cooling_thread(void *argument) noexcept nogil:
+    cdef Tiers *t = <Tiers *>argument
+    cdef timespec until
+    cdef int64_t next_tick = 0
+    cdef bint moved
+    store_wait_ready(t.core)
+    lock_take(&t.lock)
+    while not t.stopping:
+        pthread_mutex_unlock(&t.lock)
+        moved = turn(t)
+        if now_us() >= next_tick:
+            t.cold.tick(t.cold)
+            next_tick = now_us() + TICK_US
+        lock_take(&t.lock)
+        if moved:
+            t.rounds += 1
+            pthread_cond_broadcast(&t.room)
+        elif not t.stopping:
+            until = at_us(now_us() + (WAIT_STEP_US if t.waiting else TICK_US))
+            pthread_cond_timedwait(&t.work, &t.lock, &until)
+    pthread_mutex_unlock(&t.lock)
+    return NULL
+
+
+cdef bint tiers_wait_room(void *tiers, int64_t deadline_us) noexcept nogil:
+    """Wait until the cooling thread made progress; False when it is too late or hopeless."""
+    cdef Tiers *t = <Tiers *>tiers
+    cdef int64_t start = now_us()
+    cdef timespec until
+    cdef bint hope = start < deadline_us
+    cdef bint stuck
+    cdef uint64_t rounds
+    if not hope or not t.running:
+        return False
+    if frames_ephemeral(t) == 0 and t.cold.reason(t.cold):
+        return False            # the tier fails, and there is nothing to drop
+    lock_take(&t.lock)
+    rounds = t.rounds
+    t.waiting += 1
+    pthread_cond_signal(&t.work)
+    until = at_us(min(deadline_us, start + WAIT_STEP_US))
+    if not t.stopping and t.rounds == rounds:
+        pthread_cond_timedwait(&t.room, &t.lock, &until)
+    t.waiting -= 1
+    stuck = t.rounds == rounds
+    pthread_mutex_unlock(&t.lock)
+    if stuck:
+        drop_frames(t, FRAMES_AT_ONCE)      # the tier stalls, and the cooling thread with it
+    zc_add64(&t.cells[C_POOL_WAITS], 1)
+    zc_add64(&t.cells[C_POOL_WAIT_US], <uint64_t>(now_us() - start))
+    return True

@@ -1,0 +1,154 @@
+"""Down: cold pages copied below in batches, ephemeral frames dropped, the tier tidied up.
+
+    cold persistent frames -> gathered, whole -> put below -> flipped to ephemeral
+    cold ephemeral frames  -> their entries flipped to the copies below -> free.  No I/O
+    the tier's emptiest container -> read -> what still lives put anew -> entries told
+
+Whole frames leave, so that a frame is really freed.  A page that was overwritten or
+trimmed meanwhile is another by then: its flip fails, and the copy below is dropped.
+
+Bounds: one batch (1 MiB, 512 pages) on its way at a time, by one thread.
+Lock: `dropping` is held while ephemeral frames are chosen and dropped, because
+writers do that too when the tier stalls.
+"""
+
+from libc.stdint cimport uint32_t, uint64_t
+
+from zcache_core.below cimport FRAMES_AT_ONCE, RESORT_PAGES, Tiers
+from zcache_core.cold cimport COLD_BATCH, ColdPage
+from zcache_core.cooling cimport (
+    copy_for_below, copy_moved, drop_ram_copy, make_ephemeral, page_at, still_needed,
+)
+from zcache_core.counter_ids cimport (
+    C_DISK_CLEANED_BYTES, C_EVICTED_EPH_PAGEFRAMES, C_FAILED_WRITEBACK_PAGES,
+    C_OUTSTANDING_WRITEBACK_PAGES, C_OVERTAKEN_WRITEBACK_PAGES, C_WRITTEN_BACK_PAGES,
+)
+from zcache_core.disk cimport SEGMENT_BYTES
+from zcache_core.fullness cimport frames_ephemeral
+from zcache_core.index cimport entry_load
+from zcache_core.layout cimport PAGE_BYTES, ST_RAM_EPHEMERAL, Entry, length_of, state_of, where_of
+from zcache_core.pthread cimport lock_take, pthread_mutex_unlock
+from zcache_core.ramtier cimport store_victims
+from zcache_core.slots cimport Slot, slot_release, slot_take
+
+cdef enum:
+    MOST_OBJECTS = 64           # in one frame, of any allocator
+
+
+# ---- persistent pages go down -----------------------------------------------------------
+
+cdef uint32_t gather_batch(Tiers *t, uint64_t most_bytes) noexcept nogil:
+    """Copy the pages of cold frames together; how many.  Inside a slot, so no frame is punched."""
+    cdef uint32_t frames[FRAMES_AT_ONCE]
+    cdef uint64_t where[MOST_OBJECTS]
+    cdef uint32_t bytes[MOST_OBJECTS]
+    cdef uint32_t found, objects, i, j
+    cdef uint32_t n = 0
+    cdef uint64_t filled = 0
+    cdef Slot *slot = slot_take(&t.core.slots)
+    while n + 2 * FRAMES_AT_ONCE <= COLD_BATCH and filled + FRAMES_AT_ONCE * PAGE_BYTES <= most_bytes:
+        found = store_victims(t.core, frames, FRAMES_AT_ONCE, False)
+        for i in range(found):
+            objects = t.core.allocator.objects(t.core.allocator, frames[i], where, bytes, MOST_OBJECTS)
+            for j in range(objects):
+                if n < COLD_BATCH and filled + PAGE_BYTES <= most_bytes and copy_for_below(
+                    t.core, where[j], bytes[j], &t.batch[n], &t.entries[n], t.gathered + filled
+                ):
+                    filled += length_of(t.entries[n].location)
+                    n += 1
+        if found < FRAMES_AT_ONCE:
+            break
+    slot_release(slot)
+    return n
+
+
+cdef uint32_t cool_batch(Tiers *t, uint64_t most_bytes) noexcept nogil:
+    """One batch of cold pages becomes ephemeral; how many did."""
+    cdef uint32_t n = gather_batch(t, most_bytes)
+    cdef uint32_t i
+    cdef uint32_t done = 0
+    if n == 0:
+        return 0
+    t.cells[C_OUTSTANDING_WRITEBACK_PAGES] = n
+    t.cold.put(t.cold, t.batch, n)
+    for i in range(n):
+        if t.batch[i].error:
+            t.cells[C_FAILED_WRITEBACK_PAGES] += 1
+        elif make_ephemeral(t.core, t.batch[i].page, t.entries[i], t.batch[i].where):
+            done += 1
+        else:
+            t.cells[C_OVERTAKEN_WRITEBACK_PAGES] += 1
+            t.cold.drop(t.cold, t.batch[i].where, length_of(t.batch[i].length_codec))
+    t.cells[C_WRITTEN_BACK_PAGES] += done
+    t.cells[C_OUTSTANDING_WRITEBACK_PAGES] = 0
+    return done
+
+
+# ---- ephemeral pages leave RAM ------------------------------------------------------------
+
+cdef uint32_t drop_frames(Tiers *t, uint32_t most) noexcept nogil:
+    """Up to `most` ephemeral frames lose their pages, coldest first; how many.  No I/O.
+
+    The caller is inside a slot.
+    """
+    cdef uint32_t frames[FRAMES_AT_ONCE]
+    cdef uint64_t where[MOST_OBJECTS]
+    cdef uint32_t bytes[MOST_OBJECTS]
+    cdef uint32_t objects, i, j, page, found
+    cdef uint32_t dropped = 0
+    cdef bint one
+    cdef Entry e
+    lock_take(&t.dropping)
+    found = store_victims(t.core, frames, min(most, <uint32_t>FRAMES_AT_ONCE), True) if frames_ephemeral(t) else 0
+    for i in range(found):
+        one = False
+        objects = t.core.allocator.objects(t.core.allocator, frames[i], where, bytes, MOST_OBJECTS)
+        for j in range(objects):
+            page = page_at(t.core, where[j], bytes[j])
+            if page >= t.core.index.pages:
+                continue
+            e = entry_load(&t.core.index, page)
+            if state_of(e.version) == ST_RAM_EPHEMERAL and where_of(e.location) == where[j]:
+                one |= drop_ram_copy(t.core, page, e, t.cold.state)
+        dropped += one
+    t.cells[C_EVICTED_EPH_PAGEFRAMES] += dropped
+    pthread_mutex_unlock(&t.dropping)
+    return dropped
+
+
+# ---- tidying the tier ---------------------------------------------------------------------
+
+cdef bint resort(Tiers *t) noexcept nogil:
+    """Write the living objects of the emptiest segment anew; whether any moved."""
+    cdef uint32_t found = t.cold.resort(t.cold, t.resort_batch, RESORT_PAGES, t.resort_room, SEGMENT_BYTES)
+    cdef uint32_t n = 0
+    cdef uint32_t done = 0
+    cdef uint32_t i, first, piece
+    cdef uint64_t old
+    cdef ColdPage moved[COLD_BATCH]
+    if found == 0:
+        return False
+    for i in range(found):
+        if still_needed(t.core, &t.resort_batch[i], t.cold.state):
+            t.resort_batch[n] = t.resort_batch[i]
+            n += 1
+    first = 0
+    while first < n:
+        piece = min(n - first, <uint32_t>COLD_BATCH)
+        for i in range(piece):
+            moved[i] = t.resort_batch[first + i]
+        t.cold.put(t.cold, moved, piece)
+        for i in range(piece):
+            if moved[i].error:
+                continue
+            t.cells[C_DISK_CLEANED_BYTES] += length_of(moved[i].length_codec)
+            old = t.resort_batch[first + i].where
+            if copy_moved(t.core, &t.resort_batch[first + i], t.cold.state, moved[i].where):
+                t.cold.drop(t.cold, old, length_of(moved[i].length_codec))
+                done += 1
+            else:
+                t.cold.drop(t.cold, moved[i].where, length_of(moved[i].length_codec))
+        first += piece
+    t.cold.resorted(t.cold)
+    t.cold.tick(t.cold)
+    return done > 0
