@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent
 CORE = ROOT / "zcache_core"
 sys.path.insert(0, str(ROOT))
 
-LIBRARIES = {"codec": ["lz4", "zstd"]}
+LIBRARIES = {"codec": ["lz4", "zstd"], "crypt": ["crypto"]}
 
 
 def write_counter_ids() -> None:

@@ -38,7 +38,6 @@ UNITS = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 KEYS_LATER = (
     "recompress",
     "recompress_age",
-    "encrypt",
     "writeback_limit",
     "peers",
     "replicas",
@@ -63,6 +62,7 @@ class Config:
     disk: str | None = None  # absolute path; None: RAM is all there is
     disk_size_bytes: int | None = None  # None: all that is there
     disk_force: str | None = None  # the same path as `disk`: its content may be overwritten
+    encrypt: str = "no"  # or "yes": what is written to the disk
     high_percent: int = HIGH_PERCENT
     low_percent: int = HIGH_PERCENT - LOW_BELOW_HIGH_PERCENT
     pressure: str = "psi"  # or "none", or the absolute path of a pressure file
@@ -116,7 +116,7 @@ def parse(pairs: Iterable[tuple[str, str]], ram_bytes: int | None = None) -> Con
 def _check_disk_keys(config: Config, given: set[str]) -> None:
     """What keys of the disk mean only together.  Raises ConfigError."""
     if config.disk is None:
-        for name in ("disk_size", "disk_force", "high", "low"):
+        for name in ("disk_size", "disk_force", "encrypt", "high", "low"):
             if name in given:
                 raise ConfigError(
                     f"{name}= means something only with disk=PATH; add it, or leave {name}= out"
@@ -364,6 +364,13 @@ KEYS: tuple[Key, ...] = (
         "none",
         "the path of disk= once more: overwrite what is there, whatever it is",
         _path("disk_force", "/dev/sdb, the path of disk="),
+    ),
+    Key(
+        "encrypt",
+        "encrypt",
+        "no",
+        "yes: encrypt what is written to the disk, with a key that is only in the memory file",
+        _choice("encrypt", "yes", "no"),
     ),
     Key(
         "high",

@@ -87,6 +87,7 @@ class Serving:
             disk.preallocated,
             config.high_percent,
             config.low_percent,
+            config.encrypt == "yes",
         )
 
     def start_node(self, control: str, told: Mapping[str, Any]) -> None:
@@ -153,7 +154,7 @@ def wants_realtime(config: Config, where: Listening) -> bool:
 def start(config: Config, checked: Checked, set_error: SetError) -> Serving:
     """Everything running.  Raises ZcacheError."""
     realtime = wants_realtime(config, checked.where)
-    refused = process.prepare(realtime=realtime)
+    refused = process.prepare(realtime=realtime, secret=config.encrypt == "yes")
     control = config.control or control_path(checked.where, os.getpid())
     serving = Serving(config, checked, set_error)
     if not serving.pool_is_locked:

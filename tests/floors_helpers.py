@@ -23,11 +23,11 @@ from typing import NamedTuple
 FLOORS = {
     "zcache_core": {
         0: "native pthread layout counter_ids errors counters commands owner process",
-        1: "memfile arena samefill slots codec crew",
+        1: "memfile arena samefill slots codec crypt crew",
         2: "allocator zbud z3fold zsmalloc index",
         3: "cold core ramtier cooling takeover store probe",
-        5: "diskfile disk orders below fullness eviction cooler fetching tiers pressure steward "
-        "faulty coldprobe",
+        5: "diskfile diskobject disk orders below fullness eviction cooler fetching tiers pressure "
+        "steward faulty coldprobe",
         6: "device",
     },
     "cluster": {

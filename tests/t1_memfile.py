@@ -39,7 +39,7 @@ def test_golden_superblock() -> None:
         geometry = struct.pack(
             "<8Q", arena + POOL, memory.epoch, 16, counters, headers, arena, index, 64
         )
-        start = b"ZCACHEMF" + struct.pack("<II", 1, zlib.crc32(geometry)) + geometry
+        start = b"ZCACHEMF" + struct.pack("<II", 2, zlib.crc32(geometry)) + geometry
         assert memory.peek(0, len(start)) == start
         assert memory.peek(112, 8) == b"golden\0\0"
         row = struct.pack("<4Q", 64, index, 1, 0)
@@ -63,7 +63,7 @@ def test_golden_entries_and_headers() -> None:
         assert store.entry(4) == pack_entry(2, 2, pack_place(0, 31, 1))
         header = memory.peek(memory.offsets()["arena"], 24)
         identity, page_checksum, place = struct.unpack("<3Q", header)
-        assert identity == 2 << 12
+        assert identity == pack_entry(0, 2, place)[1]
         assert page_checksum >> 32 == 4
         assert place == 30 << 4 | 1
 
@@ -176,7 +176,7 @@ def test_successor_waits_for_the_predecessors_exit(tmp_path: Path) -> None:
     ("offset", "data", "says"),
     [
         (0, b"X", "no zcache memory file"),
-        (8, b"\x63", "has format 99, this version reads 1"),
+        (8, b"\x63", "has format 99, this version reads 2"),
         (40, b"\xff", "geometry .* is damaged"),
     ],
 )

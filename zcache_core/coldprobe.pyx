@@ -11,6 +11,7 @@ from libc.stdlib cimport calloc, free
 from posix.mman cimport MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, PROT_READ, PROT_WRITE, mmap, munmap
 
 from zcache_core.cold cimport COLD_BATCH, COLD_CAPSULE, ColdPage, ColdTier
+from zcache_core.crypt cimport Sealer
 from zcache_core.disk cimport SEGMENT_BYTES, Disk, disk_discard, disk_make
 from zcache_core.layout cimport COUNTER_CELLS, PAGE_BYTES, codec_of, length_of, place_word
 from zcache_core.memfile cimport MemoryFile
@@ -27,21 +28,28 @@ BATCH_MOST = COLD_BATCH
 cdef class ColdProbe:
     """A disk tier of `disk_bytes` over an open file, for device 0 of `memory`.
 
-    The counters are the memory file's, so `counters.read(memory)` tells them.  An
+    `encrypt`: what is put is encrypted with the memory file's key, by cipher number `cipher`
+    (0: the CPU's best).  The counters are the memory file's, so `counters.read(memory)` tells them.  An
     object is told as (page, version, length_codec, blob): codec in the low 4 bits.
     """
 
     cdef ColdTier *tier
     cdef ColdTier *disk
     cdef MemoryFile memory
+    cdef Sealer sealer
     cdef object wrapper
     cdef uint8_t *room
 
-    def __cinit__(self, MemoryFile memory not None, int fd, uint64_t disk_bytes, preallocated=False, epoch=None):
+    def __cinit__(
+        self, MemoryFile memory not None, int fd, uint64_t disk_bytes, preallocated=False, epoch=None,
+        bint encrypt=False, uint32_t cipher=0,
+    ):
         cdef uint64_t whose = memory.super.epoch if epoch is None else epoch
         self.memory = memory
+        self.sealer = Sealer(memory, cipher)
         self.tier = self.disk = disk_make(
-            fd, disk_bytes, whose, 0, preallocated, memory.counters + (SLOTS + 3) * COUNTER_CELLS
+            fd, disk_bytes, whose, 0, preallocated, memory.counters + (SLOTS + 3) * COUNTER_CELLS,
+            &self.sealer.crypt, encrypt,
         )
         self.room = <uint8_t *>mmap(NULL, SEGMENT_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
         if self.disk == NULL or <void *>self.room == MAP_FAILED:

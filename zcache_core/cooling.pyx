@@ -10,7 +10,8 @@ is dropped again.  There is no moment at which a page is nowhere.
 
 The lower address of an ephemeral page stands in its blob's header.  Whoever reads
 or writes it holds the allocator's lock and has looked at the entry under it: the
-room of an object is only given to another under that lock.
+room of an object is only given to another under that lock.  It has check bits: a damaged one
+is not used, and the page counts as one that is in RAM only.
 """
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
@@ -19,10 +20,11 @@ from libc.string cimport memcpy
 from zcache_core.allocator cimport object_blob, object_bytes, object_header
 from zcache_core.cold cimport ColdPage
 from zcache_core.core cimport Core
+from zcache_core.counter_ids cimport C_DAMAGED_LOWER_ADDRESSES
 from zcache_core.index cimport entry_flip, entry_load
 from zcache_core.layout cimport (
     PAGE_BYTES, ST_RAM, ST_RAM_EPHEMERAL, BlobHeader, Entry, codec_of,
-    entry_is_sound, header_fill, header_lower, header_matches, header_page, header_set_lower,
+    entry_is_sound, header_fill, header_is_sound, header_lower, header_matches, header_page, header_set_lower,
     length_of, place_word, state_of, version_of, version_word, where_of,
 )
 from zcache_core.native cimport zc_acquire_fence, zc_load32, zc_release_fence
@@ -101,17 +103,23 @@ cdef bint make_ephemeral(Core *core, uint64_t page, Entry entry, uint64_t lower)
 
 
 cdef bint drop_ram_copy(Core *core, uint64_t page, Entry entry, uint32_t state) noexcept nogil:
-    """An ephemeral page leaves RAM: its entry points below (state ST_DISK) from now on."""
+    """An ephemeral page leaves RAM: its entry points below (state ST_DISK) from now on.
+
+    If its lower address is damaged the RAM copy is the only one again, to be copied down anew.
+    """
     cdef uint64_t where = where_of(entry.location)
     cdef uint32_t length = length_of(entry.location)
-    cdef uint64_t lower
+    cdef BlobHeader *header = object_header(&core.arena, where, length)
+    cdef Entry below
     cdef bint done = False
     lock_take(&core.allocator.lock)
     if state_of(entry.version) == ST_RAM_EPHEMERAL and is_now(core, page, entry):
-        lower = header_lower(object_header(&core.arena, where, length))
-        done = entry_flip(
-            &core.index, page, entry, same_page(entry, state, place_word(lower, length, codec_of(entry.location)))
-        )
+        if header_is_sound(header):
+            below = same_page(entry, state, place_word(header_lower(header), length, codec_of(entry.location)))
+            done = entry_flip(&core.index, page, entry, below)
+        elif entry_flip(&core.index, page, entry, same_page(entry, ST_RAM, entry.location)):
+            core.allocator.ephemeral(core.allocator, where, object_bytes(length), -1)
+            core.allocator.cells[C_DAMAGED_LOWER_ADDRESSES] += 1
     pthread_mutex_unlock(&core.allocator.lock)
     if done:
         core.allocator.release(core.allocator, where, object_bytes(length))
@@ -147,6 +155,7 @@ cdef bint promote(Core *core, Slot *slot, uint64_t page, Entry entry, const uint
 cdef bint still_needed(Core *core, const ColdPage *page, uint32_t state) noexcept nogil:
     """Whether the index still counts on this copy below."""
     cdef Entry e
+    cdef BlobHeader *header
     cdef bint needed = False
     if page.page >= core.index.pages:
         return False
@@ -159,7 +168,8 @@ cdef bint still_needed(Core *core, const ColdPage *page, uint32_t state) noexcep
         return False
     lock_take(&core.allocator.lock)
     if is_now(core, page.page, e):
-        needed = header_lower(object_header(&core.arena, where_of(e.location), length_of(e.location))) == page.where
+        header = object_header(&core.arena, where_of(e.location), length_of(e.location))
+        needed = header_is_sound(header) and header_lower(header) == page.where
     pthread_mutex_unlock(&core.allocator.lock)
     return needed
 
@@ -180,7 +190,7 @@ cdef bint copy_moved(Core *core, const ColdPage *old, uint32_t state, uint64_t w
     lock_take(&core.allocator.lock)
     if is_now(core, old.page, e):
         header = object_header(&core.arena, where_of(e.location), length_of(e.location))
-        if header_lower(header) == old.where:
+        if header_is_sound(header) and header_lower(header) == old.where:
             header_set_lower(header, where)
             done = True
     pthread_mutex_unlock(&core.allocator.lock)

@@ -96,6 +96,12 @@ COUNTERS: tuple[Counter, ...] = (
     Counter("disk_write_errors", "events", "counter", "writes to the disk that failed"),
     Counter("disk_read_errors", "pages", "counter", "reads from the disk that failed"),
     Counter("disk_corrupt_pages", "pages", "counter", "copies on the disk found wrong or damaged"),
+    Counter(
+        "damaged_lower_addresses",
+        "pages",
+        "counter",
+        "addresses of copies below that were found damaged in RAM, and not used",
+    ),
     Counter("written_back_pages", "pages", "counter", "pages copied down"),
     Counter("outstanding_writeback_pages", "pages", "gauge", "pages being copied down now"),
     Counter("failed_writeback_pages", "pages", "counter", "pages that stayed: the tier failed"),

@@ -3,13 +3,14 @@
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
 from zcache_core.cold cimport ColdTier
+from zcache_core.crypt cimport Crypt
+from zcache_core.diskobject cimport Whose
 from zcache_core.pthread cimport pthread_mutex_t
 
 cdef enum:
     # Written in pieces of up to 1 MiB, one segment; cleaned and punched as a whole.
     SEGMENT_BYTES = 1 << 20
     BLOCK_BYTES = 4096          # of O_DIRECT: what every disk takes
-    OBJECT_ALIGN = 8
 
 cdef enum SegmentState:
     SEG_FREE = 0
@@ -25,8 +26,7 @@ ctypedef struct Segment:
 ctypedef struct Disk:
     ColdTier face               # first: a ColdTier * is a Disk *
     int fd
-    uint64_t epoch              # of the memory file: part of every header
-    uint32_t device
+    Whose whose                 # part of every object
     uint32_t segments           # number 0 is the disk's own header: not used
     Segment *segment
     uint64_t *cells             # a counter shard of its own: pages and live bytes are atomic,
@@ -44,6 +44,7 @@ ctypedef struct Disk:
     int64_t retry_wait_us
 
 cdef ColdTier *disk_make(
-    int fd, uint64_t disk_bytes, uint64_t epoch, uint32_t device, bint preallocated, uint64_t *cells
+    int fd, uint64_t disk_bytes, uint64_t epoch, uint32_t device, bint preallocated, uint64_t *cells,
+    Crypt *crypt, bint encrypt,
 ) noexcept nogil
 cdef void disk_discard(ColdTier *tier) noexcept nogil

@@ -4,14 +4,11 @@
     +--------------+---------------------------+----------------- - -
     | header block | object object ... |pad|.. | segment 2
     +--------------+---------------------------+----------------- - -
-    object = header (24 bytes, as in the arena) + blob, aligned to 8
+    object = header + blob, plain or encrypted, aligned to 8 (diskobject.pyx)
 
 Pages go down as they are, without decompression, gathered into writes of up to a
-whole segment (O_DIRECT where the file allows it), each padded to a block.  The
-object's header carries page, version, length and checksum; where the arena's
-header has a lower location, this one has the epoch of the memory file, so that an
-object of another device or of an earlier life of this disk is never taken for
-ours.  A `where` is the byte offset of the object.
+whole segment (O_DIRECT where the file allows it), each padded to a block.  A `where` is
+the byte offset of the object, and in its low bits how it is encrypted.
 
 A segment's live bytes are counted exactly: added when an object is gathered,
 taken off when the index lets go of it.  A full segment with nothing alive is free,
@@ -30,7 +27,7 @@ Lock: `lock` (a leaf) guards the open segment and every change of a segment's st
 from libc.errno cimport EAGAIN, EILSEQ, EINTR, EIO, ENOSPC, errno
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
-from libc.string cimport memcpy, memset
+from libc.string cimport memset
 from posix.mman cimport MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, PROT_READ, PROT_WRITE, mmap, munmap
 from posix.types cimport off_t
 
@@ -39,10 +36,11 @@ from zcache_core.counter_ids cimport (
     C_DISK_DEGRADED, C_DISK_ERRNO, C_DISK_LIVE_BYTES, C_DISK_PAGES, C_DISK_READ_ERRORS,
     C_DISK_SEGMENTS, C_DISK_SEGMENTS_USED, C_DISK_WRITE_ERRORS, C_DISK_WRITTEN_BYTES,
 )
-from zcache_core.layout cimport (
-    HEADER_BYTES, PAGE_BYTES, ST_DISK, BlobHeader, header_fill, header_length, header_lower,
-    header_matches, header_page, header_set_lower, header_version, length_of,
+from zcache_core.crypt cimport CIPHER_NONE, CIPHERS, Crypt
+from zcache_core.diskobject cimport (
+    OBJECT_ALIGN, cipher_of, object_found, object_read, object_room, object_write, offset_of,
 )
+from zcache_core.layout cimport ST_DISK, length_of
 from zcache_core.native cimport zc_add32, zc_add64, zc_load32
 from zcache_core.pthread cimport lock_init, lock_take, now_us, pthread_mutex_unlock
 from zcache_core.slots cimport IO_ROOM
@@ -65,23 +63,15 @@ cdef enum:
     # No less than 98: a promised disk (1.05 times the device) full of raw pages (4120 bytes
     # each) is 96 % alive, and must find something to clean nevertheless.
     RESORT_MOST_PERCENT = 98
-    EPOCH_BITS = 48
     FIRST_RETRY_US = 100000
     LAST_RETRY_US = 10000000
 
 
-cdef inline uint64_t epoch_tag(Disk *d) noexcept nogil:
-    return d.epoch & ((<uint64_t>1 << EPOCH_BITS) - 1)
-
-
-cdef inline uint32_t room_for(uint32_t length_bytes) noexcept nogil:
-    return (HEADER_BYTES + length_bytes + OBJECT_ALIGN - 1) // OBJECT_ALIGN * OBJECT_ALIGN
-
-
-cdef inline void come_alive(Disk *d, uint32_t number, uint32_t length_bytes) noexcept nogil:
-    zc_add32(&d.segment[number].live_bytes, room_for(length_bytes))
+cdef inline void come_alive(Disk *d, uint64_t where, uint32_t length_bytes) noexcept nogil:
+    cdef uint32_t room = object_room(cipher_of(where), length_bytes)
+    zc_add32(&d.segment[where // SEGMENT_BYTES].live_bytes, room)
     zc_add64(&d.cells[C_DISK_PAGES], 1)
-    zc_add64(&d.cells[C_DISK_LIVE_BYTES], room_for(length_bytes))
+    zc_add64(&d.cells[C_DISK_LIVE_BYTES], room)
 
 
 cdef inline uint32_t blocks_up(uint32_t n) noexcept nogil:
@@ -170,7 +160,7 @@ cdef void note_failure(Disk *d, int error) noexcept nogil:
 cdef void give_up(Disk *d, ColdPage *pages, uint32_t first, uint32_t end, int error, bint counted) noexcept nogil:
     cdef uint32_t i
     for i in range(first, end):
-        if counted:
+        if counted and pages[i].error == 0:
             disk_drop(&d.face, pages[i].where, length_of(pages[i].length_codec))
         pages[i].error = error
 
@@ -206,17 +196,14 @@ cdef bint turn_over(Disk *d) noexcept nogil:
     return good
 
 
-cdef void gather(Disk *d, ColdPage *page, uint32_t filled) noexcept nogil:
-    """Copy one object to the buffer and count it live."""
-    cdef uint32_t length = length_of(page.length_codec)
-    cdef uint8_t *at = d.buffer + filled
-    memcpy(at + HEADER_BYTES, page.blob, length)
-    memset(at + HEADER_BYTES + length, 0, room_for(length) - HEADER_BYTES - length)
-    header_fill(<BlobHeader *>at, page.version, d.device, page.page, length, page.length_codec & 0xF, at + HEADER_BYTES)
-    header_set_lower(<BlobHeader *>at, epoch_tag(d))
-    page.where = <uint64_t>d.open_segment * SEGMENT_BYTES + d.fill_bytes + filled
+cdef bint gather(Disk *d, ColdPage *page, uint32_t filled) noexcept nogil:
+    """Copy one object to the buffer and count it live; False when it cannot be encrypted."""
+    if not object_write(&d.whose, d.buffer + filled, page):
+        return False
+    page.where = (<uint64_t>d.open_segment * SEGMENT_BYTES + d.fill_bytes + filled) | d.whose.cipher
     page.error = 0
-    come_alive(d, d.open_segment, length)
+    come_alive(d, page.where, length_of(page.length_codec))
+    return True
 
 
 cdef inline bint must_wait(Disk *d) noexcept nogil:
@@ -234,7 +221,7 @@ cdef uint32_t disk_put(ColdTier *tier, ColdPage *pages, uint32_t n) noexcept nog
         give_up(d, pages, 0, n, d.failing, False)
         return 0
     while i < n:
-        room = room_for(length_of(pages[i].length_codec))
+        room = object_room(d.whose.cipher, length_of(pages[i].length_codec))
         if d.open_segment == 0 or blocks_up(d.fill_bytes + filled + room) > SEGMENT_BYTES:
             if not flush(d, pages, first, i, filled):
                 give_up(d, pages, i, n, d.failing, False)
@@ -244,8 +231,10 @@ cdef uint32_t disk_put(ColdTier *tier, ColdPage *pages, uint32_t n) noexcept nog
             if not turn_over(d):
                 give_up(d, pages, i, n, ENOSPC, False)
                 break
-        gather(d, &pages[i], filled)
-        filled += room
+        if gather(d, &pages[i], filled):
+            filled += room
+        else:
+            pages[i].error = EIO
         i += 1
     else:
         flush(d, pages, first, n, filled)
@@ -261,42 +250,37 @@ cdef uint32_t disk_put(ColdTier *tier, ColdPage *pages, uint32_t n) noexcept nog
 
 cdef int disk_get(ColdTier *tier, ColdPage *page, uint8_t *io) noexcept nogil:
     cdef Disk *d = <Disk *>tier
-    cdef uint32_t length = length_of(page.length_codec)
-    cdef uint64_t start = page.where // BLOCK_BYTES * BLOCK_BYTES
-    cdef uint64_t end = (page.where + HEADER_BYTES + length + BLOCK_BYTES - 1) // BLOCK_BYTES * BLOCK_BYTES
-    cdef BlobHeader *header
-    if page.where % OBJECT_ALIGN or end > <uint64_t>d.segments * SEGMENT_BYTES or end - start > IO_ROOM:
+    cdef uint64_t offset = offset_of(page.where)
+    cdef uint64_t start = offset // BLOCK_BYTES * BLOCK_BYTES
+    cdef uint64_t end = offset + object_room(cipher_of(page.where), length_of(page.length_codec))
+    end = (end + BLOCK_BYTES - 1) // BLOCK_BYTES * BLOCK_BYTES
+    if end > <uint64_t>d.segments * SEGMENT_BYTES or end - start > IO_ROOM:
         return EILSEQ
     if read_all(d.fd, io, end - start, start):
         return EIO
-    header = <BlobHeader *>(io + (page.where - start))
-    if header_lower(header) != epoch_tag(d) or not header_matches(
-        header, page.version, d.device, page.page, page.length_codec, <uint8_t *>header + HEADER_BYTES
-    ):
-        return EILSEQ
-    memcpy(page.blob, <uint8_t *>header + HEADER_BYTES, length)
-    return 0
+    return object_read(&d.whose, io + (offset - start), page)
 
 
 cdef void disk_drop(ColdTier *tier, uint64_t where, uint32_t length_bytes) noexcept nogil:
     cdef Disk *d = <Disk *>tier
     cdef uint64_t number = where // SEGMENT_BYTES
+    cdef uint32_t room = object_room(cipher_of(where), length_bytes)
     if number < d.segments:
         zc_add64(&d.cells[C_DISK_PAGES], <uint64_t>-1)
-        zc_add64(&d.cells[C_DISK_LIVE_BYTES], <uint64_t>-<int64_t>room_for(length_bytes))
-        zc_add32(&d.segment[number].live_bytes, <uint32_t>-<int>room_for(length_bytes))
+        zc_add64(&d.cells[C_DISK_LIVE_BYTES], <uint64_t>-<int64_t>room)
+        zc_add32(&d.segment[number].live_bytes, <uint32_t>-<int>room)
 
 
 cdef bint disk_adopt(ColdTier *tier, uint64_t where, uint32_t length_bytes) noexcept nogil:
     cdef Disk *d = <Disk *>tier
     cdef uint64_t number = where // SEGMENT_BYTES
-    cdef uint64_t last = (where + room_for(length_bytes) - 1) // SEGMENT_BYTES
-    if number == 0 or number >= d.segments or last != number or where % OBJECT_ALIGN:
+    cdef uint64_t last = (offset_of(where) + object_room(cipher_of(where), length_bytes) - 1) // SEGMENT_BYTES
+    if number == 0 or number >= d.segments or last != number or cipher_of(where) >= CIPHERS:
         return False
     if d.segment[number].state == SEG_FREE:
         d.segment[number].state = SEG_FULL
         d.free_segments -= 1
-    come_alive(d, <uint32_t>number, length_bytes)
+    come_alive(d, where, length_bytes)
     return True
 
 
@@ -374,8 +358,7 @@ cdef uint32_t pick_resort(Disk *d) noexcept nogil:
 cdef uint32_t disk_resort(ColdTier *tier, ColdPage *pages, uint32_t most, uint8_t *room, uint64_t room_bytes) noexcept nogil:
     """Objects of the emptiest segment, whatever the index says of them; blobs lie in `room`."""
     cdef Disk *d = <Disk *>tier
-    cdef uint32_t number, n, at, length
-    cdef BlobHeader *header
+    cdef uint32_t number, n, at
     if room_bytes < SEGMENT_BYTES or must_wait(d):
         return 0
     lock_take(&d.lock)
@@ -391,21 +374,12 @@ cdef uint32_t disk_resort(ColdTier *tier, ColdPage *pages, uint32_t most, uint8_
         disk_resorted(tier)
         return 0
     n = at = 0
-    while n < most and at + HEADER_BYTES < SEGMENT_BYTES:
-        header = <BlobHeader *>(room + at)
-        length = header_length(header)
-        if header_lower(header) != epoch_tag(d) or at + room_for(length) > SEGMENT_BYTES or not header_matches(
-            header, header_version(header), d.device, header_page(header), header.place & 0xFFFF, room + at + HEADER_BYTES
-        ):
+    while n < most and at < SEGMENT_BYTES:
+        if object_found(&d.whose, room + at, SEGMENT_BYTES - at, <uint64_t>number * SEGMENT_BYTES + at, &pages[n]):
+            at += object_room(cipher_of(pages[n].where), length_of(pages[n].length_codec))
+            n += 1
+        else:
             at += OBJECT_ALIGN      # padding, or damage: the next object is somewhere behind
-            continue
-        pages[n].version = header_version(header)
-        pages[n].page = header_page(header)
-        pages[n].length_codec = header.place & 0xFFFF
-        pages[n].where = <uint64_t>number * SEGMENT_BYTES + at
-        pages[n].blob = room + at + HEADER_BYTES
-        n += 1
-        at += room_for(length)
     if n == 0:
         disk_resorted(tier)
     return n
@@ -433,15 +407,22 @@ cdef void disk_discard(ColdTier *tier) noexcept nogil:
 
 
 cdef ColdTier *disk_make(
-    int fd, uint64_t disk_bytes, uint64_t epoch, uint32_t device, bint preallocated, uint64_t *cells
+    int fd, uint64_t disk_bytes, uint64_t epoch, uint32_t device, bint preallocated, uint64_t *cells,
+    Crypt *crypt, bint encrypt,
 ) noexcept nogil:
-    """A disk tier over an open file or block device of `disk_bytes`; NULL without memory."""
+    """A disk tier over an open file or block device of `disk_bytes`; NULL without memory.
+
+    `crypt` (NULL: there is nothing encrypted) opens what is encrypted there; with `encrypt` it
+    seals what is written.
+    """
     cdef Disk *d = <Disk *>calloc(1, sizeof(Disk))
     if d == NULL:
         return NULL
     d.fd = fd
-    d.epoch = epoch
-    d.device = device
+    d.whose.epoch = epoch
+    d.whose.device = device
+    d.whose.crypt = crypt
+    d.whose.cipher = crypt.cipher if encrypt and crypt != NULL else <uint32_t>CIPHER_NONE
     d.preallocated = preallocated
     d.cells = cells
     d.segments = <uint32_t>(disk_bytes // SEGMENT_BYTES)

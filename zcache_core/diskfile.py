@@ -11,7 +11,7 @@ The header says whose pages lie here: the epoch of the memory file. A restart wi
 same memory file goes on with them; any other start begins anew, because pages without
 their index are rubbish.
 
-    offset 0   "ZCACHEDK" | format 1 (4) | segment bytes (4) | epoch (8) | disk bytes (8)
+    offset 0   "ZCACHEDK" | format 2 (4) | segment bytes (4) | epoch (8) | disk bytes (8)
 
 `disk_size` of at least 1.05 times the device's size plus RESERVE_BYTES is a promise
 that no write will ever be refused, so that much is allocated at once (fallocate) and
@@ -33,7 +33,7 @@ from zcache_core.errors import ConfigError
 
 HEADER = struct.Struct("<8sIIQQ")
 MAGIC = b"ZCACHEDK"
-FORMAT = 1
+FORMAT = 2
 SEGMENT_BYTES = 1 << 20
 BLOCK_BYTES = 4096
 RESERVE_BYTES = 16 << 20  # header, segments being filled and cleaned

@@ -19,12 +19,15 @@ DISK and PEER.  `check` is an extended Hamming code over the other 120 bits.
 A blob header is three words; it stands before its blob in the frame, or, for a
 page kept raw (which fills its frame), in the table of frame headers:
 
-    identity   version (52) | device (8) | 0 (4)
+    identity   version (52) | check (8) | device (4)
     page and checksum       page (32)  | checksum (32)
     place      where the page also is, below (48) | length-1 (12) | codec (4)
 
-The checksum covers the blob's bytes, the identity, the page and the length and
-codec; the lower location may change without touching it.
+The checksum covers the blob's bytes, version and device, the page and the length and
+codec; the lower location may change without touching it.  `check` covers what the
+checksum does not: place and identity together are a code word as an entry's two
+words are, so that any flip of up to three bits in a lower location is found before
+it is used.
 """
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
@@ -33,7 +36,7 @@ from zcache_core.native cimport zc_blob_checksum, zc_entry_check
 
 
 cdef enum:
-    FORMAT_VERSION = 1
+    FORMAT_VERSION = 2
     PAGE_BYTES = 4096
     PAGE_SHIFT = 12
     HEADER_BYTES = 24
@@ -42,6 +45,7 @@ cdef enum:
 
     MAX_DEVICES = 8             # rows in the superblock's device table
     NAME_BYTES = 64
+    KEY_BYTES = 32              # of one key; the superblock has two
 
     # Counters: one shard for each request slot and each background thread, so
     # that a count is a plain add; a reader sums them.  512 cells leave room for
@@ -94,11 +98,14 @@ ctypedef struct Superblock:     # the first page of the file
     # what changes
     uint64_t owner_pid
     uint64_t owner_start_ticks  # with the pid: which process, not which number
-    uint64_t nonces_reserved    # for encryption, as versions are
+    uint64_t nonces_reserved    # every nonce below may have been used (crypt.pyx)
     uint64_t created_s
     char name[NAME_BYTES]
     DeviceRow devices[MAX_DEVICES]
-    uint8_t key[64]             # pages at rest; this file is never dumped or swapped
+    uint8_t disk_key[KEY_BYTES] # random since creation; this file is never dumped or swapped
+    uint8_t peer_key[KEY_BYTES]
+    uint64_t write_day          # days since 1970, UTC: of what day write_day_bytes tells
+    uint64_t write_day_bytes    # written to the disk on that day (writeback_limit)
 
 
 # ---- entry words --------------------------------------------------------------
@@ -131,16 +138,35 @@ cdef inline uint32_t codec_of(uint64_t location) noexcept nogil:
 
 # ---- blob headers ---------------------------------------------------------------
 
+cdef enum:
+    HEADER_CHECK = 0xFF0        # bits of the identity word: where an entry has them too
+
+cdef inline uint64_t identity_word(uint64_t version, uint32_t device) noexcept nogil:
+    """The identity without its check bits: what the checksum covers."""
+    return (version << 12) | device
+
+cdef inline void header_set_lower(BlobHeader *header, uint64_t where) noexcept nogil:
+    """Write the lower location, and the check bits that belong to it."""
+    cdef uint64_t identity = header.identity & ~<uint64_t>HEADER_CHECK
+    header.place = (where << 16) | (header.place & 0xFFFF)
+    header.identity = identity | (<uint64_t>zc_entry_check(header.place, identity) << 4)
+
+cdef inline bint header_is_sound(const BlobHeader *header) noexcept nogil:
+    """Whether the lower location (and version, device, length, codec) may be believed."""
+    return zc_entry_check(header.place, header.identity) == ((header.identity >> 4) & 0xFF)
+
 cdef inline void header_fill(
     BlobHeader *header, uint64_t version, uint32_t device, uint32_t page,
     uint32_t length_bytes, uint32_t codec, const uint8_t *blob,
 ) noexcept nogil:
-    cdef uint64_t identity = (version << 12) | (device << 4)
+    """All of a header but the lower location, which is 0."""
+    cdef uint64_t identity = identity_word(version, device)
     cdef uint64_t place = place_word(0, length_bytes, codec)
     cdef uint32_t checksum = zc_blob_checksum(blob, length_bytes, identity, (<uint64_t>page << 16) | place)
     header.identity = identity
     header.page_checksum = (<uint64_t>page << 32) | checksum
     header.place = place
+    header_set_lower(header, 0)
 
 cdef inline uint32_t header_page(const BlobHeader *header) noexcept nogil:
     return <uint32_t>(header.page_checksum >> 32)
@@ -154,17 +180,17 @@ cdef inline uint32_t header_length(const BlobHeader *header) noexcept nogil:
 cdef inline uint64_t header_lower(const BlobHeader *header) noexcept nogil:
     return header.place >> 16
 
-cdef inline void header_set_lower(BlobHeader *header, uint64_t where) noexcept nogil:
-    header.place = (where << 16) | (header.place & 0xFFFF)
-
 cdef inline bint header_matches(
     const BlobHeader *header, uint64_t version, uint32_t device, uint32_t page,
     uint64_t location, const uint8_t *blob,
 ) noexcept nogil:
-    """Whether header and blob are the ones that the entry (version, location) means."""
-    cdef uint64_t identity = (version << 12) | (device << 4)
+    """Whether header and blob are the ones that the entry (version, location) means.
+
+    The check bits are not looked at: they may be changing with the lower location.
+    """
+    cdef uint64_t identity = identity_word(version, device)
     cdef uint64_t length_codec = location & 0xFFFF
-    if header.identity != identity or header_page(header) != page:
+    if (header.identity & ~<uint64_t>HEADER_CHECK) != identity or header_page(header) != page:
         return False
     if (header.place & 0xFFFF) != length_codec:
         return False

@@ -31,7 +31,7 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
 from zcache_core.layout cimport (
-    COUNTER_CELLS, COUNTER_SHARDS, FORMAT_VERSION, NAME_BYTES, PAGE_BYTES, ST_DISK, ST_PEER,
+    COUNTER_CELLS, COUNTER_SHARDS, FORMAT_VERSION, KEY_BYTES, NAME_BYTES, PAGE_BYTES, ST_DISK, ST_PEER,
     ST_RAM_EPHEMERAL, BlobHeader, Entry, Superblock, state_of,
 )
 
@@ -47,6 +47,9 @@ cdef extern from "<sys/shm.h>" nogil:
     void *shmat(int shmid, const void *addr, int flags)
     int shmdt(const void *addr)
     int shmctl(int shmid, int cmd, void *buf)
+
+cdef extern from "<sys/random.h>" nogil:
+    ssize_t getrandom(void *buf, size_t length, unsigned int flags)
 
 cdef extern from "<sys/mman.h>" nogil:
     enum: MADV_DONTDUMP
@@ -141,12 +144,23 @@ cdef class MemoryFile:
         encoded = (name or "").encode()
         memcpy(self.super.name, <const char *>encoded, len(encoded))
         self._map_parts()
+        self._make_keys()       # now that a core dump leaves this mapping out
         self.fresh = True
         self.super.devices[0].pages = self.super.device_pages
         self.super.devices[0].index_offset = self.super.index_offset
         self.super.devices[0].versions_reserved = 1
         self._own()
         return self
+
+    cdef object _make_keys(self):
+        """Random keys, straight from the kernel into the file: no copy of them is anywhere else."""
+        cdef ssize_t missing = 2 * KEY_BYTES
+        missing -= getrandom(self.super.disk_key, KEY_BYTES, 0)
+        missing -= getrandom(self.super.peer_key, KEY_BYTES, 0)
+        if missing:
+            shmctl(self.shmid, IPC_RMID, NULL)
+            self._release()
+            raise MemoryFileError("the kernel gave no random key; start again")
 
     @classmethod
     def open(cls, name):

@@ -10,6 +10,8 @@ must not need memory that can only be had by swapping out to it:
     SCHED_FIFO                             serving threads run before those they unblock
     oom_score_adj -1000                    never the one to be killed
     one malloc arena                       no 64 MiB heap for each thread
+    PR_SET_DUMPABLE 0                      only with encrypt=yes: what libcrypto makes of the
+                                           key leaves by no core dump and no ptrace
 
 Each is asked for; what is refused comes back as one sentence, and the server goes on.
 Linux: mlock2(2), prctl(2), sched(7), proc(5).
@@ -22,6 +24,7 @@ import os
 import resource
 
 MCL_CURRENT, MCL_FUTURE, MCL_ONFAULT = 1, 2, 4
+PR_SET_DUMPABLE = 4
 PR_SET_IO_FLUSHER = 57
 M_ARENA_MAX = -8
 CAP_IPC_LOCK = 14
@@ -80,8 +83,18 @@ def _realtime() -> str:
     return ""
 
 
-def prepare(realtime: bool = True) -> list[str]:
+def _never_dumped() -> str:
+    """The limit is for a core_pattern that ignores the flag; lowering it needs no permission."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if _libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0) == 0:
+        return ""
+    return f"PR_SET_DUMPABLE is refused ({_why()}): a core dump may hold the key"
+
+
+def prepare(realtime: bool = True, secret: bool = False) -> list[str]:
     """Ask for all of it in the calling thread, before others are made.
+
+    `secret`: there is a key in this process's memory.
 
     Returns a sentence for each thing that was refused; empty when all is well.
     """
@@ -89,4 +102,6 @@ def prepare(realtime: bool = True) -> list[str]:
     steps = [_lock_on_fault, _io_flusher, _never_killed]
     if realtime:
         steps.append(_realtime)
+    if secret:
+        steps.append(_never_dumped)
     return [sentence for step in steps if (sentence := step())]

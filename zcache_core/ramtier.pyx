@@ -24,15 +24,16 @@ from zcache_core.arena cimport FRAME_TAKEN, Frame, arena_wait
 from zcache_core.codec cimport codec_compress, codec_decompress
 from zcache_core.core cimport RAN_OUT, WOULD_BLOCK, Core
 from zcache_core.counter_ids cimport (
-    C_COMMIT_WAIT_US, C_COMMIT_WAITS, C_COMPRESS_POOR, C_CORRUPT_LOADS, C_FAILED_STORES,
+    C_COMMIT_WAIT_US, C_COMMIT_WAITS, C_COMPRESS_POOR, C_CORRUPT_LOADS, C_DAMAGED_LOWER_ADDRESSES,
+    C_FAILED_STORES,
     C_FLIP_RETRIES, C_INVALIDATES, C_LOADS, C_LOADS_EMPTY, C_LOADS_SAME_FILLED, C_LOST_PAGES,
     C_READ_RETRIES, C_RESTAMPED_STORES, C_SAME_FILLED_PAGES, C_SAME_FILLED_PAGES_MAX, C_SUCC_STORES,
 )
 from zcache_core.index cimport entry_flip, entry_load, versions_take
 from zcache_core.layout cimport (
     CODEC_RAW, HEADER_BYTES, PAGE_BYTES, PAGE_SHIFT, ST_DISK, ST_EMPTY, ST_LOST, ST_RAM,
-    ST_RAM_EPHEMERAL, ST_SAME, Entry,
-    codec_of, entry_is_sound, header_fill, header_lower, header_matches, length_of, place_word, state_of,
+    ST_RAM_EPHEMERAL, ST_SAME, BlobHeader, Entry,
+    codec_of, entry_is_sound, header_fill, header_is_sound, header_lower, header_matches, length_of, place_word, state_of,
     version_of, version_word, where_of,
 )
 from zcache_core.native cimport (
@@ -67,17 +68,24 @@ cdef bint place_is_possible(Core *core, uint64_t location) noexcept nogil:
     return (where & (PAGE_BYTES - 1)) + room <= PAGE_BYTES
 
 
-cdef void drop_lower_copy(Core *core, Entry old) noexcept nogil:
+cdef void drop_lower_copy(Core *core, Slot *slot, Entry old) noexcept nogil:
     """Let go of the copy below an ephemeral page that is gone.
 
     Its address may just be changing (the tier moved it): under the allocator's lock,
-    which the mover holds from its look at the entry to its write of the header.
+    which the mover holds from its look at the entry to its write of the header.  A damaged
+    address frees nothing, least of all what lies where it seems to point: the copy's room
+    is lost until the next start counts anew.
     """
+    cdef BlobHeader *header = object_header(&core.arena, where_of(old.location), length_of(old.location))
     cdef uint64_t lower
+    cdef bint sound
     lock_take(&core.allocator.lock)
-    lower = header_lower(object_header(&core.arena, where_of(old.location), length_of(old.location)))
+    lower = header_lower(header)
+    sound = header_is_sound(header)
     pthread_mutex_unlock(&core.allocator.lock)
-    if core.lower.tiers != NULL:
+    if not sound:
+        count(slot, C_DAMAGED_LOWER_ADDRESSES, 1)
+    elif core.lower.tiers != NULL:
         core.lower.drop(core.lower.tiers, ST_DISK, lower, length_of(old.location))
 
 
@@ -89,7 +97,7 @@ cdef void dispose(Core *core, Slot *slot, Entry old) noexcept nogil:
     if in_ram(state):
         if place_is_possible(core, old.location):
             if state == ST_RAM_EPHEMERAL:
-                drop_lower_copy(core, old)
+                drop_lower_copy(core, slot, old)
             core.allocator.release(core.allocator, where_of(old.location), object_bytes(length_of(old.location)))
     elif is_below(state):
         if core.lower.tiers != NULL:

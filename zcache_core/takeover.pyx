@@ -17,7 +17,7 @@ from zcache_core.counter_ids cimport C_LOST_PAGES, C_REBUILD_US, C_REBUILT_PAGES
 from zcache_core.index cimport entry_flip, entry_load, versions_take
 from zcache_core.layout cimport (
     ST_DISK, ST_LOST, ST_RAM, ST_RAM_EPHEMERAL, ST_SAME, BlobHeader, Entry, entry_is_sound,
-    header_lower, header_page, header_version, length_of, state_of, version_of, version_word, where_of,
+    header_is_sound, header_lower, header_page, header_version, length_of, state_of, version_of, version_word, where_of,
 )
 from zcache_core.native cimport zc_store32
 from zcache_core.pthread cimport lock_take, now_us, pthread_mutex_unlock
@@ -37,7 +37,10 @@ cdef void adopt_ephemeral(Core *core, uint64_t page, Entry e) noexcept nogil:
     """Its copy below is known again, or it is the only copy from now on."""
     cdef Entry persistent
     cdef BlobHeader *header = object_header(&core.arena, where_of(e.location), length_of(e.location))
-    if header_page(header) == page and header_version(header) == version_of(e.version) and core.lower.tiers != NULL:
+    cdef bint sound = (
+        header_is_sound(header) and header_page(header) == page and header_version(header) == version_of(e.version)
+    )
+    if sound and core.lower.tiers != NULL:
         if core.lower.adopt(core.lower.tiers, ST_DISK, header_lower(header), length_of(e.location)):
             lock_take(&core.allocator.lock)
             core.allocator.ephemeral(core.allocator, where_of(e.location), object_bytes(length_of(e.location)), 1)

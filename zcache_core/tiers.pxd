@@ -2,6 +2,7 @@
 
 from zcache_core.below cimport Tiers
 from zcache_core.cold cimport ColdTier
+from zcache_core.crypt cimport Sealer
 from zcache_core.store cimport Store
 
 
@@ -9,4 +10,5 @@ cdef class Cooling:
     cdef Tiers tiers
     cdef Store store
     cdef ColdTier *disk
+    cdef Sealer sealer          # None: nothing on the disk is encrypted, or will be
     cdef object wrapper         # of the disk, kept alive

@@ -18,6 +18,7 @@ from posix.mman cimport MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, PROT_READ, PROT_
 from zcache_core.below cimport GATHER_BYTES, GHOSTS, RESORT_PAGES, Tiers
 from zcache_core.cold cimport COLD_BATCH, COLD_CAPSULE, ColdPage, ColdTier
 from zcache_core.cooler cimport cooling_thread, tiers_wait_room
+from zcache_core.crypt cimport Crypt, Sealer
 from zcache_core.disk cimport SEGMENT_BYTES, disk_discard, disk_make
 from zcache_core.fetching cimport tiers_fetch
 from zcache_core.layout cimport COUNTER_CELLS, Entry
@@ -60,13 +61,16 @@ cdef class Cooling:
     """The tiers below one store: a disk, so far.  Make it before store.start().
 
     `fd` is an open file or block device of which `disk_bytes` are ours; `preallocated`
-    says that its room was promised.  Raises ConfigError, MemoryFileError.
+    says that its room was promised, `encrypt` that pages are encrypted on it (what is
+    there already is read either way).  Raises ConfigError, MemoryFileError.
     """
 
     def __cinit__(
-        self, Store store not None, int fd, uint64_t disk_bytes, preallocated=False, int high=90, int low=80
+        self, Store store not None, int fd, uint64_t disk_bytes, preallocated=False, int high=90, int low=80,
+        bint encrypt=False,
     ):
         cdef Tiers *t = &self.tiers
+        cdef Crypt *crypt = NULL
         memset(t, 0, sizeof(Tiers))
         if not 0 < low <= high <= 100:
             raise ConfigError(f"watermarks low={low} and high={high} are out of order; use 0 < low <= high <= 100")
@@ -79,9 +83,12 @@ cdef class Cooling:
         t.orders.arena = &store.core.arena
         t.orders.below = True
         t.cells = store.memory.counters + (SLOTS + 2) * COUNTER_CELLS
+        if encrypt or not store.memory.fresh:
+            self.sealer = Sealer(store.memory)
+            crypt = &self.sealer.crypt
         t.cold = self.disk = disk_make(
             fd, disk_bytes, store.memory.super.epoch, store.core.device, preallocated,
-            store.memory.counters + (SLOTS + 3) * COUNTER_CELLS,
+            store.memory.counters + (SLOTS + 3) * COUNTER_CELLS, crypt, encrypt,
         )
         t.orders.cells = store.memory.counters + (SLOTS + 4) * COUNTER_CELLS
         orders_tell(&t.orders)
