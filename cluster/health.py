@@ -19,6 +19,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from zcache_core import PAGES_PER_FRAME
+
 OK, DEGRADED, CRITICAL = "ok", "degraded", "critical"
 _ORDER = (OK, DEGRADED, CRITICAL)
 
@@ -186,10 +188,17 @@ def pool_can_fill(stats: Stats, config: Config) -> Reason | None:
     return Reason(
         DEGRADED,
         f"The pool can fill: {device} pages of device, {pool} frames of pool, no lower tier. "
-        f"When pages compress worse than {device / pool:.1f} to 1, writes will be refused.",
+        f"{_when_refused(device, pool, config)}, writes will be refused.",
         "Give it a disk= of 1.05 times size= and 16M, keep swap of lower priority beside it, or "
         "choose size= nearer to pool=.",
     )
+
+
+def _when_refused(device: int, pool: int, config: Config) -> str:
+    best = PAGES_PER_FRAME.get(str(config.get("allocator")), 0)
+    if best and device > best * pool:
+        return f"With more than {best * pool} pages in use, or fewer that compress badly"
+    return f"When pages compress worse than {device / pool:.1f} to 1"
 
 
 def _all_fits(stats: Stats, config: Config) -> bool:

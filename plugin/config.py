@@ -2,8 +2,8 @@
 
     [("size", "8G"), ("pool", "25%")]  --parse-->  Config (frozen)
 
-`KEYS` is the one table: order, default, how a value is read, and its help; usage
-texts, --dump-plugin and messages come from it.  Whatever cannot be meant is
+`KEYS` is the one table: order, default, how a value is read, and its help; what
+--dump-plugin prints and messages come from it.  Whatever cannot be meant is
 refused at start, with one sentence that says what to write instead.
 
 What it is not: a check of the machine (`fitness.py`) or of what is in use
@@ -19,13 +19,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
+from zcache_core import PAGES_PER_FRAME
 from zcache_core.diskfile import LEAST_BYTES as DISK_BYTES_MIN
 from zcache_core.errors import ConfigError
 
 PAGE_BYTES = 4096
 DEVICE_BYTES_MAX = 1 << 44  # 2^32 pages, what the index can name
 POOL_BYTES_MIN = 1 << 20  # below, the reserve of frames would be the whole pool
-ALLOCATORS = ("zbud",)
+ALLOCATORS = tuple(PAGES_PER_FRAME)
 ALLOCATORS_LATER = ("z3fold", "zsmalloc")
 CODECS = ("lz4", "zstd", "none")
 ZSTD_LEVELS = range(1, 20)
@@ -131,12 +132,6 @@ def _check_disk_keys(config: Config, given: set[str]) -> None:
             f"disk_force={config.disk_force} is another path than disk={config.disk}; repeat that "
             f"path if nothing on it is needed, or leave disk_force= out"
         )
-
-
-def help_text() -> str:
-    """One line for each key."""
-    width = max(len(key.name) for key in KEYS)
-    return "\n".join(f"{key.name:{width}}  {key.help} (default: {key.default})" for key in KEYS)
 
 
 def total_ram_bytes() -> int:

@@ -14,7 +14,7 @@ What it is not: what moves pages; that is `zcache_core.tiers`.
 from __future__ import annotations
 
 from plugin.config import PAGE_BYTES, Config, human
-from zcache_core import memfile
+from zcache_core import PAGES_PER_FRAME, memfile
 from zcache_core.diskfile import PROMISE, RESERVE_BYTES, DiskFile, open_disk, promised_bytes
 from zcache_core.errors import ConfigError, MemoryFileError
 from zcache_core.memfile import MemoryFile
@@ -130,12 +130,24 @@ def refusal_warning(config: Config, disk_bytes: int = 0) -> str | None:
             f"(ENOSPC) whatever the data; with more in use that compresses badly, pool and disk "
             f"can be full; write disk_size={needed_disk(config)} or more to have no write refused"
         )
-    ratio = config.size_bytes / config.pool_bytes
     return (
         f"with size={human(config.size_bytes)}, pool={human(config.pool_bytes)} and no lower "
-        f"tier, writes are refused (ENOSPC) once the pool is full of pages that compress worse "
-        f"than {ratio:.1f} to 1; give it a disk (disk=PATH disk_size={needed_disk(config)}), keep "
-        f"other swap of lower priority beside it, or choose a larger pool= or a smaller size="
+        f"tier, writes are refused (ENOSPC) once {pool_full_when(config)}; give it a disk "
+        f"(disk=PATH disk_size={needed_disk(config)}), keep other swap of lower priority beside "
+        f"it, or choose a larger pool= or a smaller size="
+    )
+
+
+def pool_full_when(config: Config) -> str:
+    """When a pool with nothing below it is full; an allocator's best sets a bound of its own."""
+    ratio = config.size_bytes / config.pool_bytes
+    best = PAGES_PER_FRAME[config.allocator]
+    if ratio <= best:
+        return f"the pool is full of pages that compress worse than {ratio:.1f} to 1"
+    return (
+        f"{human(best * config.pool_bytes)} of it are in use ({config.allocator} puts at most "
+        f"{best} pages into 4 KiB, however well they compress), and sooner with pages that "
+        f"compress worse than {best} to 1"
     )
 
 

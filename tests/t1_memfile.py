@@ -6,6 +6,9 @@ import os
 import signal
 import struct
 import subprocess
+import sys
+import threading
+import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -170,6 +173,56 @@ def test_successor_waits_for_the_predecessors_exit(tmp_path: Path) -> None:
         owner.EXIT_WAIT_S = 10.0
         other.kill()
         other.wait()
+
+
+OWNER_WITHOUT_ITS_LOCK = """
+import os, sys
+from pathlib import Path
+from zcache_core.memfile import MemoryFile
+memory = MemoryFile.create(sys.argv[1], 64 * 4096, 16 * 4096)
+memory.poke(memory.offsets()["index"], b"x")
+for link in Path("/proc/self/fd").iterdir():
+    if link.is_symlink() and os.readlink(link).endswith(".mem"):
+        os.close(int(link.name))
+print(memory.shmid, flush=True)
+sys.stdin.read()
+"""
+
+
+def mappings_of(shmid: int) -> list[str]:
+    """Permissions with which this process maps a segment."""
+    rows = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    return [row[1] for row in rows if row[4] == str(shmid) and "SYSV" in line_end(row)]
+
+
+def line_end(row: list[str]) -> str:
+    return row[5] if len(row) > 5 else ""
+
+
+def test_successor_does_not_touch_a_file_whose_owner_still_exists() -> None:
+    """A dying process has lost its lock before the last of its threads has stopped writing.
+
+    Until it is gone, the successor waits, and maps the file for reading at most.
+    """
+    command = [sys.executable, "-c", OWNER_WITHOUT_ITS_LOCK, "dying"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as owning:
+        assert owning.stdout is not None
+        shmid = int(owning.stdout.readline())
+        opened: list[MemoryFile] = []
+        successor = threading.Thread(target=lambda: opened.append(MemoryFile.open("dying")))
+        successor.start()
+        end = time.monotonic() + 30
+        while "r--s" not in mappings_of(shmid) and successor.is_alive():
+            assert time.monotonic() < end
+            time.sleep(0.001)
+        successor.join(0.3)  # nothing is measured: time for what must not happen
+        assert successor.is_alive()
+        assert mappings_of(shmid) == ["r--s"]
+        owning.kill()
+        successor.join(30)
+    assert opened[0].peek(opened[0].offsets()["index"], 1) == b"x"
+    assert mappings_of(shmid) == ["rw-s"]
+    opened[0].destroy()
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import threading
 import pytest
 
 from tests.core_helpers import PAGE, make_page, opened_store
+from tests.gate_helpers import Gate
 from zcache_core import counters
 from zcache_core.device import Device
 from zcache_core.store import Store
@@ -82,3 +83,14 @@ def test_a_refused_write_gives_the_crew_back(rng: random.Random) -> None:
                 break
         assert crew_pages(store) > before
         assert store.check() == 0
+
+
+@pytest.mark.parametrize("pages", [8, 31])
+def test_the_crew_looks_at_nothing_but_the_request(pages: int, rng: random.Random) -> None:
+    """The first job of its life is a short one: behind its data lies somebody else's memory."""
+    with opened_store(HALF * PAGE, HALF * PAGE) as store, Gate(32) as gate:
+        device = Device(store)
+        for page in range(pages):
+            gate.open(page, rng.randbytes(PAGE))
+        device.pwrite(None, gate.memory[: pages * PAGE], 0)
+        assert not gate.reached(0.2)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import errno
+import mmap
 import os
 import random
+import resource
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -250,3 +255,84 @@ def test_extents_of_a_damaged_entry_claim_nothing() -> None:
         ]
         store.memory.poke(store.memory.offsets()["index"] + 16, b"\0")
         assert device.extents(None, PAGE, PAGE) == [(PAGE, PAGE, 0)]
+
+
+def faults_of(call: Callable[[int], object], runs: int) -> int:
+    """Page faults of the calling thread while it calls so often."""
+    before = resource.getrusage(resource.RUSAGE_THREAD)
+    for i in range(runs):
+        call(i)
+    after = resource.getrusage(resource.RUSAGE_THREAD)
+    return after.ru_minflt + after.ru_majflt - before.ru_minflt - before.ru_majflt
+
+
+@pytest.mark.parametrize("codec", ["lz4", "zstd", "none"])
+def test_serving_takes_no_page_fault(codec: str, rng: random.Random) -> None:
+    """Neither with frames that were committed ahead, nor with those of a predecessor.
+
+    A fault needs memory, and a server must not need any at the moment when it is asked to
+    make room.  A few are Python's own here.
+    """
+    run, runs = 32 * PAGE, 60
+    data = b"".join(make_page(rng) for _ in range(32))
+    out = bytearray(run)
+    memory = MemoryFile.create(f"faults-{os.getpid()}", 64 << 20, 64 << 20)
+    store = Store(memory, codec=codec)
+    store.start()
+    try:
+        device = Device(store)
+        for call in (device.pwrite, device.pread):  # the test's own buffers and code
+            call(None, out, 0, 0)
+        assert faults_of(lambda i: device.pwrite(None, data, i * run), runs) < 16
+        assert faults_of(lambda i: device.pread(None, out, i * run, 0), runs) < 16
+        store.stop()
+        memory.close()
+        memory = MemoryFile.open(f"faults-{os.getpid()}")
+        store = Store(memory, codec=codec)
+        store.start()
+        store.wait_ready()
+        device = Device(store)
+        assert faults_of(lambda i: device.pread(None, out, i * run, 0), runs) < 16
+        assert out == data
+        assert faults_of(lambda i: device.pwrite(None, data, i * run), runs) < 16
+    finally:
+        store.stop()
+        memory.destroy()
+
+
+def test_contexts_of_a_codec_are_counted_in_ram_bytes() -> None:
+    """32 contexts each way, of 70 KB and more."""
+    of = {}
+    for codec in ("lz4", "zstd"):
+        with opened_store(64 * PAGE, 1 << 20, codec=codec) as store:
+            of[codec] = counters.read(store.memory)["ram_bytes"]
+    assert of["zstd"] > of["lz4"] + 32 * (70_000 + 70_000)
+
+
+def test_refused_writes_do_not_make_the_kernel_look_for_memory(tmp_path: Path) -> None:
+    """Half of the arena is covered with an empty file: committing it fails, as without memory.
+
+    The committer tries ten times a second, however many writes are refused meanwhile.
+    """
+    with opened_store(64 << 20, 64 << 20) as store:
+        device = Device(store)
+        rows = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+        areas = [row[0] for row in rows if row[4] == str(store.memory.shmid)]
+        end = int(areas[0].split("-")[1], 16)
+        libc = ctypes.CDLL(None)
+        libc.mmap.restype = ctypes.c_void_p
+        half = (ctypes.c_void_p(end - (32 << 20)), ctypes.c_size_t(32 << 20))
+        with open(tmp_path / "empty", "w+b") as file:
+            flags = mmap.MAP_SHARED | 0x10  # MAP_FIXED
+            assert libc.mmap(*half, mmap.PROT_WRITE, flags, file.fileno(), 0) == half[0].value
+        noise = random.Random(1).randbytes(1 << 20)
+        for i in range(64):
+            with contextlib.suppress(OSError):
+                device.pwrite(None, noise, i * len(noise))
+        began = time.monotonic()
+        before = counters.read(store.memory)["commit_failures"]
+        for _ in range(2000):
+            with pytest.raises(OSError, match="space"):
+                device.pwrite(None, noise[:PAGE], 63 << 20)
+        tries = counters.read(store.memory)["commit_failures"] - before
+        assert tries <= 2 + 11 * (time.monotonic() - began)

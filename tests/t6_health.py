@@ -23,6 +23,7 @@ DISK = {"disk_segments": 100, "disk_limit_bytes": 100 * MIB, "disk_bytes": 10 * 
 FULL_DISK = DISK | {"disk_bytes": 95 * MIB}
 FAILING = DISK | {"disk_degraded": 1, "disk_errno": errno.EIO, "disk_write_errors": 4}
 ALL = {"guaranteed": 1000 * 4096}
+ZBUD = {"allocator": "zbud"}
 
 # What is the matter, how bad it is, and words of what to do.
 TROUBLE: list[tuple[dict[str, int], dict[str, Any], str, str, str]] = [
@@ -32,7 +33,8 @@ TROUBLE: list[tuple[dict[str, int], dict[str, Any], str, str, str]] = [
     ({"pers_pageframes": 850}, {}, "degraded", "The pool is 85 % full", "larger pool="),
     ({"failed_stores": 9}, {}, "degraded", "9 page writes have been refused", "larger pool="),
     ({"commit_failures": 2}, {}, "degraded", "gave no memory to the pool 2 times", "commit=all"),
-    ({"device_pages": 4000}, {}, "degraded", "worse than 4.0 to 1", "lower priority"),
+    ({"device_pages": 1900}, ZBUD, "degraded", "worse than 1.9 to 1", "lower priority"),
+    ({"device_pages": 4000}, ZBUD, "degraded", "more than 2000 pages in use", "lower priority"),
     ({"draining": 1}, {}, "degraded", "The pool is drained", "zcache drain --off"),
     (
         {"disk_corrupt_pages": 2},

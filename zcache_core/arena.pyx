@@ -184,8 +184,9 @@ cdef uint32_t arena_take(Arena *arena) noexcept nogil:
         arena.frames[frame].state = FRAME_TAKEN
         arena.frames[frame].referenced = 1
         arena.cells[C_FREE_FRAMES] = arena.free_count
-    # half empty: enough left while the thread wakes, and not a system call for each frame
-    if arena.free_count * 2 < arena.reserve and arena.committed < arena.target:
+    # half empty: enough left while the thread wakes, and not a system call for each frame;
+    # after a failure it wakes by itself, or each refused write would make the kernel look for memory
+    if arena.free_count * 2 < arena.reserve and arena.committed < arena.target and not arena.failing:
         pthread_cond_signal(&arena.work)
     pthread_mutex_unlock(&arena.lock)
     return frame
@@ -432,7 +433,8 @@ cdef void arena_stop(Arena *arena) noexcept nogil:
 cdef void arena_adopt(Arena *arena) noexcept nogil:
     """After a rebuild marked the taken frames: all others lose their memory.
 
-    The predecessor's reserve and whatever it was writing when it died lie there.
+    The predecessor's reserve and whatever it was writing when it died lie there.  Those
+    that are taken have memory, but this process has no page tables for them yet.
     """
     cdef uint32_t i = 0
     cdef uint32_t start
@@ -446,9 +448,12 @@ cdef void arena_adopt(Arena *arena) noexcept nogil:
             i += 1
         if i > start:
             madvise(frame_address(arena, start), <size_t>(i - start) << PAGE_SHIFT, MADV_REMOVE)
+        start = i
         while i < arena.total and arena.frames[i].state == FRAME_TAKEN:
             taken += 1
             i += 1
+        if i > start and commit_range(arena, start, i - start):
+            arena.cells[C_COMMIT_FAILURES] += 1
     for i in range(arena.total):
         start = arena.total - 1 - i
         if arena.frames[start].state != FRAME_TAKEN:

@@ -1,6 +1,6 @@
 """C face of the codecs."""
 
-from libc.stdint cimport uint8_t, uint32_t
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 from zcache_core.slots cimport Slot, Slots
 
@@ -10,6 +10,7 @@ ctypedef struct CodecChoice:
 
 cdef int codec_prepare(Slots *slots, CodecChoice choice) noexcept nogil
 cdef void codec_discard(Slots *slots) noexcept nogil
+cdef uint64_t codec_memory_bytes(Slots *slots) noexcept nogil
 cdef uint32_t codec_compress(
     Slot *slot, CodecChoice choice, const uint8_t *page, uint8_t *blob, uint32_t room_bytes
 ) noexcept nogil

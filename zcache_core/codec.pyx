@@ -44,6 +44,8 @@ cdef extern from "<zstd.h>" nogil:
     ZSTD_DCtx *ZSTD_createDCtx()
     size_t ZSTD_freeCCtx(ZSTD_CCtx *)
     size_t ZSTD_freeDCtx(ZSTD_DCtx *)
+    size_t ZSTD_sizeof_CCtx(const ZSTD_CCtx *)
+    size_t ZSTD_sizeof_DCtx(const ZSTD_DCtx *)
     size_t ZSTD_CCtx_setParameter(ZSTD_CCtx *, ZSTD_cParameter, int)
     size_t ZSTD_DCtx_setParameter(ZSTD_DCtx *, ZSTD_dParameter, int)
     size_t ZSTD_compress2(ZSTD_CCtx *, void *dst, size_t room, const void *src, size_t length)
@@ -83,8 +85,31 @@ cdef int codec_prepare(Slots *slots, CodecChoice choice) noexcept nogil:
             if refused:
                 return -1
     for i in range(SLOTS):
-        codec_compress(&slots.slot[i], choice, slots.slot[i].page, slots.slot[i].blob, PAGE_BYTES)
+        warm(&slots.slot[i], choice)
     return 0
+
+
+cdef void warm(Slot *slot, CodecChoice choice) noexcept nogil:
+    """One page there and back, of the kind that makes a codec use all it has: letters and repeats."""
+    cdef uint32_t i, length
+    cdef uint32_t x = 1
+    for i in range(PAGE_BYTES):
+        x = x * 1664525 + 1013904223
+        slot.page[i] = slot.page[i - 97] if i >= 97 and i // 128 % 2 else 97 + (x >> 28)
+    length = codec_compress(slot, choice, slot.page, slot.blob, PAGE_BYTES)
+    if length:
+        codec_decompress(slot, choice.codec, slot.blob, length, slot.page)
+
+
+cdef uint64_t codec_memory_bytes(Slots *slots) noexcept nogil:
+    """What the contexts that are in use take, beside the slots."""
+    cdef uint64_t total = 0
+    cdef uint32_t i
+    for i in range(SLOTS):
+        if slots.slot[i].zstd_compress != NULL:
+            total += ZSTD_sizeof_CCtx(<ZSTD_CCtx *>slots.slot[i].zstd_compress)
+            total += ZSTD_sizeof_DCtx(<ZSTD_DCtx *>slots.slot[i].zstd_decompress)
+    return total
 
 
 cdef void codec_discard(Slots *slots) noexcept nogil:

@@ -24,7 +24,7 @@ from zcache_core.pthread cimport (
     pthread_mutex_unlock,
 )
 from zcache_core.ramtier cimport store_wait_ready
-from zcache_core.slots cimport Slot, slot_release, slot_take
+from zcache_core.slots cimport Slot, slot_park, slot_release, slot_take, slot_unpark
 
 cdef enum:
     # A tier with less room gets smaller batches; one frame's time must fit (see gather_batch).
@@ -78,7 +78,7 @@ cdef void *cooling_thread(void *argument) noexcept nogil:
     return NULL
 
 
-cdef bint tiers_wait_room(void *tiers, int64_t deadline_us) noexcept nogil:
+cdef bint tiers_wait_room(void *tiers, void *slot, int64_t deadline_us) noexcept nogil:
     """Wait until the cooling thread made progress; False when it is too late or hopeless."""
     cdef Tiers *t = <Tiers *>tiers
     cdef int64_t start = now_us()
@@ -101,7 +101,9 @@ cdef bint tiers_wait_room(void *tiers, int64_t deadline_us) noexcept nogil:
     stuck = t.rounds == rounds
     pthread_mutex_unlock(&t.lock)
     if stuck:
+        slot_unpark(<Slot *>slot)           # frames are looked at
         drop_frames(t, FRAMES_AT_ONCE)      # the tier stalls, and the cooling thread with it
+        slot_park(<Slot *>slot)
     zc_add64(&t.cells[C_POOL_WAITS], 1)
     zc_add64(&t.cells[C_POOL_WAIT_US], <uint64_t>(now_us() - start))
     return True

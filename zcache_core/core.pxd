@@ -22,8 +22,8 @@ ctypedef struct Lower:
     # a takeover found this copy in the index; False: it cannot be
     bint (*adopt)(void *tiers, uint32_t state, uint64_t where, uint32_t length_bytes) noexcept nogil
     void (*adopted)(void *tiers) noexcept nogil
-    # wait until there may be room in RAM again; False: there will be none in time
-    bint (*wait_room)(void *tiers, int64_t deadline_us) noexcept nogil
+    # wait, in a parked slot, until there may be room in RAM again; False: there will be none in time
+    bint (*wait_room)(void *tiers, void *slot, int64_t deadline_us) noexcept nogil
 
 cdef enum:
     PAGE_LOCKS = 64

@@ -29,7 +29,7 @@ from zcache_core.index cimport entry_load, versions_take
 from zcache_core.layout cimport PAGE_BYTES, PAGE_SHIFT, ST_EMPTY, ST_SAME, Entry, entry_is_sound, state_of
 from zcache_core.native cimport zc_load32
 from zcache_core.pthread cimport lock_take, pthread_mutex_unlock
-from zcache_core.slots cimport Slot, count, slot_release, slot_take
+from zcache_core.slots cimport Slot, count, slot_park, slot_release, slot_take, slot_unpark
 from zcache_core.store cimport Store
 from zcache_core.ramtier cimport (
     store_expect, store_get, store_invalidate, store_put, store_replace, store_wait_ready,
@@ -68,7 +68,9 @@ cdef int change_part(
     cdef int error
     cdef uint32_t stripe = page % PAGE_LOCKS
     count(slot, C_PARTIAL_WRITES, 1)
+    slot_park(slot)             # who has the lock may wait for a disk, or for the committer
     lock_take(&core.page_lock[stripe])
+    slot_unpark(slot)
     while True:
         error = store_get(core, slot, page, slot.page, &seen, True)
         if error:

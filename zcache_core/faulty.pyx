@@ -25,6 +25,7 @@ from zcache_core.native cimport zc_add64, zc_load32, zc_load64, zc_store32, zc_s
 
 cdef enum:
     LOST_MOST = 1024            # a power of two
+    DELAY_STEP_US = 10000       # how soon a delay notices that it was made shorter
 
 ctypedef struct Faulty:
     ColdTier face               # first: a ColdTier * is a Faulty *
@@ -63,13 +64,18 @@ cdef bint happens(Faulty *f, uint32_t *per_mille) noexcept nogil:
 
 
 cdef void delay(Faulty *f, uint32_t *us) noexcept nogil:
+    """Sleep for so long, or until a shorter delay is set."""
     cdef timespec nap
-    cdef uint32_t length_us = zc_load32(us)
-    if length_us:
-        nap.tv_sec = length_us // 1000000
-        nap.tv_nsec = (length_us % 1000000) * 1000
+    cdef uint32_t done_us = 0
+    cdef uint32_t step_us
+    if zc_load32(us):
         zc_add64(&f.delays, 1)
+    while done_us < zc_load32(us):
+        step_us = min(zc_load32(us) - done_us, <uint32_t>DELAY_STEP_US)
+        nap.tv_sec = 0
+        nap.tv_nsec = step_us * 1000
         nanosleep(&nap, NULL)
+        done_us += step_us
 
 
 cdef inline bint is_lost(Faulty *f, uint64_t version) noexcept nogil:
@@ -211,7 +217,10 @@ cdef class FaultyTier:
         self, *, uint32_t put_fail=0, uint32_t put_errno=5, uint32_t get_fail=0, uint32_t get_errno=5,
         uint32_t put_delay_us=0, uint32_t get_delay_us=0, uint32_t spoil=0, uint32_t lose=0,
     ):
-        """From now on these faults and no others; chances per mille, delays before each call."""
+        """From now on these faults and no others; chances per mille, delays before each call.
+
+        A call that is being delayed goes on when its delay is made shorter.
+        """
         cdef Faulty *f = &self.faulty
         zc_store32(&f.put_errno, put_errno)
         zc_store32(&f.get_errno, get_errno)

@@ -21,5 +21,6 @@ cdef class MemoryFile:
 
     cdef Superblock *_open_super(self) except NULL
     cdef object _attach(self, bint writable)
+    cdef object _detach(self)
     cdef object _check(self)
     cdef object _make_keys(self)

@@ -177,13 +177,15 @@ cdef class MemoryFile:
             raise MemoryFileError(f"there is no memory file named {name}; start without one first")
         self.shmid = self._lock.shmid
         try:
-            self._attach(True)
+            self._attach(False)
             self._check()
             if segment_name(self.shmid) != name:
                 raise MemoryFileError(
                     f"segment {self.shmid} belongs to another memory file; remove {self._lock.path} and start anew"
                 )
             self._lock.wait_for_exit(self.super.owner_pid, self.super.owner_start_ticks)
+            self._detach()
+            self._attach(True)
         except Exception:
             self.close()
             raise
@@ -217,6 +219,10 @@ cdef class MemoryFile:
         self.base = <uint8_t *>base
         self.super = <Superblock *>base
         self.writable = writable
+
+    cdef object _detach(self):
+        shmdt(self.base)
+        self.base = NULL
 
     cdef object _check(self):
         if self.super.magic[:8] != MAGIC:
@@ -263,8 +269,7 @@ cdef class MemoryFile:
         if self.base != NULL:
             if self.writable and self.super.owner_pid == <uint64_t>os.getpid():
                 self.super.owner_pid = 0        # an orderly end: nobody has to wait for our exit
-            shmdt(self.base)
-            self.base = NULL
+            self._detach()
         self._release()
 
     def destroy(self):

@@ -133,7 +133,7 @@ cdef bint find_room(Core *core, Slot *slot, uint32_t bytes, uint64_t *where) noe
     while not found:
         over |= now_us() >= until - ROOM_WAIT_US + OVER_TARGET_AFTER_US
         if not arena_wait(&core.arena, until, over) and not (
-            core.lower.tiers != NULL and core.lower.wait_room(core.lower.tiers, until)
+            core.lower.tiers != NULL and core.lower.wait_room(core.lower.tiers, slot, until)
         ):
             if over:
                 break

@@ -20,9 +20,9 @@ from libc.string cimport memset
 
 from zcache_core.allocator cimport object_header
 from zcache_core.arena cimport (
-    arena_commit_now, arena_free, arena_init, arena_keep_all, arena_set_goal, arena_start,
+    Frame, arena_commit_now, arena_free, arena_init, arena_keep_all, arena_set_goal, arena_start,
 )
-from zcache_core.codec cimport codec_discard, codec_prepare
+from zcache_core.codec cimport codec_discard, codec_memory_bytes, codec_prepare
 from zcache_core.core cimport PAGE_LOCKS, Core
 from zcache_core.counter_ids cimport C_DEVICE_PAGES, C_PRIVATE_TABLE_BYTES
 from zcache_core.crew cimport crew_start, crew_stop
@@ -97,7 +97,9 @@ cdef class Store:
         for i in range(PAGE_LOCKS):
             lock_init(&core.page_lock[i])
         core.slots.background[C_DEVICE_PAGES] = core.index.pages
-        core.slots.background[C_PRIVATE_TABLE_BYTES] = core.slots.memory_bytes + core.arena.total * 16
+        core.slots.background[C_PRIVATE_TABLE_BYTES] = (
+            core.slots.memory_bytes + codec_memory_bytes(&core.slots) + core.arena.total * <uint64_t>sizeof(Frame)
+        )
         self.open = True
 
     def _reset_gauges(self):
