@@ -33,8 +33,10 @@ ROWS = (Load("read", 4 * KIB), Load("read", 32 * KIB), Load("write", 128 * KIB))
 START_LIMIT_S = 20.0
 MOST = 1.1
 
+# SIGINT is ignored in the children of a shell's background job, unless somebody asks for it.
 POLLER = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from cluster.link import BlockingClient
 answers = 0
 with BlockingClient(sys.argv[1]) as client:

@@ -16,9 +16,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.cold_helpers import BATCH_MOST, DISK_BYTES, MAKERS, SEGMENT, Maker, Model, refused
+from tests.cold_helpers import DISK_BYTES, MAKERS, SEGMENT, Maker, Model, refused
 from tests.core_helpers import PAGE
 from tests.tiers_helpers import open_file
+from zcache_core.coldprobe import BATCH_MOST
 from zcache_core.memfile import MemoryFile
 
 

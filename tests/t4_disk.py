@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 
 from tests.cold_helpers import (
-    BATCH_MOST,
     DISK_BYTES,
     DISKS,
     EPOCH,
@@ -31,7 +30,7 @@ from tests.cold_helpers import (
 from tests.core_helpers import PAGE
 from tests.tiers_helpers import open_file, wait_for
 from zcache_core import counters
-from zcache_core.coldprobe import ColdProbe
+from zcache_core.coldprobe import BATCH_MOST, ColdProbe
 from zcache_core.crypt import CIPHER_NAMES, aead
 from zcache_core.diskfile import open_disk
 from zcache_core.memfile import MemoryFile

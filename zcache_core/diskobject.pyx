@@ -105,10 +105,10 @@ cdef bint object_found(const Whose *whose, uint8_t *at, uint32_t room_bytes, uin
     Then `page` is told, its blob lying where the object's was, decrypted there.
     """
     cdef BlobHeader *header = <BlobHeader *>at
-    cdef uint32_t length = header_length(header)
-    cdef uint32_t cipher
+    cdef uint32_t length, cipher
     if room_bytes < HEADER_BYTES or header_lower(header) != epoch_tag(whose) or not header_is_sound(header):
         return False
+    length = header_length(header)
     page.version, page.page = header_version(header), header_page(header)
     page.length_codec = header.place & 0xFFFF
     page.where = offset
