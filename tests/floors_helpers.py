@@ -38,7 +38,7 @@ FLOORS = {
         5: "node",
     },
     "plugin": {
-        6: "messages logpipe config",
+        6: "messages logpipe config instance",
         7: "spawn keeper places fitness show lower wiring",
         8: "control drain",
         9: "zcache_plugin cli",
