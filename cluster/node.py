@@ -171,14 +171,23 @@ def relay_log(fd: int) -> Callable[[], None]:
     return finish
 
 
-async def serve(node: Node, control: str, pidfd: int, log_fd: int | None) -> None:
-    """Answer until the server ends or SIGTERM or SIGINT comes."""
+async def serve(
+    node: Node, control: str, pidfd: int, log_fd: int | None, take: bool = False
+) -> None:
+    """Answer until the server ends or SIGTERM or SIGINT comes.
+
+    `take`: the path is ours even if somebody still listens there.  That is the node of a
+    killed server of this name, which may be swapped out to the very device that waits
+    for our server, and so cannot end before it serves.
+    """
     loop = asyncio.get_running_loop()
     finish_log = relay_log(log_fd) if log_fd is not None else None
     finished = asyncio.Event()
     loop.add_reader(pidfd, finished.set)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, finished.set)
+    if take:
+        Path(control).unlink(missing_ok=True)
     sock = unixsock.listen(control, "the control socket", "control=PATH", BACKLOG)
     inode = os.stat(control).st_ino
     server = Server(node.dispatch)
@@ -201,6 +210,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--server-pid", required=True, type=int, help="the server, our parent")
     parser.add_argument("--config", required=True, type=json.loads, help="what `config` answers")
     parser.add_argument("--command-fd", type=int, help="pipe to the server's steward")
+    parser.add_argument(
+        "--take-control", action="store_true", help="the path is ours, whoever listens"
+    )
     parser.add_argument("--log-fd", type=int, help="pipe with the server's log, to pass on")
     args = parser.parse_args(argv)
     logging.basicConfig(format="zcache node: %(message)s", level=logging.WARNING)
@@ -210,7 +222,7 @@ def main(argv: list[str] | None = None) -> int:
         memory = MemoryFile.attach(args.shmid)
         try:
             node = Node(memory, args.config, args.server_pid, args.command_fd)
-            asyncio.run(serve(node, args.control, pidfd, args.log_fd))
+            asyncio.run(serve(node, args.control, pidfd, args.log_fd, args.take_control))
         finally:
             memory.close()
     except ZcacheError as error:

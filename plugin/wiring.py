@@ -51,13 +51,14 @@ class Checked(NamedTuple):
 
     where: Listening
     disk: DiskFile | None
+    supervised: bool = False
 
 
 class Serving:
     """A running server: what nbdkit's callbacks are made from."""
 
     def __init__(self, config: Config, checked: Checked, set_error: SetError) -> None:
-        self._where, self._disk = where, disk = checked
+        self._where, self._disk, self._supervised = where, disk, _ = checked
         self._memory = open_memory(config, disk)
         self.pool_is_locked = self._memory.stays_locked
         self._store = Store(
@@ -73,7 +74,8 @@ class Serving:
             self._cooling.start()
         self._steward.start()
         self.device = Device(self._store, set_error)
-        self._socket_inode = os.stat(where.unix).st_ino if where.unix is not None else 0
+        inode = os.stat(where.unix).st_ino if where.unix is not None else 0
+        self.unix_socket = where.unix, inode
         self._log: LogPipe | None = None
         self._keeper: Keeper | None = None
 
@@ -93,6 +95,8 @@ class Serving:
         """The node process, and the log through it.  Nothing may fail after this."""
         words = ["--control", control, "--shmid", str(self._memory.shmid)]
         words += ["--server-pid", str(os.getpid()), "--config", json.dumps(dict(told))]
+        if self._supervised:
+            words += ["--take-control"]
         fds, free, say = {}, NODE_FDS, messages.say
         if logpipe.is_wanted(self._where.verbose):
             self._log = LogPipe()
@@ -118,17 +122,27 @@ class Serving:
         self._memory.close()
         if self._disk is not None:
             self._disk.close()
-        if self._where.unix is not None:  # nbdkit leaves it behind
-            unixsock.remove(self._where.unix, self._socket_inode)
+        unix, inode = self.unix_socket
+        if unix is not None:  # nbdkit leaves it behind
+            unixsock.remove(unix, inode)
 
 
-def check(config: Config) -> Checked:
-    """Refuse what is in use, warn of what can happen.  Raises ConfigError, InUseError."""
+def check_successor(config: Config) -> None:
+    """What can be refused while the predecessor still serves.  Raises ZcacheError."""
+    lower.refuse_memory(config, None, sizes_only=True)
+
+
+def check(config: Config, supervised: bool = False) -> Checked:
+    """Refuse what is in use, warn of what can happen.  Raises ConfigError, InUseError.
+
+    `supervised`: the control socket's path is this instance's, so whoever still listens
+    there is the node process of a killed predecessor, and may be too swapped out to end.
+    """
     where = listening(own_command_line(), os.environ)
     if where.unix is not None:
         unixsock.claim(where.unix, "the NBD socket", "-U PATH")
     # A default with a process number in it is nobody's yet: the number is our child's.
-    if config.control or (where.unix or where.tcp_port):
+    if not supervised and (config.control or where.unix or where.tcp_port):
         control = config.control or control_path(where, os.getpid())
         unixsock.claim(control, "the control socket", "control=PATH")
     disk = lower.open_checked(config)
@@ -136,7 +150,7 @@ def check(config: Config) -> Checked:
         warn(sentence)
     elif disk is not None:
         messages.say(lower.promise(config, disk))
-    return Checked(where, disk)
+    return Checked(where, disk, supervised)
 
 
 def wants_realtime(config: Config, where: Listening) -> bool:

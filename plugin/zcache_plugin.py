@@ -20,7 +20,7 @@ import nbdkit
 
 try:
     from plugin import config as _config
-    from plugin import messages, places, wiring
+    from plugin import leave, liaison, messages, places, wiring
 except ImportError as error:
     sys.exit(f"zcache: {error}; run 'make setup', which builds the core for nbdkit's own Python")
 
@@ -29,6 +29,7 @@ MAXIMUM_BLOCK_BYTES = 32 << 20
 DATA_CALLBACKS = ("pread", "pwrite", "trim", "zero", "extents", "cache", "flush")
 
 messages.install()
+_supervisor = liaison.Liaison.from_environment()
 _words: list[tuple[str, str]] = []
 _settings: _config.Config
 _checked: wiring.Checked
@@ -54,18 +55,27 @@ def config(key: str, value: str) -> None:
 
 def config_complete() -> None:
     global _settings
-    _settings = _config.parse(_words)
+    with _supervisor.reporting():
+        _settings = _config.parse(_words)
 
 
 def get_ready() -> None:
     global _checked
-    _checked = wiring.check(_settings)
+    with _supervisor.reporting():
+        if _supervisor.is_standby:
+            wiring.check_successor(_settings)
+            _supervisor.wait_turn()
+        _checked = wiring.check(_settings, _supervisor.is_supervised)
 
 
 def after_fork() -> None:
     global _serving
-    _serving = wiring.start(_settings, _checked, nbdkit.set_error)
+    leave.prepare()
+    with _supervisor.reporting():
+        _serving = wiring.start(_settings, _checked, nbdkit.set_error)
     globals().update((name, getattr(_serving.device, name)) for name in DATA_CALLBACKS)
+    leave.watch(*_serving.unix_socket)
+    _supervisor.serving()
 
 
 def cleanup() -> None:

@@ -291,6 +291,11 @@ cdef class MemoryFile:
         return self._open_super().owner_pid
 
     @property
+    def owner_start_ticks(self):
+        """Its start in clock ticks since boot: which process, not which number."""
+        return self._open_super().owner_start_ticks
+
+    @property
     def overhead_bytes(self):
         """Superblock, counters and index: committed as long as the file lives."""
         return self._open_super().frame_headers_offset

@@ -22,6 +22,7 @@ import os
 import resource
 
 MCL_CURRENT, MCL_FUTURE, MCL_ONFAULT = 1, 2, 4
+PR_SET_PDEATHSIG = 1
 PR_SET_IO_FLUSHER = 57
 M_ARENA_MAX = -8
 CAP_IPC_LOCK = 14
@@ -90,3 +91,11 @@ def prepare(realtime: bool = True) -> list[str]:
     if realtime:
         steps.append(_realtime)
     return [sentence for step in steps if (sentence := step())]
+
+
+def outlive_parent() -> None:
+    """Not be ended with the process that started us; in the main thread.
+
+    nbdkit -f asks for that (PR_SET_PDEATHSIG, SIGTERM): right for one in a terminal.
+    """
+    _libc.prctl(PR_SET_PDEATHSIG, 0, 0, 0, 0)
