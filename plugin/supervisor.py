@@ -50,21 +50,31 @@ from zcache_core.errors import ZcacheError
 from zcache_core.owner import start_ticks
 
 BACKOFF_FIRST_S = 0.1
-BACKOFF_MAX_S = 5.0  # a kernel waits a minute for its device, and all that swap wait with it
-CALM_S = 60.0
+BACKOFF_MAX_S = 2.0  # all that swap wait with us, and the kernel gives up after a minute
+CALM_S = 5.0  # a server that loops in its death does it within a second
 ADOPTED_S = 5.0  # for an adopted server to answer on its socket; else it is replaced
 END_S = 5.0  # for a server to finish its requests and end; then SIGKILL
 STANDBY_S = 30.0  # for a standby to load
+RESUME = "ZCACHE_RESUME"  # what a supervisor tells itself through exec
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Supervisor:
-    """`tell` hears once: (0, "") when pages are answered, or (exit code, why not)."""
+    """`tell` hears once: (0, "") when pages are answered, or (exit code, why not).
+
+    `left_behind` is the living server of a predecessor, as it wrote it down.
+    """
 
     def __init__(
-        self, instance: Instance, lock: ServeLock, state: State, tell: Callable[[int, str], None]
+        self,
+        instance: Instance,
+        lock: ServeLock,
+        state: State,
+        tell: Callable[[int, str], None],
+        left_behind: int | None,
     ) -> None:
         self._instance, self._lock, self._state, self._tell = instance, lock, state, tell
+        self._left_behind = left_behind
         self._server: Server | None = None
         self._standby: Server | None = None
         self._ready = False  # the standby has said so
@@ -130,6 +140,7 @@ class Supervisor:
             self._stop()
         elif signal.SIGHUP in numbers:
             self._state.upgrades_asked += 1
+            self._state.upgrade_error = ""
             self._exec_anew()
 
     # ---- starting -------------------------------------------------------------------
@@ -142,8 +153,13 @@ class Supervisor:
             self._phase(servestate.STARTING)
 
     def _adopt(self) -> bool:
-        """Take over the watch of a living owner of the memory file, if there is one."""
-        if (pid := living_owner(self._instance.name)) is None:
+        """Take over the watch of a living owner of the memory file, if there is one.
+
+        Or of the server that our predecessor wrote down: the file may have a format that we
+        cannot read, after an upgrade that cannot be done.
+        """
+        pid, self._left_behind = living_owner(self._instance.name) or self._left_behind, None
+        if pid is None:
             return False
         try:
             self._server = Server(pid, None)
@@ -245,19 +261,17 @@ class Supervisor:
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         os.set_inheritable(self._lock.fd, True)
         self._phase(servestate.UPGRADING)
-        words = [sys.executable, *sys.orig_argv[1:]]
-        if "--resume" in words:
-            words = words[: words.index("--resume")]
         resume = {
             "fd": self._lock.fd, "asked": self._state.upgrades_asked,
             "done": self._state.upgrades, "starts": self._state.starts,
         }  # fmt: skip
         try:
-            os.execv(words[0], [*words, "--resume", json.dumps(resume)])
+            words = [sys.executable, *sys.orig_argv[1:]]
+            os.execve(words[0], words, os.environ | {RESUME: json.dumps(resume)})
         except OSError as error:
             os.set_inheritable(self._lock.fd, False)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-            self._upgrade_failed(f"{words[0]} cannot be run ({error.strerror})")
+            self._upgrade_failed(f"{sys.executable} cannot be run ({error.strerror})")
 
     def _upgrade(self) -> None:
         """Start the standby; when it is ready the server is told to leave."""
@@ -337,10 +351,10 @@ class Supervisor:
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0 after an orderly end, else that of the error which was told."""
     args = _parser().parse_args(argv)
-    tell = Teller(args.tell_fd)
+    resume = json.loads(os.environ.pop(RESUME, "null"))
+    tell = Teller(args.tell_fd if resume is None else None)
     try:
         instance = Instance(args.name)
-        resume = json.loads(args.resume) if args.resume else None
         if resume is not None:
             os.set_inheritable(resume["fd"], False)
             lock = ServeLock(instance.serve, resume["fd"])
@@ -357,7 +371,9 @@ def main(argv: list[str] | None = None) -> int:
     if resume is not None:
         state.starts, state.upgrades = resume["starts"], resume["done"]
         state.upgrades_asked = resume["asked"]
-    supervisor = Supervisor(instance, lock, state, tell)
+    before = servestate.read(instance)
+    left_behind = before.server_pid if before is not None and before.has_server else None
+    supervisor = Supervisor(instance, lock, state, tell, left_behind)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     code = supervisor.run(upgrade=resume is not None)
     lock.release(forget=code != 0)  # words that were refused are nobody's
@@ -379,7 +395,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--realtime", choices=("yes", "no"), default="yes")
     parser.add_argument("--tell-fd", type=int, help="where to say how the start went")
     parser.add_argument("words", nargs="*", help="key=value, checked already")
-    parser.add_argument("--resume", help=argparse.SUPPRESS)  # after exec; always last
     return parser
 
 
