@@ -60,7 +60,10 @@ cdef int crew_start(Crew *crew, Slots *slots, CodecChoice choice, uint32_t room_
     With one CPU, or without compression, there is nothing to start: 0.
     """
     cdef cpu_set_t cpus
+    cdef uint32_t i
     memset(crew, 0, sizeof(Crew))
+    for i in range(CREW_PAGES):
+        crew.state[i] = MINE        # free are only the pages of a job
     crew.slots = slots
     crew.choice = choice
     crew.room_bytes = room_bytes
