@@ -143,6 +143,8 @@ def _status(args: argparse.Namespace) -> int:
         answers: dict[str, Any] = {
             method: client.call(method) for method in ("ping", "stats", "config", "health")
         }
+        if len(answers["config"].get("devices", ())) > 1:
+            answers["devices"] = client.call("devices")
     if args.json:
         print(json.dumps({"control": str(control), **answers}, indent=2))
     else:

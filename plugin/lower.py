@@ -67,6 +67,14 @@ def refuse_sizes(memory: MemoryFile, config: Config) -> None:
                 f"the memory file {config.memory} was made with {key}={human(has)}; write that, "
                 f"or remove the file with 'zcache check --remove-leftovers'"
             )
+    has_parts = [(name, size) for name, size, *_ in memory.devices()]
+    if has_parts != list(config.devices or [("", config.size_bytes)]):
+        parts = ",".join(f"{name}:{human(size)}" for name, size in has_parts)
+        was = f"devices={parts}" if has_parts[0][0] else f"size={human(memory.device_bytes)}"
+        raise ConfigError(
+            f"the memory file {config.memory} was made with {was}; write that, or remove the file "
+            f"with 'zcache check --remove-leftovers'"
+        )
 
 
 def refuse_mismatch(memory: MemoryFile, config: Config, disk: DiskFile | None) -> None:

@@ -25,6 +25,7 @@ import zcache_core
 from cluster import unixsock
 from plugin import logpipe, lower, messages
 from plugin.config import ALLOCATORS, CODECS, KEYS, PAGE_BYTES, Config, human
+from plugin.instance import parse_export
 from plugin.keeper import Keeper
 from plugin.logpipe import STDERR, LogPipe
 from plugin.messages import warn
@@ -33,6 +34,7 @@ from plugin.spawn import Program
 from zcache_core import memfile, process
 from zcache_core.device import Device
 from zcache_core.diskfile import DiskFile
+from zcache_core.errors import ConfigError
 from zcache_core.memfile import MemoryFile
 from zcache_core.steward import Steward
 from zcache_core.store import Store
@@ -108,6 +110,16 @@ class Serving:
         program = Program([python_path(), "-m", "cluster.node", *words], node_env(), fds)
         self._keeper = Keeper("the node process", program, say)
         self._keeper.start()
+
+    def open(self, export: str) -> object:
+        """A connection's handle.  Raises ConfigError without such an export, InUseError."""
+        wanted = parse_export(export)
+        names = [name for name, *_ in self._memory.devices()]
+        if wanted.device and wanted.device not in names:
+            known = " or ".join(filter(None, names)) or "the empty name"
+            raise ConfigError(f"there is no device {wanted.device!r}; ask for {known}")
+        row = names.index(wanted.device) if wanted.device else 0
+        return self.device.open(row, wanted.generation or 0)
 
     def stop(self) -> None:
         """End everything.  A named memory file stays, for the next server."""
@@ -201,7 +213,9 @@ def told(
 def open_memory(config: Config, disk: DiskFile | None) -> MemoryFile:
     """The memory file of that name if there is one, else a new one.  Raises ConfigError."""
     if config.memory is None or not memfile.exists(config.memory):
-        return MemoryFile.create(config.memory, config.size_bytes, config.pool_bytes)
+        return MemoryFile.create(
+            config.memory, config.size_bytes, config.pool_bytes, config.devices
+        )
     memory = MemoryFile.open(config.memory)
     try:
         lower.refuse_mismatch(memory, config, disk)

@@ -82,63 +82,63 @@ def cleanup() -> None:
     _serving.stop()
 
 
-def open(readonly: bool) -> bool:
-    return readonly
+def open(readonly: bool) -> object:
+    return _serving.open(nbdkit.export_name())
 
 
-def close(h: bool) -> None:
+def close(h: object) -> None:
     pass
 
 
-def get_size(h: bool) -> int:
-    return _serving.device.size_bytes
+def get_size(h: object) -> int:
+    return _serving.device.size_of(h)
 
 
-def export_description(h: bool) -> str:
+def export_description(h: object) -> str:
     return wiring.description(_settings)
 
 
-def block_size(h: bool) -> tuple[int, int, int]:
+def block_size(h: object) -> tuple[int, int, int]:
     return (1, 4096, MAXIMUM_BLOCK_BYTES)
 
 
-def is_rotational(h: bool) -> bool:
+def is_rotational(h: object) -> bool:
     return False
 
 
-def can_multi_conn(h: bool) -> bool:
+def can_multi_conn(h: object) -> bool:
     return True
 
 
-def can_write(h: bool) -> bool:
+def can_write(h: object) -> bool:
     return True
 
 
-def can_flush(h: bool) -> bool:
+def can_flush(h: object) -> bool:
     return True
 
 
-def can_fua(h: bool) -> int:
+def can_fua(h: object) -> int:
     return int(nbdkit.FUA_NATIVE)
 
 
-def can_trim(h: bool) -> bool:
+def can_trim(h: object) -> bool:
     return True
 
 
-def can_zero(h: bool) -> bool:
+def can_zero(h: object) -> bool:
     return True
 
 
-def can_fast_zero(h: bool) -> bool:
+def can_fast_zero(h: object) -> bool:
     return True
 
 
-def can_extents(h: bool) -> bool:
+def can_extents(h: object) -> bool:
     return True
 
 
-def can_cache(h: bool) -> int:
+def can_cache(h: object) -> int:
     return int(nbdkit.CACHE_NATIVE)
 
 

@@ -38,7 +38,7 @@ FLOORS = {
         5: "node",
     },
     "plugin": {
-        6: "messages logpipe config instance liaison teller",
+        6: "messages logpipe instance config liaison teller",
         7: "spawn keeper leave places fitness show lower wiring servestate supervised",
         8: "control drain supervisor serve",
         9: "zcache_plugin cli",

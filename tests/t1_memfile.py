@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 
 from tests.core_helpers import PAGE, opened_store
-from zcache_core import memfile, owner
+from zcache_core import counters, memfile, owner
 from zcache_core.errors import InUseError, MemoryFileError
 from zcache_core.index import pack_entry, pack_place
 from zcache_core.memfile import MemoryFile
+from zcache_core.store import Store
 
 DEVICE = 64 * PAGE
 POOL = 16 * PAGE
@@ -39,7 +40,7 @@ def test_golden_superblock() -> None:
         geometry = struct.pack(
             "<8Q", arena + POOL, memory.epoch, 16, counters, headers, arena, index, 64
         )
-        start = b"ZCACHEMF" + struct.pack("<II", 1, zlib.crc32(geometry)) + geometry
+        start = b"ZCACHEMF" + struct.pack("<II", 2, zlib.crc32(geometry)) + geometry
         assert memory.peek(0, len(start)) == start
         assert memory.peek(112, 8) == b"golden\0\0"
         row = struct.pack("<4Q", 64, index, 1, 0)
@@ -50,6 +51,44 @@ def test_golden_superblock() -> None:
             "frame_headers": headers,
             "arena": arena,
         }
+    finally:
+        memory.destroy()
+
+
+def test_golden_devices() -> None:
+    """Two devices share the index, one after the other; names stand behind the key."""
+    parts = (("a", 48 * PAGE), ("swap-2", 16 * PAGE))
+    memory = MemoryFile.create("golden", DEVICE, POOL, parts)
+    try:
+        index = PAGE * 41
+        rows = struct.pack("<4Q", 48, index, 1, 0) + struct.pack("<4Q", 16, index + 48 * 16, 0, 0)
+        assert memory.peek(176, 96) == rows + bytes(32)
+        assert memory.peek(496, 32) == b"a".ljust(16, b"\0") + b"swap-2".ljust(16, b"\0")
+        assert memory.devices() == [("a", 48 * PAGE, 0, 0), ("swap-2", 16 * PAGE, 0, 48)]
+    finally:
+        memory.destroy()
+
+
+def test_a_file_of_format_1_is_taken_over() -> None:
+    """One device without a name; its counters mean other things, so they begin anew."""
+    memory = MemoryFile.create("older", DEVICE, POOL)
+    store = Store(memory)
+    store.start()
+    store.put(5, b"kept" * 1024)
+    store.stop()
+    memory.poke(8, struct.pack("<I", 1))
+    memory.poke(624, bytes(8))  # there was no such field
+    memory.close()
+    memory = MemoryFile.open("older")
+    try:
+        assert memory.peek(8, 4) == struct.pack("<I", 2)
+        assert memory.devices() == [("", DEVICE, 0, 0)]
+        store = Store(memory)
+        store.start()
+        assert counters.read(memory)["succ_stores"] == 0
+        assert store.get(5) == b"kept" * 1024
+        assert memory.stored_pages(0, 64) == memory.stored_pages(5, 1) == 1
+        store.stop()
     finally:
         memory.destroy()
 
@@ -176,7 +215,7 @@ def test_successor_waits_for_the_predecessors_exit(tmp_path: Path) -> None:
     ("offset", "data", "says"),
     [
         (0, b"X", "no zcache memory file"),
-        (8, b"\x63", "has format 99, this version reads 1"),
+        (8, b"\x63", "has format 99, this version reads 1 to 2"),
         (40, b"\xff", "geometry .* is damaged"),
     ],
 )

@@ -33,7 +33,8 @@ from zcache_core.native cimport zc_blob_checksum, zc_entry_check
 
 
 cdef enum:
-    FORMAT_VERSION = 1
+    FORMAT_VERSION = 2
+    FORMAT_VERSION_MIN = 1      # still read: one device, without a name
     PAGE_BYTES = 4096
     PAGE_SHIFT = 12
     HEADER_BYTES = 24
@@ -42,6 +43,7 @@ cdef enum:
 
     MAX_DEVICES = 8             # rows in the superblock's device table
     NAME_BYTES = 64
+    DEVICE_NAME_BYTES = 16
 
     # Counters: one shard for each request slot and each background thread, so
     # that a count is a plain add; a reader sums them.  512 cells leave room for
@@ -74,8 +76,8 @@ ctypedef struct BlobHeader:
 
 ctypedef struct DeviceRow:      # 32 bytes
     uint64_t pages              # 0: row unused
-    uint64_t index_offset
-    uint64_t versions_reserved  # every version below may have been used
+    uint64_t index_offset       # of its first entry; the devices' parts follow one another
+    uint64_t versions_reserved  # every version below may have been used; row 0 counts for all
     uint64_t generation         # of the last attach (fences workers of older ones)
 
 ctypedef struct Superblock:     # the first page of the file
@@ -99,6 +101,10 @@ ctypedef struct Superblock:     # the first page of the file
     char name[NAME_BYTES]
     DeviceRow devices[MAX_DEVICES]
     uint8_t key[64]             # pages at rest; this file is never dumped or swapped
+    # since format 2
+    char device_names[MAX_DEVICES][DEVICE_NAME_BYTES]   # padded with zeros
+    uint64_t counters_id        # of the counter table that the cells were written by
+    uint64_t devices_crc        # CRC-32 of what does not change of the rows, and of the names
 
 
 # ---- entry words --------------------------------------------------------------

@@ -22,3 +22,4 @@ cdef class MemoryFile:
     cdef Superblock *_open_super(self) except NULL
     cdef object _attach(self, bint writable)
     cdef object _check(self)
+    cdef uint64_t _devices_crc(self)
