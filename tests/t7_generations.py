@@ -61,10 +61,10 @@ def test_a_late_write_is_not_applied(runtime: Path) -> None:
         assert server.rpc("stats")["fenced_requests"] == 1
         with pytest.raises(nbd.Error):
             attach(server, "@1")
-        assert "generation 1 is over: 2 has the device" in server.log()
+        wait_for("the log", lambda: "generation 1 is over: 2 has the device" in server.log())
         with pytest.raises(nbd.Error):
             attach(server, "nowhere@3")
-        assert "there is no device 'nowhere'" in server.log()
+        wait_for("the log", lambda: "there is no device 'nowhere'" in server.log())
 
 
 def workers(server: Server) -> list[Thread]:
@@ -110,7 +110,7 @@ def test_devices_that_share_a_pool(runtime: Path) -> None:
         ]
         with pytest.raises(nbd.Error):
             attach(server, "c")
-        assert "there is no device 'c'; ask for a or b" in server.log()
+        wait_for("the log", lambda: "there is no device 'c'; ask for a or b" in server.log())
         server.end(signal.SIGKILL)
         wait_for("the end of the node process", lambda: not node_processes(server.pid))
         swapped = ("devices=b:4M,a:2M", *words[1:])
