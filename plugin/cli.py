@@ -1,5 +1,9 @@
 """The command `zcache`: what a person or a script asks about servers and the machine.
 
+    zcache serve [--name NAME] [--detach] [--config FILE] key=value ...
+                                                a server that is kept running
+    zcache stop [--name NAME] [--force]         end it
+    zcache upgrade [--name NAME]                replace it by the version installed now
     zcache status [--json] [--control SOCK]     a running server, over its control socket
     zcache drain [--off] [--control SOCK]       move every page from RAM to the disk
     zcache check [--remove-leftovers]           is this machine fit, and what to do if not
@@ -28,7 +32,8 @@ from typing import Any
 
 import zcache_core
 from cluster.link import BlockingClient
-from plugin import drain, fitness, show
+from plugin import drain, fitness, serve, show
+from plugin.instance import DEFAULT_NAME, Instance
 from zcache_core.errors import ControlError, ZcacheError
 
 UNFIT = 1
@@ -60,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_serving(commands)
 
     status = commands.add_parser("status", help="what a running server holds, and how it is")
     status.add_argument("--json", action="store_true", help="everything, for scripts")
@@ -90,12 +96,55 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_serving(commands: Any) -> None:
+    """serve, stop, upgrade: what acts on one instance."""
+    serving = commands.add_parser("serve", help="serve a swap device, and keep serving it")
+    serving.add_argument("words", nargs="*", metavar="key=value", help="as for the plugin")
+    serving.add_argument("--config", metavar="FILE", help="a TOML file with the same keys")
+    serving.add_argument("--detach", action="store_true", help="return when it serves")
+    serving.set_defaults(run=_serve)
+    stopping = commands.add_parser("stop", help="end a server, and free its memory")
+    stopping.add_argument(
+        "--force", action="store_true", help="even while a kernel device is attached"
+    )
+    stopping.add_argument("--keep", action="store_true", help="keep the pages for its next start")
+    stopping.set_defaults(run=_stop)
+    upgrading = commands.add_parser("upgrade", help="replace a server, its pages stay")
+    upgrading.set_defaults(run=_upgrade)
+    for parser in (serving, stopping, upgrading):
+        parser.add_argument(
+            "--name", default=DEFAULT_NAME, help=f"which server (default: {DEFAULT_NAME})"
+        )
+
+
+def _serve(args: argparse.Namespace) -> int:
+    instance = Instance(args.name)
+    words = serve.words_of(serve.read_toml(args.config), args.words) if args.config else args.words
+    serve.start(instance, words, args.detach)
+    print(f"zcache: {args.name} is served on {instance.socket}")
+    return 0
+
+
+def _stop(args: argparse.Namespace) -> int:
+    found = serve.stop(Instance(args.name), args.force, args.keep)
+    print(f"zcache: {args.name} is stopped" if found else f"zcache: {args.name} was not running")
+    return 0
+
+
+def _upgrade(args: argparse.Namespace) -> int:
+    state = serve.upgrade(Instance(args.name))
+    print(f"zcache: {args.name} is served by version {state.version} (process {state.server_pid})")
+    return 0
+
+
 def _status(args: argparse.Namespace) -> int:
     control = args.control or the_only_control()
     with BlockingClient(control) as client:
         answers: dict[str, Any] = {
             method: client.call(method) for method in ("ping", "stats", "config", "health")
         }
+        if len(answers["config"].get("devices", ())) > 1:
+            answers["devices"] = client.call("devices")
     if args.json:
         print(json.dumps({"control": str(control), **answers}, indent=2))
     else:

@@ -19,12 +19,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
+from plugin.instance import DEVICE_PATTERN
 from zcache_core import PAGES_PER_FRAME
 from zcache_core.diskfile import LEAST_BYTES as DISK_BYTES_MIN
 from zcache_core.errors import ConfigError
 
 PAGE_BYTES = 4096
-DEVICE_BYTES_MAX = 1 << 44  # 2^32 pages, what the index can name
+DEVICE_BYTES_MAX = 1 << 44  # 2^32 pages, what the index can name, of all devices
+DEVICES_MAX = 8  # rows of the memory file's table
 POOL_BYTES_MIN = 1 << 20  # below, the reserve of frames would be the whole pool
 ALLOCATORS = tuple(PAGES_PER_FRAME)
 ALLOCATORS_LATER = ("z3fold", "zsmalloc")
@@ -70,6 +72,7 @@ class Config:
     control: str | None = None  # absolute path; None: beside the NBD socket
     memory: str | None = None  # None: private to the process
     realtime: str = "auto"  # or "yes", "no"
+    devices: tuple[tuple[str, int], ...] = ()  # (name, bytes) of several, size_bytes in all
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values under the names of the keys, sizes in bytes."""
@@ -101,7 +104,13 @@ def parse(pairs: Iterable[tuple[str, str]], ram_bytes: int | None = None) -> Con
             raise ConfigError(f"{name} is given twice; write {name}= once")
         given.add(name)
         values[key.field] = key.read(text, ram_bytes)
-    if "size" not in given:
+    if "devices" in given:
+        if "size" in given:
+            raise ConfigError(
+                "size= and devices= are two ways to say the same; leave one of them out"
+            )
+        values["size_bytes"] = sum(size for _, size in values["devices"])
+    elif "size" not in given:
         raise ConfigError("size is missing; write size=8G for a swap device of 8 GiB")
     if "high" in given and "low" not in given:
         values["low_percent"] = max(1, values["high_percent"] - LOW_BELOW_HIGH_PERCENT)
@@ -205,6 +214,29 @@ def _size(text: str, ram_bytes: int) -> int:
     if size > DEVICE_BYTES_MAX:
         raise ConfigError(f"size={text} is more than a device can have; write at most size=16T")
     return size
+
+
+def _devices(text: str, ram_bytes: int) -> tuple[tuple[str, int], ...]:
+    devices: list[tuple[str, int]] = []
+    for part in text.split(","):
+        name, colon, size = part.partition(":")
+        if not colon or not re.fullmatch(DEVICE_PATTERN, name, re.ASCII):
+            raise ConfigError(
+                f"devices={text} is no list of devices; write name:size of each (up to 16 letters, "
+                f"digits, dashes and underscores), like devices=a:4G,b:2G"
+            )
+        if name in dict(devices):
+            raise ConfigError(f"devices={text} has two devices {name}; give each its own name")
+        devices.append((name, _size(size, ram_bytes)))
+    if len(devices) > DEVICES_MAX:
+        raise ConfigError(
+            f"devices= takes at most {DEVICES_MAX} devices; start another server for more"
+        )
+    if sum(size for _, size in devices) > DEVICE_BYTES_MAX:
+        raise ConfigError(
+            f"devices={text} is more than a server can have; write at most 16T in all"
+        )
+    return tuple(devices)
 
 
 def _pool(text: str, ram_bytes: int) -> int:
@@ -329,6 +361,13 @@ def _either(name: str, words: tuple[str, ...]) -> str:
 
 KEYS: tuple[Key, ...] = (
     Key("size", "size_bytes", "required", "size of the swap device: 8G, 512M", _size),
+    Key(
+        "devices",
+        "devices",
+        "one of size",
+        "several devices that share the pool: a:4G,b:2G; each is an export of that name",
+        _devices,
+    ),
     Key("pool", "pool_bytes", "20%", "most RAM for compressed pages: 2G, or 25% of RAM", _pool),
     Key(
         "commit",

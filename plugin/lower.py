@@ -28,13 +28,7 @@ def open_checked(config: Config) -> DiskFile | None:
     try:
         if disk is not None:
             refuse_disk_of_others(config, disk)
-        shmid = memfile.find(config.memory) if config.memory is not None else None
-        if shmid is not None:
-            memory = MemoryFile.attach(shmid)
-            try:
-                refuse_mismatch(memory, config, disk)
-            finally:
-                memory.close()
+        refuse_memory(config, disk)
         if disk is not None:
             disk.allocate(config.size_bytes)
     except BaseException:
@@ -44,8 +38,26 @@ def open_checked(config: Config) -> DiskFile | None:
     return disk
 
 
-def refuse_mismatch(memory: MemoryFile, config: Config, disk: DiskFile | None) -> None:
-    """Sizes and disk are what this memory file was made with, or ConfigError says so."""
+def refuse_memory(config: Config, disk: DiskFile | None, sizes_only: bool = False) -> None:
+    """Refuse a memory file of that name that is there and cannot be served.  Its owner may live.
+
+    Raises ConfigError when sizes or disk are others, MemoryFileError when this version
+    cannot read it.
+    """
+    shmid = memfile.find(config.memory) if config.memory is not None else None
+    if shmid is None:
+        return
+    memory = MemoryFile.attach(shmid)
+    try:
+        refuse_sizes(memory, config)
+        if not sizes_only:
+            refuse_mismatch(memory, config, disk)
+    finally:
+        memory.close()
+
+
+def refuse_sizes(memory: MemoryFile, config: Config) -> None:
+    """Sizes are what this memory file was made with, or ConfigError says so."""
     for key, has, wanted in (
         ("size", memory.device_bytes, config.size_bytes),
         ("pool", memory.pool_bytes, config.pool_bytes),
@@ -55,6 +67,19 @@ def refuse_mismatch(memory: MemoryFile, config: Config, disk: DiskFile | None) -
                 f"the memory file {config.memory} was made with {key}={human(has)}; write that, "
                 f"or remove the file with 'zcache check --remove-leftovers'"
             )
+    has_parts = [(name, size) for name, size, *_ in memory.devices()]
+    if has_parts != list(config.devices or [("", config.size_bytes)]):
+        parts = ",".join(f"{name}:{human(size)}" for name, size in has_parts)
+        was = f"devices={parts}" if has_parts[0][0] else f"size={human(memory.device_bytes)}"
+        raise ConfigError(
+            f"the memory file {config.memory} was made with {was}; write that, or remove the file "
+            f"with 'zcache check --remove-leftovers'"
+        )
+
+
+def refuse_mismatch(memory: MemoryFile, config: Config, disk: DiskFile | None) -> None:
+    """Sizes and disk are what this memory file was made with, or ConfigError says so."""
+    refuse_sizes(memory, config)
     only_below, also_below = memory.pages_below()
     if disk is None:
         if only_below:

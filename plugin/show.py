@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TextIO
 
 PAGE_BYTES = 4096
@@ -67,8 +67,9 @@ def lines(
     stats: Mapping[str, int],
     config: Mapping[str, Any],
     health: Mapping[str, Any],
+    devices: Sequence[Mapping[str, Any]] = (),
 ) -> list[Line]:
-    """The status of one server."""
+    """The status of one server; `devices` only if it has several."""
     frames = stats["pers_pageframes"] + stats["eph_pageframes"]
     in_ram, limit = stats["pers_zpages"] + stats["eph_zpages"], stats["pool_limit_frames"]
     stored, device = stats["logical_bytes"] // PAGE_BYTES, stats["device_pages"]
@@ -103,6 +104,14 @@ def lines(
             "device",
             f"{bar(stored / device if device else 0)} {size(stored * PAGE_BYTES)} of "
             f"{size(device * PAGE_BYTES)} ({percent(stored, device)})",
+        ),
+        *(
+            Line(
+                "",
+                f"{one['name']}: {size(one['stored_pages'] * PAGE_BYTES)} of "
+                f"{size(one['size_bytes'])}",
+            )
+            for one in devices
         ),
         Line(
             "pages",

@@ -6,8 +6,8 @@ beforehand here, and the one call goes through ctypes, which lets the GIL go.
 
     Program(argv, env, fds) -> spawn() -> pid, as often as wanted
 
-The child starts with ordinary scheduling, the descriptors 0 to 2 and those it is
-given, no signal blocked and none ignored but SIGPIPE, whatever this thread has.  It
+The child starts with ordinary scheduling unless it is to have ours, the descriptors 0 to 2
+and those it is given, no signal blocked and none ignored but SIGPIPE, whatever this thread has.  It
 is spawned, not forked: a fork would copy the page tables of the whole pool.
 
 What it is not: portable.  glibc 2.34 or later on Linux; the opaque structures get more room than
@@ -32,9 +32,16 @@ class Program:
     """A command that can be started again and again.
 
     `fds` maps a descriptor of the child to the one of ours that it gets there.
+    `our_class`: it keeps the scheduling class of the thread that spawns it.
     """
 
-    def __init__(self, argv: Sequence[str], env: Mapping[str, str], fds: Mapping[int, int]) -> None:
+    def __init__(
+        self,
+        argv: Sequence[str],
+        env: Mapping[str, str],
+        fds: Mapping[int, int],
+        our_class: bool = False,
+    ) -> None:
         self.path = argv[0]
         self._argv = _strings(argv)
         self._env = _strings([f"{name}={value}" for name, value in env.items()])
@@ -46,9 +53,9 @@ class Program:
         # A client's socket kept open by the child would hide the server's death from it.
         above = max([2, *fds]) + 1
         _check(_libc.posix_spawn_file_actions_addclosefrom_np(self._actions, above))
-        self._set_attributes()
+        self._set_attributes(our_class)
 
-    def _set_attributes(self) -> None:
+    def _set_attributes(self, our_class: bool) -> None:
         defaults, nothing = (ctypes.create_string_buffer(ROOM_BYTES) for _ in range(2))
         priority = ctypes.c_int(0)  # all of struct sched_param
         _libc.sigemptyset(defaults)
@@ -56,7 +63,9 @@ class Program:
         for number in ENDING_SIGNALS:
             _libc.sigaddset(defaults, int(number))
         a = self._attributes
-        flags = POSIX_SPAWN_SETSIGDEF | POSIX_SPAWN_SETSIGMASK | POSIX_SPAWN_SETSCHEDULER
+        flags = POSIX_SPAWN_SETSIGDEF | POSIX_SPAWN_SETSIGMASK
+        if not our_class:
+            flags |= POSIX_SPAWN_SETSCHEDULER
         _check(_libc.posix_spawnattr_init(a))
         _check(_libc.posix_spawnattr_setflags(a, ctypes.c_short(flags)))
         _check(_libc.posix_spawnattr_setsigdefault(a, defaults))

@@ -25,6 +25,7 @@ import zcache_core
 from cluster import unixsock
 from plugin import logpipe, lower, messages
 from plugin.config import ALLOCATORS, CODECS, KEYS, PAGE_BYTES, Config, human
+from plugin.instance import parse_export
 from plugin.keeper import Keeper
 from plugin.logpipe import STDERR, LogPipe
 from plugin.messages import warn
@@ -33,6 +34,7 @@ from plugin.spawn import Program
 from zcache_core import memfile, process
 from zcache_core.device import Device
 from zcache_core.diskfile import DiskFile
+from zcache_core.errors import ConfigError
 from zcache_core.memfile import MemoryFile
 from zcache_core.steward import Steward
 from zcache_core.store import Store
@@ -51,13 +53,14 @@ class Checked(NamedTuple):
 
     where: Listening
     disk: DiskFile | None
+    supervised: bool = False
 
 
 class Serving:
     """A running server: what nbdkit's callbacks are made from."""
 
     def __init__(self, config: Config, checked: Checked, set_error: SetError) -> None:
-        self._where, self._disk = where, disk = checked
+        self._where, self._disk, self._supervised = where, disk, _ = checked
         self._memory = open_memory(config, disk)
         self.pool_is_locked = self._memory.stays_locked
         self._store = Store(
@@ -73,7 +76,8 @@ class Serving:
             self._cooling.start()
         self._steward.start()
         self.device = Device(self._store, set_error)
-        self._socket_inode = os.stat(where.unix).st_ino if where.unix is not None else 0
+        inode = os.stat(where.unix).st_ino if where.unix is not None else 0
+        self.unix_socket = where.unix, inode
         self._log: LogPipe | None = None
         self._keeper: Keeper | None = None
 
@@ -94,6 +98,8 @@ class Serving:
         """The node process, and the log through it.  Nothing may fail after this."""
         words = ["--control", control, "--shmid", str(self._memory.shmid)]
         words += ["--server-pid", str(os.getpid()), "--config", json.dumps(dict(told))]
+        if self._supervised:
+            words += ["--take-control"]
         fds, free, say = {}, NODE_FDS, messages.say
         if logpipe.is_wanted(self._where.verbose):
             self._log = LogPipe()
@@ -105,6 +111,16 @@ class Serving:
         program = Program([python_path(), "-m", "cluster.node", *words], node_env(), fds)
         self._keeper = Keeper("the node process", program, say)
         self._keeper.start()
+
+    def open(self, export: str) -> object:
+        """A connection's handle.  Raises ConfigError without such an export, InUseError."""
+        wanted = parse_export(export)
+        names = [name for name, *_ in self._memory.devices()]
+        if wanted.device and wanted.device not in names:
+            known = " or ".join(filter(None, names)) or "the empty name"
+            raise ConfigError(f"there is no device {wanted.device!r}; ask for {known}")
+        row = names.index(wanted.device) if wanted.device else 0
+        return self.device.open(row, wanted.generation or 0)
 
     def stop(self) -> None:
         """End everything.  A named memory file stays, for the next server."""
@@ -119,17 +135,27 @@ class Serving:
         self._memory.close()
         if self._disk is not None:
             self._disk.close()
-        if self._where.unix is not None:  # nbdkit leaves it behind
-            unixsock.remove(self._where.unix, self._socket_inode)
+        unix, inode = self.unix_socket
+        if unix is not None:  # nbdkit leaves it behind
+            unixsock.remove(unix, inode)
 
 
-def check(config: Config) -> Checked:
-    """Refuse what is in use, warn of what can happen.  Raises ConfigError, InUseError."""
+def check_successor(config: Config) -> None:
+    """What can be refused while the predecessor still serves.  Raises ZcacheError."""
+    lower.refuse_memory(config, None, sizes_only=True)
+
+
+def check(config: Config, supervised: bool = False) -> Checked:
+    """Refuse what is in use, warn of what can happen.  Raises ConfigError, InUseError.
+
+    `supervised`: the control socket's path is this instance's, so whoever still listens
+    there is the node process of a killed predecessor, and may be too swapped out to end.
+    """
     where = listening(own_command_line(), os.environ)
     if where.unix is not None:
         unixsock.claim(where.unix, "the NBD socket", "-U PATH")
     # A default with a process number in it is nobody's yet: the number is our child's.
-    if config.control or (where.unix or where.tcp_port):
+    if not supervised and (config.control or where.unix or where.tcp_port):
         control = config.control or control_path(where, os.getpid())
         unixsock.claim(control, "the control socket", "control=PATH")
     disk = lower.open_checked(config)
@@ -137,7 +163,7 @@ def check(config: Config) -> Checked:
         warn(sentence)
     elif disk is not None:
         messages.say(lower.promise(config, disk))
-    return Checked(where, disk)
+    return Checked(where, disk, supervised)
 
 
 def wants_realtime(config: Config, where: Listening) -> bool:
@@ -188,7 +214,9 @@ def told(
 def open_memory(config: Config, disk: DiskFile | None) -> MemoryFile:
     """The memory file of that name if there is one, else a new one.  Raises ConfigError."""
     if config.memory is None or not memfile.exists(config.memory):
-        return MemoryFile.create(config.memory, config.size_bytes, config.pool_bytes)
+        return MemoryFile.create(
+            config.memory, config.size_bytes, config.pool_bytes, config.devices
+        )
     memory = MemoryFile.open(config.memory)
     try:
         lower.refuse_mismatch(memory, config, disk)

@@ -20,7 +20,7 @@ import nbdkit
 
 try:
     from plugin import config as _config
-    from plugin import messages, places, wiring
+    from plugin import leave, liaison, messages, places, wiring
 except ImportError as error:
     sys.exit(f"zcache: {error}; run 'make setup', which builds the core for nbdkit's own Python")
 
@@ -29,6 +29,7 @@ MAXIMUM_BLOCK_BYTES = 32 << 20
 DATA_CALLBACKS = ("pread", "pwrite", "trim", "zero", "extents", "cache", "flush")
 
 messages.install()
+_supervisor = liaison.Liaison.from_environment()
 _words: list[tuple[str, str]] = []
 _settings: _config.Config
 _checked: wiring.Checked
@@ -54,81 +55,90 @@ def config(key: str, value: str) -> None:
 
 def config_complete() -> None:
     global _settings
-    _settings = _config.parse(_words)
+    with _supervisor.reporting():
+        _settings = _config.parse(_words)
 
 
 def get_ready() -> None:
     global _checked
-    _checked = wiring.check(_settings)
+    with _supervisor.reporting():
+        if _supervisor.is_standby:
+            wiring.check_successor(_settings)
+            _supervisor.wait_turn()
+        _checked = wiring.check(_settings, _supervisor.is_supervised)
 
 
 def after_fork() -> None:
     global _serving
-    _serving = wiring.start(_settings, _checked, nbdkit.set_error)
+    leave.prepare()
+    with _supervisor.reporting():
+        _serving = wiring.start(_settings, _checked, nbdkit.set_error)
     globals().update((name, getattr(_serving.device, name)) for name in DATA_CALLBACKS)
+    leave.watch(*_serving.unix_socket)
+    _supervisor.serving()
 
 
 def cleanup() -> None:
     _serving.stop()
 
 
-def open(readonly: bool) -> bool:
-    return readonly
+def open(readonly: bool) -> object:
+    return _serving.open(nbdkit.export_name())
 
 
-def close(h: bool) -> None:
+def close(h: object) -> None:
     pass
 
 
-def get_size(h: bool) -> int:
-    return _serving.device.size_bytes
+def get_size(h: object) -> int:
+    return _serving.device.size_of(h)
 
 
-def export_description(h: bool) -> str:
+def export_description(h: object) -> str:
     return wiring.description(_settings)
 
 
-def block_size(h: bool) -> tuple[int, int, int]:
+def block_size(h: object) -> tuple[int, int, int]:
     return (1, 4096, MAXIMUM_BLOCK_BYTES)
 
 
-def is_rotational(h: bool) -> bool:
+def is_rotational(h: object) -> bool:
     return False
 
 
-def can_multi_conn(h: bool) -> bool:
+def can_multi_conn(h: object) -> bool:
     return True
 
 
-def can_write(h: bool) -> bool:
+def can_write(h: object) -> bool:
     return True
 
 
-def can_flush(h: bool) -> bool:
+def can_flush(h: object) -> bool:
     return True
 
 
-def can_fua(h: bool) -> int:
+def can_fua(h: object) -> int:
     return int(nbdkit.FUA_NATIVE)
 
 
-def can_trim(h: bool) -> bool:
+def can_trim(h: object) -> bool:
     return True
 
 
-def can_zero(h: bool) -> bool:
+def can_zero(h: object) -> bool:
     return True
 
 
-def can_fast_zero(h: bool) -> bool:
+def can_fast_zero(h: object) -> bool:
     return True
 
 
-def can_extents(h: bool) -> bool:
+def can_extents(h: object) -> bool:
     return True
 
 
-def can_cache(h: bool) -> int:
+def can_cache(h: object) -> int:
     return int(nbdkit.CACHE_NATIVE)
 
 

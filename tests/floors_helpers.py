@@ -38,9 +38,9 @@ FLOORS = {
         5: "node",
     },
     "plugin": {
-        6: "messages logpipe config",
-        7: "spawn keeper places fitness show lower wiring",
-        8: "control drain",
+        6: "messages logpipe instance config liaison teller",
+        7: "spawn keeper leave places fitness show lower wiring servestate supervised",
+        8: "control drain supervisor serve",
         9: "zcache_plugin cli",
     },
 }

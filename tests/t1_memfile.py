@@ -57,6 +57,20 @@ def test_golden_superblock() -> None:
         memory.destroy()
 
 
+def test_golden_devices() -> None:
+    """Two devices share the index, one after the other; names stand behind the keys."""
+    parts = (("a", 48 * PAGE), ("swap-2", 16 * PAGE))
+    memory = MemoryFile.create("golden", DEVICE, POOL, parts)
+    try:
+        index = PAGE * 41
+        rows = struct.pack("<4Q", 48, index, 1, 0) + struct.pack("<4Q", 16, index + 48 * 16, 0, 0)
+        assert memory.peek(176, 96) == rows + bytes(32)
+        assert memory.peek(512, 32) == b"a".ljust(16, b"\0") + b"swap-2".ljust(16, b"\0")
+        assert memory.devices() == [("a", 48 * PAGE, 0, 0), ("swap-2", 16 * PAGE, 0, 48)]
+    finally:
+        memory.destroy()
+
+
 def test_golden_entries_and_headers() -> None:
     with opened_store(DEVICE, POOL) as store:
         store.put(3, b"\x01\x02\x03\x04\x05\x06\x07\x08" * 512)

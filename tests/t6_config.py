@@ -47,6 +47,8 @@ def test_defaults() -> None:
 
 
 GOOD = [
+    ("devices=a:4G,b-2:2M", "devices", (("a", 4 * G), ("b-2", 2 * M))),
+    ("devices=a:4G,b-2:2M", "size_bytes", 4 * G + 2 * M),
     ("size=4096", "size_bytes", 4096),
     ("size=4K", "size_bytes", 4 * K),
     ("size=512m", "size_bytes", 512 * M),
@@ -91,6 +93,14 @@ def test_good_values(words: str, field: str, value: object) -> None:
 
 # What is wrong, and what the sentence tells the user to write instead.
 BAD = [
+    ("devices=a:1G size=1G", "leave one of them out"),
+    ("devices=a", "like devices=a:4G,b:2G"),
+    ("devices=", "like devices=a:4G,b:2G"),
+    ("devices=a b:1G", "like devices=a:4G,b:2G"),
+    ("devices=a:1G,a:2G", "two devices a; give each its own name"),
+    ("devices=a:1G,b:1000", "is no multiple of 4096"),
+    ("devices=a:16T,b:4K", "at most 16T in all"),
+    ("devices=" + ",".join(f"d{n}:1G" for n in range(9)), "takes at most 8 devices"),
     ("", "write size=8G"),
     ("pool=1G", "write size=8G"),
     ("size=", "write a number and K, M, G or T: size=8G"),
@@ -144,7 +154,7 @@ BAD = [
     ("size=1G siez=2G", "did you mean size=?"),
     ("size=1G polo=2G", "did you mean pool=?"),
     ("size=1G codecs=lz4", "did you mean codec=?"),
-    ("size=1G zzz=1", "use one of size, pool"),
+    ("size=1G zzz=1", "use one of size, devices, pool"),
 ]
 
 

@@ -35,6 +35,17 @@ def write_at_random(device: Device, model: bytearray, first: int, rng: random.Ra
         model[offset : offset + len(data)] = data
 
 
+def test_the_first_write_is_not_read_past_its_end(rng: random.Random) -> None:
+    """What stands behind it in memory is nobody's to read: with a new store each time."""
+    data = rng.randbytes(1000) * 41  # eight pages, and some bytes more than ten
+    for _ in range(30):
+        with opened_store(64 * PAGE, 128 * PAGE) as store:
+            device = Device(store)
+            for _ in range(3):
+                device.pwrite(None, data[: 8 * PAGE], 0)
+            assert crew_pages(store) <= 24
+
+
 @pytest.mark.parametrize("codec", ["lz4", "zstd"])
 @pytest.mark.parametrize("writers", [1, 2])
 def test_against_a_bytearray(rng: random.Random, codec: str, writers: int) -> None:

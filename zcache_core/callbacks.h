@@ -21,7 +21,8 @@
 #include <stdint.h>
 #include <string.h>
 
-typedef int (*zc_request)(void *core, void *data, uint64_t length, uint64_t offset, uint32_t flags);
+typedef int (*zc_request)(void *core, const void *handle, void *data, uint64_t length, uint64_t offset,
+                          uint32_t flags);
 
 enum { ZC_PREAD, ZC_PWRITE, ZC_TRIM, ZC_ZERO, ZC_CACHE, ZC_FLUSH, ZC_REQUESTS };
 
@@ -31,8 +32,10 @@ enum { ZC_HOLDS_GIL = 1 << 30, ZC_AGAIN = 0x7F000003 };
 
 struct zc_device {
     void *core;
+    const void *whole;              /* the handle of who has none: all of it, fenced by nobody */
     zc_request run[ZC_REQUESTS];
     PyObject *set_error;            /* nbdkit.set_error, or NULL */
+    PyObject *whole_object;
     PyObject *owner;                /* the Device: lives as long as its callbacks */
     uint64_t release_bytes[ZC_REQUESTS];    /* release the GIL from this length on */
 };
@@ -87,17 +90,46 @@ static PyObject *zc_fail(struct zc_device *device, int error)
     return NULL;
 }
 
+/* ---- handles: what a connection is allowed to see --------------------------------- */
+
+#define ZC_HANDLE "zcache.handle"
+
+static void zc_free_handle(PyObject *capsule) { PyMem_Free(PyCapsule_GetPointer(capsule, ZC_HANDLE)); }
+
+/* A copy of `bytes` bytes at `handle`, as an object for nbdkit to keep. */
+static PyObject *zc_new_handle(const void *handle, size_t bytes)
+{
+    void *copy = PyMem_Malloc(bytes);
+    if (copy == NULL)
+        return PyErr_NoMemory();
+    memcpy(copy, handle, bytes);
+    return PyCapsule_New(copy, ZC_HANDLE, zc_free_handle);
+}
+
+/* NULL when it is none of ours. */
+static inline const void *zc_handle_at(PyObject *handle)
+{
+    return PyCapsule_IsValid(handle, ZC_HANDLE) ? PyCapsule_GetPointer(handle, ZC_HANDLE) : NULL;
+}
+
+static inline const void *zc_handle_or_whole(struct zc_device *device, PyObject *handle)
+{
+    const void *found = zc_handle_at(handle);
+    return found != NULL ? found : device->whole;
+}
+
 /* ---- the calls ----------------------------------------------------------------------- */
 
-static PyObject *zc_run(struct zc_device *device, int what, void *data, uint64_t length,
+static PyObject *zc_run(struct zc_device *device, int what, PyObject *h, void *data, uint64_t length,
                         uint64_t offset, uint32_t flags)
 {
+    const void *handle = zc_handle_or_whole(device, h);
     int error = ZC_AGAIN;
     if (length < device->release_bytes[what])
-        error = device->run[what](device->core, data, length, offset, flags | ZC_HOLDS_GIL);
+        error = device->run[what](device->core, handle, data, length, offset, flags | ZC_HOLDS_GIL);
     if (error == ZC_AGAIN) {
         Py_BEGIN_ALLOW_THREADS
-        error = device->run[what](device->core, data, length, offset, flags);
+        error = device->run[what](device->core, handle, data, length, offset, flags);
         Py_END_ALLOW_THREADS
     }
     if (error)
@@ -130,7 +162,7 @@ static PyObject *zc_buffer_call(PyObject *self, PyObject *const *args, Py_ssize_
         return NULL;
     if (PyObject_GetBuffer(args[1], &view, what == ZC_PREAD ? PyBUF_CONTIG : PyBUF_CONTIG_RO))
         return NULL;
-    PyObject *result = zc_run(device, what, view.buf, (uint64_t)view.len, offset, 0);
+    PyObject *result = zc_run(device, what, args[0], view.buf, (uint64_t)view.len, offset, 0);
     PyBuffer_Release(&view);
     return result;
 }
@@ -143,7 +175,7 @@ static PyObject *zc_length_call(PyObject *self, PyObject *const *args, Py_ssize_
         return NULL;
     if (nargs == 4 && zc_number(args[3], &flags))
         return NULL;
-    return zc_run(device, what, NULL, length, offset, (uint32_t)flags);
+    return zc_run(device, what, args[0], NULL, length, offset, (uint32_t)flags);
 }
 
 static PyObject *zc_pread(PyObject *s, PyObject *const *a, Py_ssize_t n) { return zc_buffer_call(s, a, n, ZC_PREAD); }
@@ -155,8 +187,7 @@ static PyObject *zc_cache(PyObject *s, PyObject *const *a, Py_ssize_t n) { retur
 static PyObject *zc_flush(PyObject *self, PyObject *const *args, Py_ssize_t nargs)
 {
     struct zc_device *device = zc_device_of(self, nargs, 1);
-    (void)args;
-    return device == NULL ? NULL : zc_run(device, ZC_FLUSH, NULL, 0, 0, 0);
+    return device == NULL ? NULL : zc_run(device, ZC_FLUSH, args[0], NULL, 0, 0, 0);
 }
 
 static PyMethodDef zc_methods[] = {
@@ -179,17 +210,20 @@ static void zc_free_device(PyObject *capsule)
     struct zc_device *device = PyCapsule_GetPointer(capsule, NULL);
     Py_XDECREF(device->set_error);
     Py_XDECREF(device->owner);
+    Py_XDECREF(device->whole_object);
     PyMem_Free(device);
 }
 
-/* A capsule around a device; steals nothing, keeps `owner` and `set_error` alive. */
-static PyObject *zc_new_device(void *core, const zc_request *run, const uint64_t *release_bytes,
-                               PyObject *set_error, PyObject *owner)
+/* A capsule around a device; steals nothing, keeps `owner`, `whole` and `set_error` alive. */
+static PyObject *zc_new_device(void *core, PyObject *whole, const zc_request *run,
+                               const uint64_t *release_bytes, PyObject *set_error, PyObject *owner)
 {
     struct zc_device *device = PyMem_Calloc(1, sizeof *device);
     if (device == NULL)
         return PyErr_NoMemory();
     device->core = core;
+    device->whole_object = Py_NewRef(whole);
+    device->whole = zc_handle_at(whole);
     memcpy(device->run, run, sizeof device->run);
     memcpy(device->release_bytes, release_bytes, sizeof device->release_bytes);
     device->set_error = set_error == Py_None ? NULL : Py_NewRef(set_error);

@@ -45,6 +45,7 @@ COUNTERS: tuple[Counter, ...] = (
     Counter("zero_requests", "requests", "counter", "write-zeroes requests served"),
     Counter("flush_requests", "requests", "counter", "flush requests served"),
     Counter("failed_requests", "requests", "counter", "requests answered with an error"),
+    Counter("fenced_requests", "requests", "counter", "of those: of an older attach, not applied"),
     Counter("partial_writes", "pages", "counter", "pages changed in part (read-modify-write)"),
     # pages in and out
     Counter("succ_stores", "pages", "counter", "pages stored"),

@@ -14,7 +14,8 @@ ctypedef struct Index:
     uint64_t reserved           # atomic copy of row.versions_reserved
     pthread_mutex_t lock        # guards reserving
 
-cdef void index_init(Index *index, Entry *entries, DeviceRow *row) noexcept nogil
+cdef void index_init(Index *index, Entry *entries, uint64_t pages, DeviceRow *row) noexcept nogil
+cdef void versions_start_at(Index *index, uint64_t above) noexcept nogil
 cdef uint64_t versions_take(Index *index, uint64_t n) noexcept nogil
 
 

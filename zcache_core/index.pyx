@@ -29,12 +29,16 @@ from zcache_core.pthread cimport lock_init, lock_take, pthread_mutex_unlock
 
 cdef enum:
     RANGE_STEP = 1 << 20        # versions reserved at a time: one store each million pages
+    VERSION_BITS = 51           # no file has used so many; a number above is damage
 
 
-cdef void index_init(Index *index, Entry *entries, DeviceRow *row) noexcept nogil:
+cdef void index_init(Index *index, Entry *entries, uint64_t pages, DeviceRow *row) noexcept nogil:
+    """`pages` entries, of all devices; versions are counted in `row`, the first one's."""
     index.entries = entries
-    index.pages = row.pages
+    index.pages = pages
     index.row = row
+    if row.versions_reserved >> VERSION_BITS:
+        zc_store64(&row.versions_reserved, 1)   # the takeover finds the highest there is
     index.next_version = row.versions_reserved
     index.reserved = row.versions_reserved
     lock_init(&index.lock)
@@ -50,6 +54,16 @@ cdef uint64_t versions_take(Index *index, uint64_t n) noexcept nogil:
             zc_store64(&index.reserved, index.row.versions_reserved)
         pthread_mutex_unlock(&index.lock)
     return first
+
+
+cdef void versions_start_at(Index *index, uint64_t above) noexcept nogil:
+    """At `above` at least; before anybody writes.  Changes nothing in a file that is whole."""
+    lock_take(&index.lock)
+    if above > index.next_version:
+        zc_store64(&index.row.versions_reserved, above + RANGE_STEP)
+        zc_store64(&index.reserved, index.row.versions_reserved)
+        zc_store64(&index.next_version, above)
+    pthread_mutex_unlock(&index.lock)
 
 
 # ---- for tests and tools: the words as Python sees them -----------------------------

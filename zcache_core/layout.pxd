@@ -46,6 +46,7 @@ cdef enum:
     MAX_DEVICES = 8             # rows in the superblock's device table
     NAME_BYTES = 64
     KEY_BYTES = 32              # of one key; the superblock has two
+    DEVICE_NAME_BYTES = 16
 
     # Counters: one shard for each request slot and each background thread, so
     # that a count is a plain add; a reader sums them.  512 cells leave room for
@@ -78,8 +79,8 @@ ctypedef struct BlobHeader:
 
 ctypedef struct DeviceRow:      # 32 bytes
     uint64_t pages              # 0: row unused
-    uint64_t index_offset
-    uint64_t versions_reserved  # every version below may have been used
+    uint64_t index_offset       # of its first entry; the devices' parts follow one another
+    uint64_t versions_reserved  # every version below may have been used; row 0 counts for all
     uint64_t generation         # of the last attach (fences workers of older ones)
 
 ctypedef struct Superblock:     # the first page of the file
@@ -106,6 +107,9 @@ ctypedef struct Superblock:     # the first page of the file
     uint8_t peer_key[KEY_BYTES]
     uint64_t write_day          # days since 1970, UTC: of what day write_day_bytes tells
     uint64_t write_day_bytes    # written to the disk on that day (writeback_limit)
+    char device_names[MAX_DEVICES][DEVICE_NAME_BYTES]   # padded with zeros
+    uint64_t counters_id        # of the counter table that the cells were written by
+    uint64_t devices_crc        # CRC-32 of what does not change of the rows, and of the names
 
 
 # ---- entry words --------------------------------------------------------------

@@ -24,3 +24,4 @@ cdef class MemoryFile:
     cdef object _detach(self)
     cdef object _check(self)
     cdef object _make_keys(self)
+    cdef uint64_t _devices_crc(self)

@@ -31,10 +31,12 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
 from zcache_core.layout cimport (
-    COUNTER_CELLS, COUNTER_SHARDS, FORMAT_VERSION, KEY_BYTES, NAME_BYTES, PAGE_BYTES, ST_DISK, ST_PEER,
-    ST_RAM_EPHEMERAL, BlobHeader, Entry, Superblock, state_of,
+    COUNTER_CELLS, COUNTER_SHARDS, DEVICE_NAME_BYTES, FORMAT_VERSION, KEY_BYTES, MAX_DEVICES,
+    NAME_BYTES, PAGE_BYTES, ST_DISK, ST_EMPTY, ST_LOST, ST_PEER, ST_RAM_EPHEMERAL, BlobHeader, Entry,
+    Superblock, state_of,
 )
 
+from zcache_core.counters import STORED
 from zcache_core.errors import InUseError, MemoryFileError
 from zcache_core.owner import OwnerLock, recorded_segment, start_ticks, unattached_segments
 
@@ -59,6 +61,8 @@ cdef extern from "<sys/mman.h>" nogil:
 MAGIC = b"ZCACHEMF"
 FORMAT = FORMAT_VERSION
 GEOMETRY = struct.Struct("<8Q")
+# Which cell means what; another table's cells are not to be read as ours.
+COUNTERS_ID = zlib.crc32(" ".join(counter.name for counter in STORED).encode()) + 1
 
 
 def _page_up(n: int) -> int:
@@ -102,9 +106,11 @@ cdef class MemoryFile:
         raise TypeError("use MemoryFile.create, MemoryFile.open or MemoryFile.attach")
 
     @classmethod
-    def create(cls, name, device_bytes, pool_bytes):
+    def create(cls, name, device_bytes, pool_bytes, devices=()):
         """A new, empty, locked segment; private to this process when `name` is None.
 
+        `devices`: (name, bytes) of each of several that share it, `device_bytes` in all;
+        none: one without a name.
         Raises MemoryFileError when sizes or name are wrong or the kernel refuses,
         InUseError when a living process owns the name.
         """
@@ -146,8 +152,7 @@ cdef class MemoryFile:
         self._map_parts()
         self._make_keys()       # now that a core dump leaves this mapping out
         self.fresh = True
-        self.super.devices[0].pages = self.super.device_pages
-        self.super.devices[0].index_offset = self.super.index_offset
+        self._lay_out(devices or [("", device_bytes)])
         self.super.devices[0].versions_reserved = 1
         self._own()
         return self
@@ -238,6 +243,36 @@ cdef class MemoryFile:
                 f"the geometry of segment {self.shmid} is damaged; its pages cannot be found: "
                 f"remove it with 'zcache check --remove-leftovers'"
             )
+        if self.super.devices_crc != self._devices_crc():
+            raise MemoryFileError(
+                f"the device table of segment {self.shmid} is damaged; its pages cannot be told "
+                f"apart: remove it with 'zcache check --remove-leftovers'"
+            )
+
+    cdef uint64_t _devices_crc(self):
+        """Of each row's pages and index_offset, and of all names."""
+        cdef int row
+        words = [
+            number for row in range(MAX_DEVICES)
+            for number in (self.super.devices[row].pages, self.super.devices[row].index_offset)
+        ]
+        names = (<char *>self.super.device_names)[:MAX_DEVICES * DEVICE_NAME_BYTES]
+        return zlib.crc32(struct.pack(f"<{len(words)}Q", *words) + names)
+
+    def _lay_out(self, devices):
+        """Divide the index among the devices, one after the other."""
+        cdef uint64_t at = self.super.index_offset
+        cdef int row
+        assert sum(size for _, size in devices) == self.super.device_pages * PAGE_BYTES
+        assert len(devices) <= MAX_DEVICES
+        for row, (name, size) in enumerate(devices):
+            encoded = name.encode()
+            assert len(encoded) <= DEVICE_NAME_BYTES and size % PAGE_BYTES == 0
+            memcpy(self.super.device_names[row], <const char *>encoded, len(encoded))
+            self.super.devices[row].pages = size // PAGE_BYTES
+            self.super.devices[row].index_offset = at
+            at += self.super.devices[row].pages * sizeof(Entry)
+        self.super.devices_crc = self._devices_crc()
 
     def _map_parts(self):
         cdef Superblock *s = self.super
@@ -251,6 +286,9 @@ cdef class MemoryFile:
     def _own(self):
         """Lock the segment in memory and write down whose it is."""
         self.stays_locked = shmctl(self.shmid, SHM_LOCK, NULL) == 0
+        if self.super.counters_id != COUNTERS_ID:
+            memset(self.counters, 0, COUNTER_CELLS * COUNTER_SHARDS * 8)
+            self.super.counters_id = COUNTERS_ID
         self.super.owner_pid = os.getpid()
         self.super.owner_start_ticks = start_ticks(os.getpid())
         if self._lock is not None:
@@ -310,6 +348,11 @@ cdef class MemoryFile:
         return self._open_super().owner_pid
 
     @property
+    def owner_start_ticks(self):
+        """Its start in clock ticks since boot: which process, not which number."""
+        return self._open_super().owner_start_ticks
+
+    @property
     def overhead_bytes(self):
         """Superblock, counters and index: committed as long as the file lives."""
         return self._open_super().frame_headers_offset
@@ -332,6 +375,32 @@ cdef class MemoryFile:
                 only += state == ST_DISK or state == ST_PEER
                 also += state == ST_RAM_EPHEMERAL
         return only, also
+
+    def devices(self):
+        """The devices that share this file: (name, bytes, generation, first page) of each."""
+        cdef Superblock *s = self._open_super()
+        cdef int row
+        found = []
+        for row in range(MAX_DEVICES):
+            if s.devices[row].pages:
+                name = s.device_names[row][:DEVICE_NAME_BYTES].rstrip(b"\0").decode(errors="replace")
+                first = (s.devices[row].index_offset - s.index_offset) // sizeof(Entry)
+                found.append((name, s.devices[row].pages * PAGE_BYTES, s.devices[row].generation, first))
+        return found
+
+    def stored_pages(self, uint64_t first, uint64_t n):
+        """How many of the pages first .. first + n - 1 are stored somewhere, by a look at each entry."""
+        cdef uint64_t stored = 0
+        cdef uint64_t page
+        cdef uint32_t state
+        cdef Superblock *s = self._open_super()
+        if first > s.device_pages or n > s.device_pages - first:
+            raise ValueError("past the end of the index")
+        with nogil:
+            for page in range(first, first + n):
+                state = state_of(self.index[page].version)
+                stored += state != ST_EMPTY and state != ST_LOST
+        return stored
 
     def counter_cells(self):
         """The counter shards as bytes: COUNTER_SHARDS rows of COUNTER_CELLS uint64."""

@@ -54,6 +54,10 @@ static inline uint64_t zc_add64(uint64_t *p, uint64_t v) { return __atomic_fetch
 static inline uint32_t zc_load32(const uint32_t *p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
 static inline void zc_store32(uint32_t *p, uint32_t v) { __atomic_store_n(p, v, __ATOMIC_RELEASE); }
 static inline uint32_t zc_add32(uint32_t *p, uint32_t v) { return __atomic_fetch_add(p, v, __ATOMIC_ACQ_REL); }
+static inline int zc_cas64(uint64_t *p, uint64_t old, uint64_t new)
+{
+    return __sync_bool_compare_and_swap(p, old, new);
+}
 static inline int zc_cas32(uint32_t *p, uint32_t old, uint32_t new)
 {
     return __atomic_compare_exchange_n(p, &old, new, 0, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED);

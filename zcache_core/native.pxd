@@ -11,6 +11,7 @@ cdef extern from "native.h" nogil:
     uint32_t zc_load32(const uint32_t *p)
     void zc_store32(uint32_t *p, uint32_t v)
     uint32_t zc_add32(uint32_t *p, uint32_t v)
+    int zc_cas64(uint64_t *p, uint64_t old, uint64_t new)
     int zc_cas32(uint32_t *p, uint32_t old, uint32_t new)
     void zc_acquire_fence()
     void zc_release_fence()

@@ -24,6 +24,7 @@ import os
 import resource
 
 MCL_CURRENT, MCL_FUTURE, MCL_ONFAULT = 1, 2, 4
+PR_SET_PDEATHSIG = 1
 PR_SET_DUMPABLE = 4
 PR_SET_IO_FLUSHER = 57
 M_ARENA_MAX = -8
@@ -105,3 +106,11 @@ def prepare(realtime: bool = True, secret: bool = False) -> list[str]:
     if secret:
         steps.append(_never_dumped)
     return [sentence for step in steps if (sentence := step())]
+
+
+def outlive_parent() -> None:
+    """Not be ended with the process that started us; in the main thread.
+
+    nbdkit -f asks for that (PR_SET_PDEATHSIG, SIGTERM): right for one in a terminal.
+    """
+    _libc.prctl(PR_SET_PDEATHSIG, 0, 0, 0, 0)

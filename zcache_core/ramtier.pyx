@@ -41,7 +41,10 @@ from zcache_core.native cimport (
     zc_same_filled,
 )
 from zcache_core.pthread cimport lock_take, now_us, pthread_mutex_unlock
-from zcache_core.slots cimport Slot, count, slot_park, slot_unpark
+from zcache_core.slots cimport Slot, count, slot_is_fenced, slot_park, slot_unpark
+
+cdef extern from "<errno.h>":
+    enum: ESHUTDOWN
 
 cdef enum:
     # Longest wait for room of one request, however many pages it has; NBD clients give it
@@ -140,6 +143,9 @@ cdef bint find_room(Core *core, Slot *slot, uint32_t bytes, uint64_t *where) noe
             over = True         # no hope below: pressure must not refuse what would have fitted
         found = core.allocator.alloc(core.allocator, bytes, where)
     slot_unpark(slot)
+    if found and slot_is_fenced(slot):
+        core.allocator.release(core.allocator, where[0], bytes)
+        return False
     if found or now_us() >= until:      # else the pool was simply full
         count(slot, C_COMMIT_WAITS, 1)
         count(slot, C_COMMIT_WAIT_US, <uint64_t>(now_us() - start))
@@ -154,7 +160,10 @@ cdef bint room_at_once(Core *core, uint32_t bytes, uint64_t *where) noexcept nog
 cdef int place_page(
     Core *core, Slot *slot, uint64_t page, const uint8_t *data, uint64_t version, Entry *new
 ) noexcept nogil:
-    """Store the page's bytes and make the entry for them; 0 or ENOSPC.  Nothing points there yet."""
+    """Store the page's bytes and make the entry for them; nothing points there yet.
+
+    0, ENOSPC, or ESHUTDOWN: fenced while it waited for room.
+    """
     cdef uint64_t word, where
     cdef uint32_t length, codec
     cdef const uint8_t *blob = slot.ahead
@@ -176,6 +185,8 @@ cdef int place_page(
         length = PAGE_BYTES
         blob = data
     if not find_room(core, slot, object_bytes(length), &where):
+        if slot_is_fenced(slot):
+            return ESHUTDOWN
         count(slot, C_FAILED_STORES, 1)
         return ENOSPC
     memcpy(object_blob(&core.arena, where, length), blob, length)
@@ -209,7 +220,7 @@ cdef int store_replace(
 ) noexcept nogil:
     """Put, but only onto the entry `expected` (any entry when NULL).
 
-    0, ENOSPC (the old content stays), or RAN_OUT when the entry was another.
+    0, ENOSPC or ESHUTDOWN (the old content stays), or RAN_OUT when the entry was another.
     """
     cdef Entry old, new
     cdef int error = place_page(core, slot, page, data, version, &new)
@@ -239,7 +250,7 @@ cdef int store_replace(
 
 
 cdef int store_put(Core *core, Slot *slot, uint64_t page, const uint8_t *data, uint64_t version) noexcept nogil:
-    """Store one page (4096 bytes at `data`); 0 or ENOSPC."""
+    """Store one page (4096 bytes at `data`); 0, ENOSPC or ESHUTDOWN."""
     return store_replace(core, slot, page, data, version, NULL)
 
 

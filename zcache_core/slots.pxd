@@ -3,6 +3,7 @@
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
 from zcache_core.layout cimport COUNTER_CELLS
+from zcache_core.native cimport zc_load64
 
 cdef enum:
     SLOTS = 32                  # requests in flight inside the core; nbdkit starts 16 threads
@@ -23,7 +24,9 @@ ctypedef struct Slot:
     int64_t room_until_us       # this request waits for room no longer; 0: it did not yet
     const uint8_t *ahead        # the next page's blob, if the crew has made it; else NULL
     uint64_t ahead_bytes        # its length; 0: the page does not compress
-    uint64_t padding[4]         # 128 bytes a slot: no cache line is two slots'
+    const uint64_t *fence       # the device's newest generation, in the memory file
+    uint64_t generation         # of this request's connection; 0: fenced by nobody
+    uint64_t padding[2]         # 128 bytes a slot: no cache line is two slots'
 
 ctypedef struct Slots:
     Slot slot[SLOTS]
@@ -39,6 +42,15 @@ cdef void slot_release(Slot *slot) noexcept nogil
 cdef void slot_park(Slot *slot) noexcept nogil
 cdef void slot_unpark(Slot *slot) noexcept nogil
 cdef void slots_quiesce(void *slots) noexcept nogil
+
+cdef inline bint slot_is_fenced(Slot *slot) noexcept nogil:
+    """Whether a newer attach has taken the device over: this request must change nothing.
+
+    To be asked after the slot was taken and after it was unparked.  In between a fence
+    waits for it (slots_quiesce), so the answer holds until the slot is parked or left.
+    """
+    return slot.generation != 0 and zc_load64(slot.fence) != slot.generation
+
 
 cdef inline void count(Slot *slot, uint32_t cell, uint64_t n) noexcept nogil:
     slot.shard[cell] += n

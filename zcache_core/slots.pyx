@@ -90,6 +90,7 @@ cdef Slot *slot_take(Slots *slots) noexcept nogil:
                 zc_last_slot = at
                 slots.slot[at].room_until_us = 0
                 slots.slot[at].ahead = NULL
+                slots.slot[at].generation = 0
                 if rounds:
                     slots.slot[at].shard[C_SLOT_WAITS] += 1
                 return &slots.slot[at]

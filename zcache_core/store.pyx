@@ -84,7 +84,7 @@ cdef class Store:
         self.memory = memory
         self.allocator_name, self.codec_text, self.commit = allocator, codec, commit
         self._reset_gauges()
-        index_init(&core.index, memory.index, &memory.super.devices[0])
+        index_init(&core.index, memory.index, memory.super.device_pages, &memory.super.devices[0])
         if slots_init(&core.slots, memory.counters) or codec_prepare(&core.slots, core.codec) or arena_init(
             &core.arena, memory.arena, memory.frame_headers, <uint32_t>memory.super.pool_frames, core.slots.background
         ):

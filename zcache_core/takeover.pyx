@@ -2,6 +2,7 @@
 
     index, once through:  RAM -> allocator.adopt     same-filled -> counted
                           damaged or impossible -> LOST (EIO for that page alone)
+    versions              start above the highest found, should the reserved range be damaged
     then                  everything not adopted goes back to the system
 
 Readers are served meanwhile, from the first moment; writers and trims wait until
@@ -14,7 +15,7 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 from zcache_core.allocator cimport object_bytes, object_header
 from zcache_core.core cimport Core
 from zcache_core.counter_ids cimport C_LOST_PAGES, C_REBUILD_US, C_REBUILT_PAGES
-from zcache_core.index cimport entry_flip, entry_load, versions_take
+from zcache_core.index cimport entry_flip, entry_load, versions_start_at, versions_take
 from zcache_core.layout cimport (
     ST_DISK, ST_LOST, ST_RAM, ST_RAM_EPHEMERAL, ST_SAME, BlobHeader, Entry, entry_is_sound,
     header_is_sound, header_lower, header_page, header_version, length_of, state_of, version_of, version_word, where_of,
@@ -58,10 +59,13 @@ cdef void *takeover(void *argument) noexcept nogil:
     cdef int64_t start = now_us()
     cdef uint64_t page
     cdef uint32_t state
+    cdef uint64_t above = 0
     cdef Entry e
     for page in range(core.index.pages):
         e = entry_load(&core.index, page)
         state = state_of(e.version)
+        if version_of(e.version) >= above and entry_is_sound(e.location, e.version):
+            above = version_of(e.version) + 1
         if not entry_is_sound(e.location, e.version):
             mark_lost(core, slot, page, e)
         elif in_ram(state):
@@ -85,6 +89,7 @@ cdef void *takeover(void *argument) noexcept nogil:
             count(slot, C_REBUILT_PAGES, 1)
         elif state == ST_LOST:
             count(slot, C_LOST_PAGES, 1)
+    versions_start_at(&core.index, above)
     core.allocator.adopted(core.allocator)
     if core.lower.tiers != NULL:
         core.lower.adopted(core.lower.tiers)

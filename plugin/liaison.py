@@ -1,0 +1,76 @@
+"""What a server tells the supervisor that started it, over a socket pair.
+
+    server -> supervisor   "waiting\n"            a standby is ready to take over
+                           "serving\n"            pages are answered from now on
+                           "refused CODE TEXT\n"  it will not start, and why: one sentence
+    supervisor -> standby  "g"                    the predecessor is gone: go on
+    end of file            the other one is gone
+
+A server without a supervisor (ZCACHE_SUPERVISOR not set) tells nobody.  After
+"serving" the socket is closed: from then on the two know each other by pidfd only, so
+that either may be replaced.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import Iterator
+
+from zcache_core import process
+from zcache_core.errors import InUseError, ZcacheError
+
+SUPERVISOR_FD = "ZCACHE_SUPERVISOR"
+STANDBY = "ZCACHE_STANDBY"
+SENTENCE_BYTES_MAX = 4000
+
+
+class Liaison:
+    """Our end of it."""
+
+    def __init__(self, sock: socket.socket | None, standby: bool) -> None:
+        self._sock, self.is_standby = sock, standby
+        self.is_supervised = sock is not None
+
+    @classmethod
+    def from_environment(cls) -> Liaison:
+        """Takes the variables out, so that no child of ours believes they are its own."""
+        fd, standby = os.environ.pop(SUPERVISOR_FD, ""), os.environ.pop(STANDBY, "")
+        if not fd.isdigit():
+            return cls(None, False)
+        sock = socket.socket(fileno=int(fd))
+        sock.set_inheritable(False)
+        return cls(sock, bool(standby))
+
+    def wait_turn(self) -> None:
+        """A standby: say that we are ready, return when the predecessor is gone."""
+        if not self.is_standby or self._sock is None:
+            return
+        self._send("waiting\n")
+        self.is_standby = False
+        if self._sock.recv(1) != b"g":
+            raise InUseError("the supervisor is gone; start it again with 'zcache serve'")
+
+    def serving(self) -> None:
+        """Pages are answered from now on, whether the supervisor lives or not.  The last word."""
+        if self._sock is not None:
+            process.outlive_parent()
+            self._send("serving\n")
+            self._sock.close()
+            self._sock = None
+
+    @contextlib.contextmanager
+    def reporting(self) -> Iterator[None]:
+        """What goes wrong inside is told, and raised on."""
+        try:
+            yield
+        except ZcacheError as error:
+            sentence = " ".join(str(error).split())[:SENTENCE_BYTES_MAX]
+            self._send(f"refused {error.exit_code} {sentence}\n")
+            raise
+
+    def _send(self, text: str) -> None:
+        if self._sock is not None:
+            with contextlib.suppress(OSError):  # it may be gone, which is no matter of ours
+                self._sock.sendall(text.encode())

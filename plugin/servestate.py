@@ -1,0 +1,160 @@
+"""NAME.serve: the supervisor's lock, and what it supervises, as JSON for whoever asks.
+
+    flock   held for the supervisor's life; the kernel drops it when it is gone
+    text    one JSON object and zeros after it, 16 KiB in all
+
+The file lies in a tmpfs, whose pages may be swapped out like any other, also to the
+device whose server just died.  So it is read and written through a mapping that the
+supervisor keeps, and its memory is locked.  The same goes for NAME.mem, which a
+successor of a killed server reads: `Kept` holds such a file in memory.
+
+A reader takes no lock: what it reads half written does not parse, and it looks again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import mmap
+import os
+import time
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+from plugin.instance import Instance
+from zcache_core.errors import InUseError
+from zcache_core.owner import start_ticks
+
+FILE_BYTES = 16384
+READ_TRIES = 20
+READ_PAUSE_S = 0.005
+
+STARTING, SERVING, WAITING, UPGRADING, STOPPING, STOPPED = (
+    "starting", "serving", "waiting", "upgrading", "stopping", "stopped",
+)  # fmt: skip
+
+
+@dataclass
+class State:
+    """What NAME.serve tells.  `phase` is one of the words above.
+
+    A process is its number and its start in clock ticks since boot; 0 is none.
+    `starts` counts servers started or adopted, `upgrades` those that took over from a
+    living one; `upgrade_error` is why the last `zcache upgrade` was not done.
+    """
+
+    supervisor_pid: int = 0
+    supervisor_ticks: int = 0
+    server_pid: int = 0
+    server_ticks: int = 0
+    phase: str = STARTING
+    words: list[str] = field(default_factory=list)  # key=value, as they were given
+    options: dict[str, str] = field(default_factory=dict)  # of `zcache serve` itself
+    root: str = ""  # where the code lies
+    version: str = ""
+    starts: int = 0
+    upgrades_asked: int = 0
+    upgrades: int = 0
+    upgrade_error: str = ""
+    error: str = ""  # why the last server ended
+
+    @property
+    def is_supervised(self) -> bool:
+        """Whether the supervisor lives."""
+        return is_alive(self.supervisor_pid, self.supervisor_ticks)
+
+    @property
+    def has_server(self) -> bool:
+        """Whether its server lives."""
+        return is_alive(self.server_pid, self.server_ticks)
+
+
+def is_alive(pid: int, ticks: int) -> bool:
+    """Whether the process (number, start) is there and has not ended."""
+    if pid <= 0 or ticks <= 0 or start_ticks(pid) != ticks:
+        return False
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return text.rsplit(")", 1)[1].split()[0] not in "ZX"
+
+
+def read(instance: Instance) -> State | None:
+    """What the last supervisor of this name wrote; None when there is nothing to read."""
+    known = {f.name for f in fields(State)}
+    for _ in range(READ_TRIES):
+        try:
+            text = instance.serve.read_bytes().rstrip(b"\0")
+        except OSError:
+            return None
+        if not text:
+            return None
+        with contextlib.suppress(ValueError, TypeError):
+            found = json.loads(text)
+            return State(**{name: found[name] for name in found if name in known})
+        time.sleep(READ_PAUSE_S)
+    return None
+
+
+class Kept:
+    """A file held in memory through a mapping (with mlockall in force), if it is there."""
+
+    def __init__(self, path: Path) -> None:
+        self._map: mmap.mmap | None = None
+        with contextlib.suppress(OSError, ValueError):
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            try:
+                self._map = mmap.mmap(fd, 0, prot=mmap.PROT_READ)
+            finally:
+                os.close(fd)
+            self._map[:1]  # touched, so that it is there to be locked
+
+    def close(self) -> None:
+        if self._map is not None:
+            self._map.close()
+            self._map = None
+
+
+class ServeLock:
+    """The held lock; writes the state.  Survives exec when it is given on by number."""
+
+    def __init__(self, path: Path, fd: int) -> None:
+        self._path, self.fd = path, fd
+        os.ftruncate(fd, FILE_BYTES)
+        self._map = mmap.mmap(fd, FILE_BYTES)
+
+    @classmethod
+    def acquire(cls, instance: Instance) -> ServeLock:
+        """Take the lock at once, or raise InUseError."""
+        while True:
+            fd = os.open(
+                instance.serve, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
+            )
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(fd)
+                raise InUseError(
+                    f"the server {instance.name} runs already; ask it with 'zcache status', or "
+                    f"start another one with --name"
+                ) from None
+            with contextlib.suppress(FileNotFoundError):
+                # the last holder may have removed the file between our open and our lock
+                if os.stat(instance.serve).st_ino == os.fstat(fd).st_ino:
+                    return cls(instance.serve, fd)
+            os.close(fd)
+
+    def write(self, state: State) -> None:
+        """Put the state where others read it.  No system call."""
+        text = json.dumps(asdict(state)).encode()
+        assert len(text) <= FILE_BYTES, "the words are longer than a command line may be"
+        self._map[:] = text.ljust(FILE_BYTES, b"\0")
+
+    def release(self, forget: bool) -> None:
+        """An orderly end.  The file's words are those of the next start without any."""
+        if forget:
+            self._path.unlink(missing_ok=True)
+        self._map.close()
+        os.close(self.fd)

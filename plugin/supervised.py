@@ -1,0 +1,117 @@
+"""A server as its supervisor sees it: a number, a pidfd, and a line until it serves.
+
+    spawn(command(instance, words)) -> Server     ours: its end is reaped here
+    Server(pid, None)                             one that runs already
+
+What it is not: a decision; that is `supervisor`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from plugin import liaison, servestate
+from plugin.instance import Instance
+from plugin.spawn import Program
+from zcache_core import memfile
+from zcache_core.errors import MemoryFileError
+from zcache_core.owner import start_ticks
+
+ROOT = Path(__file__).resolve().parent.parent
+LIAISON_FD = 3  # the server's number for its end of the socket pair
+
+
+class Server:
+    """One server process: started by us, or found running (`line` is None then)."""
+
+    def __init__(self, pid: int, line: socket.socket | None) -> None:
+        self.pid, self.line = pid, line
+        self.ticks = start_ticks(pid)
+        self.pidfd = os.pidfd_open(pid)
+        self.began_s = time.monotonic()
+        self.said = b""
+        self.refused: tuple[int, str] | None = None
+
+    def signal(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.pidfd, number)
+
+    def heard(self) -> list[str]:
+        """Whole lines that came, [] when none; the line is closed at its end."""
+        assert self.line is not None
+        data = b""
+        with contextlib.suppress(OSError):
+            data = self.line.recv(8192)
+        if not data:
+            self.hang_up()
+        *lines, self.said = (self.said + data).split(b"\n")
+        words = [line.decode(errors="replace") for line in lines]
+        for word in words:
+            if word.startswith("refused "):
+                code, _, sentence = word.removeprefix("refused ").partition(" ")
+                self.refused = (int(code), sentence)
+        return words
+
+    def hang_up(self) -> None:
+        if self.line is not None:
+            self.line.close()
+            self.line = None
+
+    def reap(self) -> str:
+        """How it ended, in a few words; after its pidfd is readable."""
+        os.close(self.pidfd)
+        self.hang_up()
+        try:
+            code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        except ChildProcessError:
+            return "it was no child of this supervisor"
+        return f"exit code {code}" if code >= 0 else f"signal {-code}"
+
+
+def living_owner(name: str) -> int | None:
+    """The process that has the memory file `name`, None when nobody lives who has."""
+    with contextlib.suppress(MemoryFileError):
+        if (shmid := memfile.find(name)) is None:
+            return None
+        memory = memfile.MemoryFile.attach(shmid)
+        try:
+            pid, ticks = memory.owner_pid, memory.owner_start_ticks
+        finally:
+            memory.close()
+        return pid if servestate.is_alive(pid, ticks) else None
+    return None
+
+
+def command(instance: Instance, words: Sequence[str]) -> list[str]:
+    """The command line of the server of this instance; `words` are key=value."""
+    nbdkit = shutil.which("nbdkit", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/bin")
+    return [
+        nbdkit or "nbdkit", "-f", "-U", str(instance.socket),
+        "python", str(ROOT / "plugin/zcache_plugin.py"),
+        *words, f"memory={instance.name}", f"control={instance.control}",
+    ]  # fmt: skip
+
+
+def spawn(words: Sequence[str], standby: bool) -> Server:
+    """A new server of our scheduling class.  Raises OSError."""
+    env = {**os.environ, "MALLOC_ARENA_MAX": "1", liaison.SUPERVISOR_FD: str(LIAISON_FD)}
+    if standby:
+        env[liaison.STANDBY] = "1"
+    ours, its = socket.socketpair()
+    try:
+        # In a real-time class from its first instruction: on a machine that waits for its
+        # swap an ordinary process starts late.  It leaves the class if realtime= says so.
+        program = Program(words, env, {LIAISON_FD: its.fileno()}, our_class=True)
+        return Server(program.spawn(), ours)
+    except OSError:
+        ours.close()
+        raise
+    finally:
+        its.close()

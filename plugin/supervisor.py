@@ -1,0 +1,402 @@
+"""The supervisor: one server of one name, kept running, replaced, and ended in good order.
+
+    start ---> STARTING --serving--> SERVING --ends--> WAITING (back-off) --> STARTING ...
+    adopt ---------------------------^  |
+                              SIGHUP    v
+                      UPGRADING: a standby of the new version loads, says "waiting";
+                      the old one finishes its requests and ends; the standby serves
+    SIGTERM, SIGINT           STOPPING: the server finishes and ends, then we do
+
+One owner at a time: the memory file's lock and its owner's pidfd see to that; here
+they decide only who is started.  Before each start we look whether the memory file has
+a living owner and adopt that one: so a supervisor that dies costs nothing, and neither
+does one that dies between starting a server and knowing it.
+
+The first restart is at once, then after 0.1 s, doubling up to BACKOFF_MAX_S; a server
+that lived CALM_S was well.  A server that refuses its configuration at our first start
+ends us too, with its own sentence.
+
+It must never need a page that is swapped out to the device whose server it restarts:
+locked in memory, no I/O for its own memory, nothing read from /run (servestate.py), no
+/proc of others but `stat`, and a log line never waits.
+
+Bound: one server, one standby, one node each; it sleeps in poll otherwise.
+What it is not: on the data path.  Pages pass it by.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import resource
+import select
+import signal
+import sys
+import time
+from collections.abc import Callable
+
+import zcache_core
+from cluster import unixsock
+from plugin import servestate
+from plugin.instance import Instance
+from plugin.leave import LEAVE
+from plugin.servestate import Kept, ServeLock, State
+from plugin.supervised import ROOT, Server, command, living_owner, spawn
+from plugin.teller import Teller, say
+from zcache_core import process
+from zcache_core.errors import ZcacheError
+from zcache_core.owner import start_ticks
+
+BACKOFF_FIRST_S = 0.1
+BACKOFF_MAX_S = 2.0  # all that swap wait with us, and the kernel gives up after a minute
+CALM_S = 5.0  # a server that loops in its death does it within a second
+ADOPTED_S = 5.0  # for an adopted server to answer on its socket; else it is replaced
+END_S = 5.0  # for a server to finish its requests and end; then SIGKILL
+STANDBY_S = 30.0  # for a standby to load
+RESUME = "ZCACHE_RESUME"  # what a supervisor tells itself through exec
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+class Supervisor:
+    """`tell` hears once: (0, "") when pages are answered, or (exit code, why not).
+
+    `left_behind` is the living server of a predecessor, as it wrote it down.
+    """
+
+    def __init__(
+        self,
+        instance: Instance,
+        lock: ServeLock,
+        state: State,
+        tell: Callable[[int, str], None],
+        left_behind: int | None,
+    ) -> None:
+        self._instance, self._lock, self._state, self._tell = instance, lock, state, tell
+        self._left_behind = left_behind
+        self._server: Server | None = None
+        self._standby: Server | None = None
+        self._ready = False  # the standby has said so
+        self._served = False  # some server did, since we are there
+        self._stopping = False
+        self._due_s = 0.0  # when to start the next server
+        self._kill_s: float | None = None  # when to end by force who is asked to end
+        self._backoff_s = 0.0
+        self._check_s: float | None = None  # when to see whether an adopted server answers
+        self._kept: list[Kept] = []
+        self._wake, wake_w = os.pipe()
+        os.set_blocking(wake_w, False)
+        signal.set_wakeup_fd(wake_w, warn_on_full_buffer=False)
+        for number in SIGNALS:
+            signal.signal(number, lambda *_: None)
+        self._exit_code = 0
+
+    # ---- the loop -------------------------------------------------------------------
+
+    def run(self, upgrade: bool = False) -> int:
+        """Until told to stop, or the first start is refused; the exit code."""
+        self._write()
+        self._adopt()
+        if upgrade:
+            self._upgrade()
+        while not (self._stopping and self._server is None and self._standby is None):
+            self._start_if_due()
+            self._wait()
+            if self._kill_s is not None and time.monotonic() >= self._kill_s:
+                self._force()
+            if self._check_s is not None and time.monotonic() >= self._check_s:
+                self._check_adopted()
+        self._keep_in_memory(False)
+        self._phase(servestate.STOPPED)
+        return self._exit_code
+
+    def _wait(self) -> None:
+        poll, calls = select.poll(), {self._wake: self._on_signal}
+        if self._server is not None:
+            calls[self._server.pidfd] = self._on_end
+            if self._server.line is not None:
+                calls[self._server.line.fileno()] = self._on_line
+        if self._standby is not None:
+            calls[self._standby.pidfd] = self._on_standby_end
+            if self._standby.line is not None:
+                calls[self._standby.line.fileno()] = self._on_standby_line
+        for fd in calls:
+            poll.register(fd, select.POLLIN)
+        ready = [fd for fd, _ in poll.poll(self._patience_ms())]
+        # What a server said comes before its end.
+        for fd in sorted(ready, key=lambda fd: calls[fd] in (self._on_end, self._on_standby_end)):
+            calls[fd]()
+
+    def _patience_ms(self) -> float | None:
+        until = [time_s for time_s in (self._kill_s, self._check_s) if time_s is not None]
+        if self._server is None and not self._stopping:
+            until.append(self._due_s)
+        return max(0.0, (min(until) - time.monotonic()) * 1000 + 1) if until else None
+
+    def _on_signal(self) -> None:
+        numbers = set(os.read(self._wake, 512))
+        if numbers & {signal.SIGTERM, signal.SIGINT}:
+            self._stop()
+        elif signal.SIGHUP in numbers:
+            self._state.upgrades_asked += 1
+            self._state.upgrade_error = ""
+            self._exec_anew()
+
+    # ---- starting -------------------------------------------------------------------
+
+    def _start_if_due(self) -> None:
+        if self._server is not None or self._stopping or time.monotonic() < self._due_s:
+            return
+        if not self._adopt():
+            self._server = self._spawned(standby=False)
+            self._phase(servestate.STARTING)
+
+    def _adopt(self) -> bool:
+        """Take over the watch of a living owner of the memory file, if there is one.
+
+        Or of the server that our predecessor wrote down: the file may have a format that we
+        cannot read, after an upgrade that cannot be done.
+        """
+        pid, self._left_behind = living_owner(self._instance.name) or self._left_behind, None
+        if pid is None:
+            return False
+        try:
+            self._server = Server(pid, None)
+        except ProcessLookupError:
+            return False
+        self._check_s = time.monotonic() + ADOPTED_S
+        self._on_serving("adopted")
+        return True
+
+    def _check_adopted(self) -> None:
+        """Of two servers that were started at once, the one with the memory lost its socket."""
+        self._check_s = None
+        if self._server is not None and not unixsock.is_alive(self._instance.socket):
+            self._say(f"the server (process {self._server.pid}) does not answer; replacing it")
+            self._server.signal(LEAVE)
+            self._kill_s = time.monotonic() + END_S
+
+    def _spawned(self, standby: bool) -> Server | None:
+        try:
+            return spawn(command(self._instance, self._state.words), standby)
+        except OSError as error:
+            self._say(f"no server can be started ({error.strerror})")
+            return None
+
+    def _on_line(self) -> None:
+        assert self._server is not None
+        if "serving" in self._server.heard():
+            self._on_serving("started")
+
+    def _on_serving(self, how: str) -> None:
+        assert self._server is not None
+        self._server.hang_up()
+        self._state.starts += 1
+        self._state.error = ""
+        self._phase(servestate.SERVING)
+        self._keep_in_memory(True)
+        if not self._served:
+            self._served = True
+            self._tell(0, "")
+        else:
+            self._say(f"the server (process {self._server.pid}) is {how}")
+
+    # ---- ending ---------------------------------------------------------------------
+
+    def _on_end(self) -> None:
+        assert self._server is not None
+        server, self._server = self._server, None
+        if server.line is not None:
+            server.heard()
+        how = server.reap()
+        now_s = time.monotonic()
+        self._kill_s = self._check_s = None
+        if self._stopping:
+            return
+        if self._standby is not None and self._ready:
+            self._hand_over()
+            return
+        self._state.error = server.refused[1] if server.refused else f"the server ended ({how})"
+        if not self._served and living_owner(self._instance.name) is None:
+            self._give_up(server)
+            return
+        if now_s - server.began_s > CALM_S:
+            self._backoff_s = 0.0
+        self._due_s = now_s + self._backoff_s
+        self._phase(servestate.WAITING)
+        self._say(f"{self._state.error}; starting it again in {self._backoff_s:.1f} s")
+        self._backoff_s = min(max(2 * self._backoff_s, BACKOFF_FIRST_S), BACKOFF_MAX_S)
+
+    def _give_up(self, server: Server) -> None:
+        """Our first server did not come up: what it said is our answer."""
+        code, sentence = server.refused or (ZcacheError.exit_code, "")
+        self._tell(code, sentence or f"{self._state.error}; its log says why")
+        self._exit_code, self._stopping = code, True
+
+    def _stop(self) -> None:
+        self._stopping = True
+        self._phase(servestate.STOPPING)
+        self._kill_s = time.monotonic() + END_S
+        if self._server is not None:
+            self._server.signal(LEAVE)
+        if self._standby is not None:
+            self._standby.hang_up()  # it ends by itself
+
+    def _force(self) -> None:
+        """Who was asked to end has not."""
+        self._kill_s = None
+        if self._standby is not None and not self._ready:
+            self._standby.signal(signal.SIGKILL)
+        elif self._server is not None:
+            self._server.signal(signal.SIGKILL)
+
+    # ---- upgrading ------------------------------------------------------------------
+
+    def _exec_anew(self) -> None:
+        """Become the supervisor that lies on the disk now; the server goes on, still our child."""
+        if self._stopping or self._standby is not None or self._server is None:
+            self._upgrade_failed("the server is starting or ending just now; try again")
+            return
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        os.set_inheritable(self._lock.fd, True)
+        self._phase(servestate.UPGRADING)
+        resume = {
+            "fd": self._lock.fd, "asked": self._state.upgrades_asked,
+            "done": self._state.upgrades, "starts": self._state.starts,
+        }  # fmt: skip
+        try:
+            words = [sys.executable, *sys.orig_argv[1:]]
+            os.execve(words[0], words, os.environ | {RESUME: json.dumps(resume)})
+        except OSError as error:
+            os.set_inheritable(self._lock.fd, False)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+            self._upgrade_failed(f"{sys.executable} cannot be run ({error.strerror})")
+
+    def _upgrade(self) -> None:
+        """Start the standby; when it is ready the server is told to leave."""
+        if self._server is None:
+            self._upgrade_failed("the server ended meanwhile; a new one is started")
+            return
+        self._ready = False
+        self._standby = self._spawned(standby=True)
+        if self._standby is None:
+            self._upgrade_failed("the new version cannot be started; its log says why")
+            return
+        self._kill_s = time.monotonic() + STANDBY_S
+        self._phase(servestate.UPGRADING)
+
+    def _on_standby_line(self) -> None:
+        assert self._standby is not None
+        if "waiting" in self._standby.heard():
+            self._ready = True
+            if self._server is None:
+                self._hand_over()
+                return
+            self._kill_s = time.monotonic() + END_S
+            self._server.signal(LEAVE)
+
+    def _hand_over(self) -> None:
+        """The old server is gone: the standby goes on, as the server."""
+        assert self._standby is not None
+        self._server, self._standby, self._ready = self._standby, None, False
+        self._state.upgrades += 1
+        self._state.upgrade_error = ""
+        if self._server.line is not None:
+            with contextlib.suppress(OSError):
+                self._server.line.sendall(b"g")
+
+    def _on_standby_end(self) -> None:
+        """It refused or died before its turn; the old server goes on."""
+        assert self._standby is not None
+        standby, self._standby, self._ready = self._standby, None, False
+        if standby.line is not None:
+            standby.heard()
+        how = standby.reap()
+        self._kill_s = None
+        if not self._stopping:
+            sentence = standby.refused[1] if standby.refused else f"the new server ended ({how})"
+            self._upgrade_failed(sentence)
+
+    def _upgrade_failed(self, sentence: str) -> None:
+        self._state.upgrade_error = sentence
+        self._say(f"not upgraded: {sentence}")
+        self._phase(servestate.SERVING if self._server is not None else servestate.WAITING)
+
+    # ---- telling --------------------------------------------------------------------
+
+    def _phase(self, phase: str) -> None:
+        self._state.phase = phase
+        self._write()
+
+    def _write(self) -> None:
+        state, server = self._state, self._server
+        state.server_pid = server.pid if server is not None else 0
+        state.server_ticks = server.ticks if server is not None else 0
+        self._lock.write(state)
+
+    def _keep_in_memory(self, keep: bool) -> None:
+        """What the next server reads from /run; the files may be new ones by now."""
+        for kept in self._kept:
+            kept.close()
+        self._kept = [Kept(self._instance.memory_lock)] if keep else []
+
+    def _say(self, sentence: str) -> None:
+        say(f"zcache: {self._instance.name}: {sentence}")
+
+
+# ---- as a process -------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code 0 after an orderly end, else that of the error which was told."""
+    args = _parser().parse_args(argv)
+    resume = json.loads(os.environ.pop(RESUME, "null"))
+    tell = Teller(args.tell_fd if resume is None else None)
+    try:
+        instance = Instance(args.name)
+        if resume is not None:
+            os.set_inheritable(resume["fd"], False)
+            lock = ServeLock(instance.serve, resume["fd"])
+        else:
+            lock = ServeLock.acquire(instance)
+    except ZcacheError as error:
+        tell(error.exit_code, str(error))
+        return error.exit_code
+    prepare(realtime=args.realtime == "yes")
+    state = State(
+        supervisor_pid=os.getpid(), supervisor_ticks=start_ticks(os.getpid()),
+        words=args.words, root=str(ROOT), version=zcache_core.__version__,
+    )  # fmt: skip
+    if resume is not None:
+        state.starts, state.upgrades = resume["starts"], resume["done"]
+        state.upgrades_asked = resume["asked"]
+    before = servestate.read(instance)
+    left_behind = before.server_pid if before is not None and before.has_server else None
+    supervisor = Supervisor(instance, lock, state, tell, left_behind)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    code = supervisor.run(upgrade=resume is not None)
+    lock.release(forget=code != 0)  # words that were refused are nobody's
+    return code
+
+
+def prepare(realtime: bool) -> None:
+    """Fit to mend a machine that waits for its swap; the children inherit it.  No core dumps:
+    they would hold pages of every process, and the lock until they are written."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    refused = process.prepare(realtime=realtime)
+    if refused:
+        say(f"zcache: warning: the supervisor is not fit for swapping: {'; '.join(refused)}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="zcache-supervisor", description="see 'zcache serve'")
+    parser.add_argument("--name", required=True)
+    parser.add_argument("--realtime", choices=("yes", "no"), default="yes")
+    parser.add_argument("--tell-fd", type=int, help="where to say how the start went")
+    parser.add_argument("words", nargs="*", help="key=value, checked already")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

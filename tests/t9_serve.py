@@ -1,0 +1,226 @@
+"""A supervised server: started, killed in every way, adopted, stopped; its pages stay."""
+
+from __future__ import annotations
+
+import functools
+import os
+import random
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from plugin import servestate
+from plugin.fitness import CAPABILITIES, has_capability
+from tests.plugin_helpers import wait_for
+from tests.serve_helpers import Served, kill, served
+from zcache_core import memfile
+
+PAGE = 4096
+MIB = 1 << 20
+WORDS = ("size=16M", "pool=8M")
+
+
+@pytest.fixture
+def it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
+    monkeypatch.setenv("ZCACHE_RUNTIME_DIR", str(tmp_path))
+    with served(tmp_path, f"t9-{os.getpid()}") as it:
+        yield it
+
+
+def pages(rng: random.Random) -> bytes:
+    """Two MiB of every kind."""
+    kinds = (rng.randbytes(PAGE), rng.randbytes(900) + bytes(PAGE - 900), b"8 bytes!" * 512)
+    return b"".join(rng.choice(kinds)[:-4] + rng.randbytes(4) for _ in range(512))
+
+
+def only_these(it: Served) -> dict[str, int]:
+    """One supervisor, one server, one node, and nothing twice."""
+    kinds = ("supervisor", "server", "node")
+    wait_for("one of each", lambda: sorted(it.processes().values()) == sorted(kinds))
+    return {kind: it.pids(kind)[0] for kind in kinds}
+
+
+# ---- start and stop --------------------------------------------------------------------------
+
+
+def test_from_start_to_stop(it: Served, rng: random.Random) -> None:
+    state = it.serve(*WORDS)
+    assert (state.phase, state.starts, state.words) == (servestate.SERVING, 1, list(WORDS))
+    assert only_these(it) == {
+        "supervisor": state.supervisor_pid,
+        "server": state.server_pid,
+        "node": it.rpc("ping")["pid"],
+    }
+    data = pages(rng)
+    it.connect().pwrite(data, 0)
+    again = it.zcache("serve", "--detach", *WORDS, check=False)
+    assert again.returncode == 5
+    assert "runs already; ask it with 'zcache status'" in again.stderr
+    it.disconnect()
+    assert "is stopped" in it.zcache("stop").stdout
+    assert not it.processes()
+    assert not memfile.exists(it.name), "its pages are not needed any more"
+    assert [path.suffix for path in it.folder.iterdir()] == [".log"]
+    assert "was not running" in it.zcache("stop").stdout
+
+
+def test_stop_does_not_wait_for_clients(it: Served, rng: random.Random) -> None:
+    """A kernel that swaps never closes its connection; what is in flight is answered."""
+    state = it.serve(*WORDS)
+    handle = it.connect()
+    data = pages(rng)
+    handle.pwrite(data, 0)
+    it.zcache("stop", "--keep")
+    assert not it.processes()
+    assert "signal 9" not in it.log(), "it ended by itself"
+    it.serve()  # the words are those of before, the pages too
+    assert it.state().words == list(WORDS)
+    assert it.state().server_pid != state.server_pid
+    assert it.connect().pread(len(data), 0) == data
+
+
+def test_refusals_are_one_sentence(it: Served, tmp_path: Path) -> None:
+    for words, code, sentence in (
+        (("size=16M", "siez=1"), 3, "there is no key siez"),
+        (("memory=x", *WORDS), 3, "memory= follows from the name of a supervised server"),
+        (("16M",), 3, "16M is no key=value; write it like size=8G"),
+        ((*WORDS, "disk=/nonexistent/disk", "disk_size=64M"), 3, "/nonexistent/disk cannot be"),
+        (("--config", "/nonexistent.toml"), 3, "/nonexistent.toml cannot be read"),
+    ):
+        done = it.zcache("serve", "--detach", *words, check=False)
+        assert (done.returncode, done.stdout) == (code, ""), done
+        assert done.stderr.startswith("zcache: ")
+        assert done.stderr.count("\n") == 1
+        assert sentence in done.stderr
+    assert not it.processes()
+    assert not it.instance.serve.exists()
+    assert not memfile.exists(it.name)
+
+
+def test_configuration_file(it: Served, tmp_path: Path) -> None:
+    path = tmp_path / "swap.toml"
+    path.write_text('size = "16M"\npool = "8M"\ncodec = "zstd"\n[attach]\npriority = 3\n')
+    state = it.serve("--config", str(path), "codec=none")
+    assert state.words == ["size=16M", "pool=8M", "codec=none"]
+
+
+def test_the_supervisor_is_fit_and_small(it: Served) -> None:
+    """Locked, never killed, no core dumps; and asleep while pages are served."""
+    pid = it.serve(*WORDS).supervisor_pid
+    status = dict(row.split(":", 1) for row in Path(f"/proc/{pid}/status").read_text().splitlines())
+    resident = int(status["VmRSS"].split()[0])
+    assert resident < 40 * 1024
+    if has_capability(CAPABILITIES["CAP_IPC_LOCK"][0]):
+        assert int(status["VmLck"].split()[0]) > 0
+    if has_capability(CAPABILITIES["CAP_SYS_RESOURCE"][0]):
+        assert Path(f"/proc/{pid}/oom_score_adj").read_text() == "-1000\n"
+    for one in (pid, it.state().server_pid):
+        limits = Path(f"/proc/{one}/limits").read_text().splitlines()
+        assert next(row for row in limits if row.startswith("Max core")).split()[4] == "0"
+    handle = it.connect()
+    before = switches(pid)
+    for page in range(500):
+        handle.pwrite(b"x" * PAGE, page * PAGE)
+    assert switches(pid) == before
+
+
+def switches(pid: int) -> int:
+    rows = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return sum(int(row.split()[1]) for row in rows if "ctxt_switches" in row)
+
+
+# ---- kill -9 ---------------------------------------------------------------------------------
+
+
+def test_killed_servers_are_replaced_and_nothing_is_lost(it: Served, rng: random.Random) -> None:
+    server = it.serve(*WORDS).server_pid
+    data = pages(rng)
+    it.connect().pwrite(data, 0)
+    for turn in range(3):
+        kill(server)
+        state = it.serving(other_than=server)
+        server = state.server_pid
+        handle = it.connect()
+        assert handle.pread(len(data), 0) == data
+        handle.pwrite(b"turn %d" % turn * 512, 4 * MIB + turn * PAGE)
+        assert state.starts == turn + 2
+    only_these(it)
+
+
+def test_killed_supervisor_is_replaced_and_adopts(it: Served, rng: random.Random) -> None:
+    first = it.serve(*WORDS)
+    handle = it.connect()
+    data = pages(rng)
+    handle.pwrite(data, 0)
+    kill(first.supervisor_pid)
+    assert handle.pread(len(data), 0) == data, "the server goes on"
+    second = it.serve()
+    assert second.supervisor_pid != first.supervisor_pid
+    assert second.server_pid == first.server_pid
+    assert handle.pread(len(data), 0) == data, "and was not touched"
+    only_these(it)
+    kill(second.server_pid)  # no child of its supervisor
+    third = it.serving(other_than=second.server_pid)
+    assert third.supervisor_pid == second.supervisor_pid
+    assert it.connect().pread(len(data), 0) == data
+
+
+@pytest.mark.parametrize("order", [("supervisor", "server"), ("server", "node", "supervisor")])
+def test_all_killed(it: Served, rng: random.Random, order: tuple[str, ...]) -> None:
+    it.serve(*WORDS)
+    data = pages(rng)
+    it.connect().pwrite(data, 0)
+    everybody = only_these(it)
+    for kind in order:
+        os.kill(everybody[kind], signal.SIGKILL)
+    wait_for("the end of them", lambda: not set(it.processes()) & set(everybody.values()))
+    it.serve()
+    assert it.connect().pread(len(data), 0) == data
+    only_these(it)
+
+
+def test_a_node_that_does_not_end_is_no_obstacle(it: Served, rng: random.Random) -> None:
+    """It may be swapped out to the device whose server was killed."""
+    state = it.serve(*WORDS)
+    node = only_these(it)["node"]
+    os.kill(node, signal.SIGSTOP)
+    try:
+        kill(state.server_pid)
+        it.serving(other_than=state.server_pid)
+        wait_for("a node that answers", lambda: answers(it))
+        assert it.rpc("ping")["pid"] != node
+    finally:
+        os.kill(node, signal.SIGCONT)
+    only_these(it)
+    assert it.rpc("ping")["pid"] != node, "the old one's end has not removed the new one's socket"
+
+
+def another_server(it: Served, old: int) -> bool:
+    return bool(set(it.pids("server")) - {old})
+
+
+def answers(it: Served) -> Any:
+    try:
+        return it.rpc("ping")
+    except Exception:
+        return None
+
+
+def test_supervisor_killed_before_it_knows_its_server(it: Served, rng: random.Random) -> None:
+    """At any moment of the start: one server at most, and the next supervisor finds it."""
+    for _ in range(2):
+        it.zcache("serve", "--detach", *WORDS)
+        state = it.state()
+        os.kill(state.server_pid, signal.SIGKILL)
+        wait_for("a new server", functools.partial(another_server, it, state.server_pid))
+        time.sleep(rng.random() * 0.3)
+        kill(state.supervisor_pid)
+        it.serve(*WORDS)
+        only_these(it)
+        assert it.connect().pread(PAGE, 0) == bytes(PAGE)
+        it.disconnect()
+        it.zcache("stop", "--keep")
