@@ -15,10 +15,8 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 from posix.time cimport timespec
 
 from zcache_core.below cimport FRAMES_AT_ONCE, GATHER_BYTES, Tiers
-from zcache_core.counter_ids cimport C_POOL_WAIT_US, C_POOL_WAITS
 from zcache_core.eviction cimport cool_batch, drop_frames, resort
 from zcache_core.fullness cimport frames_ephemeral, frames_left, free_target, must_cool
-from zcache_core.native cimport zc_add64
 from zcache_core.pthread cimport (
     at_us, lock_take, now_us, pthread_cond_broadcast, pthread_cond_signal, pthread_cond_timedwait,
     pthread_mutex_unlock,
@@ -104,6 +102,4 @@ cdef bint tiers_wait_room(void *tiers, void *slot, int64_t deadline_us) noexcept
         slot_unpark(<Slot *>slot)           # frames are looked at
         drop_frames(t, FRAMES_AT_ONCE)      # the tier stalls, and the cooling thread with it
         slot_park(<Slot *>slot)
-    zc_add64(&t.cells[C_POOL_WAITS], 1)
-    zc_add64(&t.cells[C_POOL_WAIT_US], <uint64_t>(now_us() - start))
     return True

@@ -27,7 +27,8 @@ from zcache_core.counter_ids cimport (
     C_COMMIT_WAIT_US, C_COMMIT_WAITS, C_COMPRESS_POOR, C_CORRUPT_LOADS, C_DAMAGED_LOWER_ADDRESSES,
     C_FAILED_STORES,
     C_FLIP_RETRIES, C_INVALIDATES, C_LOADS, C_LOADS_EMPTY, C_LOADS_SAME_FILLED, C_LOST_PAGES,
-    C_READ_RETRIES, C_RESTAMPED_STORES, C_SAME_FILLED_PAGES, C_SAME_FILLED_PAGES_MAX, C_SUCC_STORES,
+    C_POOL_WAIT_US, C_POOL_WAITS, C_READ_RETRIES, C_RESTAMPED_STORES, C_SAME_FILLED_PAGES, C_SAME_FILLED_PAGES_MAX, C_SUCC_STORES,
+    H_POOL_WAIT,
 )
 from zcache_core.index cimport entry_flip, entry_load, versions_take
 from zcache_core.layout cimport (
@@ -41,7 +42,7 @@ from zcache_core.native cimport (
     zc_same_filled,
 )
 from zcache_core.pthread cimport lock_take, now_us, pthread_mutex_unlock
-from zcache_core.slots cimport Slot, count, slot_park, slot_unpark
+from zcache_core.slots cimport Slot, count, observe, slot_park, slot_unpark
 
 cdef enum:
     # Longest wait for room of one request, however many pages it has; NBD clients give it
@@ -123,6 +124,8 @@ cdef bint find_room(Core *core, Slot *slot, uint32_t bytes, uint64_t *where) noe
     cdef int64_t start, until
     cdef bint found = False
     cdef bint over = False
+    cdef bint full = False
+    cdef uint64_t waited_us
     if core.allocator.alloc(core.allocator, bytes, where):
         return True
     start = now_us()
@@ -132,17 +135,23 @@ cdef bint find_room(Core *core, Slot *slot, uint32_t bytes, uint64_t *where) noe
     slot_park(slot)             # the committer may be waiting for every slot to leave a frame
     while not found:
         over |= now_us() >= until - ROOM_WAIT_US + OVER_TARGET_AFTER_US
-        if not arena_wait(&core.arena, until, over) and not (
-            core.lower.tiers != NULL and core.lower.wait_room(core.lower.tiers, slot, until)
-        ):
-            if over:
+        if not arena_wait(&core.arena, until, over):
+            if core.lower.tiers != NULL and core.lower.wait_room(core.lower.tiers, slot, until):
+                full = True
+            elif over:
                 break
-            over = True         # no hope below: pressure must not refuse what would have fitted
+            else:
+                over = True     # no hope below: pressure must not refuse what would have fitted
         found = core.allocator.alloc(core.allocator, bytes, where)
     slot_unpark(slot)
-    if found or now_us() >= until:      # else the pool was simply full
+    waited_us = <uint64_t>(now_us() - start)
+    if full:
+        count(slot, C_POOL_WAITS, 1)
+        count(slot, C_POOL_WAIT_US, waited_us)
+        observe(slot, H_POOL_WAIT, waited_us)
+    elif found or now_us() >= until:    # else the pool was simply full, and it was said at once
         count(slot, C_COMMIT_WAITS, 1)
-        count(slot, C_COMMIT_WAIT_US, <uint64_t>(now_us() - start))
+        count(slot, C_COMMIT_WAIT_US, waited_us)
     return found
 
 

@@ -3,6 +3,7 @@
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
 from zcache_core.layout cimport COUNTER_CELLS
+from zcache_core.native cimport zc_bits64
 
 cdef enum:
     SLOTS = 32                  # requests in flight inside the core; nbdkit starts 16 threads
@@ -39,6 +40,13 @@ cdef void slot_release(Slot *slot) noexcept nogil
 cdef void slot_park(Slot *slot) noexcept nogil
 cdef void slot_unpark(Slot *slot) noexcept nogil
 cdef void slots_quiesce(void *slots) noexcept nogil
+
+cdef enum:
+    HISTOGRAM_BUCKETS = 32      # one for each power of two; counters.py has the picture
+
+cdef inline void observe(Slot *slot, uint32_t histogram, uint64_t value) noexcept nogil:
+    """One value more in a histogram (H_... of counter_ids)."""
+    slot.shard[histogram + min(zc_bits64(value), <uint32_t>(HISTOGRAM_BUCKETS - 1))] += 1
 
 cdef inline void count(Slot *slot, uint32_t cell, uint64_t n) noexcept nogil:
     slot.shard[cell] += n
