@@ -65,6 +65,7 @@ COUNTERS: tuple[Counter, ...] = (
     Counter("crew_pages", "pages", "counter", "pages of long writes that the crew compressed"),
     # trouble and contention
     Counter("corrupt_loads", "pages", "counter", "reads that found a damaged copy (answered EIO)"),
+    Counter("mended_loads", "pages", "counter", "damaged in RAM, answered from the disk's copy"),
     Counter("lost_pages", "pages", "gauge", "pages whose last copy is gone (answer EIO)"),
     Counter("read_retries", "events", "counter", "reads repeated because the page changed"),
     Counter("flip_retries", "events", "counter", "index flips repeated because of a race"),
@@ -117,6 +118,9 @@ COUNTERS: tuple[Counter, ...] = (
     Counter("overtaken_writeback_pages", "pages", "counter", "pages that changed while copied"),
     Counter("cold_loads", "pages", "counter", "pages read from below"),
     Counter("promoted_pages", "pages", "counter", "of those: given a RAM copy again"),
+    Counter(
+        "kept_pages", "pages", "counter", "pages whose copy below was given up: room is short there"
+    ),
     Counter("pool_waits", "events", "counter", "writes that waited because the pool was full"),
     Counter("pool_wait_us", "microseconds", "counter", "time they waited"),
     Counter("high_percent", "percent", "gauge", "of the pool: writeback starts above"),

@@ -27,6 +27,7 @@ from zcache_core.counter_ids cimport (
     C_COMMIT_WAIT_US, C_COMMIT_WAITS, C_COMPRESS_POOR, C_CORRUPT_LOADS, C_DAMAGED_LOWER_ADDRESSES,
     C_FAILED_STORES,
     C_FLIP_RETRIES, C_INVALIDATES, C_LOADS, C_LOADS_EMPTY, C_LOADS_SAME_FILLED, C_LOST_PAGES,
+    C_MENDED_LOADS,
     C_POOL_WAIT_US, C_POOL_WAITS, C_READ_RETRIES, C_RESTAMPED_STORES, C_SAME_FILLED_PAGES, C_SAME_FILLED_PAGES_MAX, C_SUCC_STORES,
     H_POOL_WAIT,
 )
@@ -268,6 +269,14 @@ cdef bint load_blob(Core *core, Slot *slot, uint64_t page, Entry e, uint8_t *dat
     return codec_decompress(slot, codec_of(e.location), blob, length, data)
 
 
+cdef inline bint is_below_too(Core *core, Entry e) noexcept nogil:
+    """Whether a page whose RAM copy is damaged can be had from below."""
+    return (
+        state_of(e.version) == ST_RAM_EPHEMERAL and entry_is_sound(e.location, e.version)
+        and core.lower.tiers != NULL
+    )
+
+
 cdef int store_get(
     Core *core, Slot *slot, uint64_t page, uint8_t *data, Entry *seen, bint may_block
 ) noexcept nogil:
@@ -305,8 +314,20 @@ cdef int store_get(
         if again.version == e.version and again.location == e.location:
             # A page may have left RAM and come back to the same place while its reader
             # slept in between: damage is what is there twice.
-            if doubted or not in_ram(state):
+            if not in_ram(state):
                 break
+            if doubted:
+                if not is_below_too(core, e):
+                    break
+                if not may_block:
+                    return WOULD_BLOCK
+                good = core.lower.mend(core.lower.tiers, slot, page, e, data)
+                if good:
+                    state = ST_DISK
+                    count(slot, C_MENDED_LOADS, 1)
+                again = entry_load(&core.index, page)
+                if good or again.version == e.version and again.location == e.location:
+                    break
             doubted = True
         else:
             doubted = False
