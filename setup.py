@@ -24,12 +24,13 @@ LIBRARIES = {"codec": ["lz4", "zstd"], "crypt": ["crypto"]}
 
 def write_counter_ids() -> None:
     """Cell numbers of the counter table, for the compiled code."""
-    from zcache_core.counters import STORED
+    from zcache_core.counters import HISTOGRAM_CELL, STORED
 
     lines = [
         '"""Written by setup.py from counters.py; do not edit."""\n',
         "cdef enum:",
         *(f"    C_{c.name.upper()} = {i}" for i, c in enumerate(STORED)),
+        *(f"    H_{name.upper()} = {cell}" for name, cell in HISTOGRAM_CELL.items()),
     ]
     target = CORE / "counter_ids.pxd"
     text = "\n".join(lines) + "\n"

@@ -75,6 +75,18 @@ def copies_damaged(stats: Stats, config: Config) -> Reason | None:
     )
 
 
+def copies_mended(stats: Stats, config: Config) -> Reason | None:
+    """Damage in RAM that hit pages whose copy below was still there."""
+    if not (mended := stats["mended_loads"]):
+        return None
+    return Reason(
+        DEGRADED,
+        f"{mended} reads found a damaged copy in RAM and were answered from the disk instead.",
+        "Test this machine's memory (memtest86+, or EDAC counters): the next damage may hit a "
+        "page that is nowhere else.",
+    )
+
+
 def disk_copies_bad(stats: Stats, config: Config) -> Reason | None:
     """What was read back from the disk was not what had been written there, or nothing."""
     corrupt, unread = stats["disk_corrupt_pages"], stats["disk_read_errors"]
@@ -281,6 +293,7 @@ RULES: tuple[Rule, ...] = (
     pages_lost,
     copies_damaged,
     disk_copies_bad,
+    copies_mended,
     pool_full,
     disk_fails,
     writes_refused,

@@ -94,8 +94,8 @@ class Node:
             "uptime_seconds": int(time.clock_gettime(time.CLOCK_BOOTTIME) - self._started_s),
         }
 
-    async def stats(self) -> dict[str, int]:
-        return counters.read(self._memory)
+    async def stats(self) -> dict[str, Any]:
+        return counters.read(self._memory) | {"histograms": counters.histograms(self._memory)}
 
     async def devices(self) -> list[dict[str, Any]]:
         """Each device; its pages are counted in the index now, about 3 ms a million."""

@@ -11,6 +11,8 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TextIO
 
+from zcache_core.counters import below
+
 PAGE_BYTES = 4096
 BAR_CELLS = 30
 STYLES = {"ok": "green", "note": "yellow", "degraded": "yellow", "todo": "red", "critical": "red"}
@@ -64,7 +66,7 @@ def percent(part: float, whole: float) -> str:
 def lines(
     control: str,
     ping: Mapping[str, Any],
-    stats: Mapping[str, int],
+    stats: Mapping[str, Any],
     config: Mapping[str, Any],
     health: Mapping[str, Any],
     devices: Sequence[Mapping[str, Any]] = (),
@@ -132,7 +134,13 @@ def lines(
     return found
 
 
-def disk_lines(stats: Mapping[str, int], config: Mapping[str, Any]) -> list[Line]:
+def worst(stats: Mapping[str, Any]) -> str:
+    """What 99 % of the waits were below, when there were any."""
+    waits = stats["histograms"]["pool_wait"]
+    return f" (99 % below {below(waits, 0.99) / 1000:.0f} ms)" if waits["count"] else ""
+
+
+def disk_lines(stats: Mapping[str, Any], config: Mapping[str, Any]) -> list[Line]:
     """What is below the pool; nothing when nothing is."""
     if not (limit := stats["disk_limit_bytes"]):
         return []
@@ -152,7 +160,7 @@ def disk_lines(stats: Mapping[str, int], config: Mapping[str, Any]) -> list[Line
         Line(
             "waits",
             f"{count(stats['pool_waits'])} writes for room in the pool, "
-            f"{stats['pool_wait_us'] / 1e6:.1f} s in all; writeback from "
+            f"{stats['pool_wait_us'] / 1e6:.1f} s in all{worst(stats)}; writeback from "
             f"{stats['high_percent']} % to {stats['low_percent']} %",
         ),
     ]

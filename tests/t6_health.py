@@ -43,6 +43,7 @@ TROUBLE: list[tuple[dict[str, int], dict[str, Any], str, str, str]] = [
         "2 copies on the disk were found wrong",
         "smartctl",
     ),
+    ({"mended_loads": 2}, {}, "degraded", "answered from the disk instead", "memtest"),
     ({"disk_read_errors": 5}, {}, "critical", "5 could not be read", "kernel log"),
     (FAILING, ALL, "degraded", "(Input/output error, 4 times so far)", "goes on by itself"),
     (DISK | {"pers_pageframes": 900}, ALL, "ok", "", ""),

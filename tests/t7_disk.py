@@ -360,15 +360,15 @@ def test_set_pool_that_cannot_be(tmp_path: Path, rng: random.Random) -> None:
             handle.pwrite(rng.randbytes(8 * MIB), 8 * MIB)
         assert server.rpc("set", {"pool": 16 * MIB}) == {"pool": 16 * MIB}
         handle.pwrite(rng.randbytes(8 * MIB), 8 * MIB)
-    words = ("size=32M", "pool=16M", "disk_size=8M", f"disk={tmp_path / 'disk'}")
+    words = ("size=64M", "pool=32M", "disk_size=16M", f"disk={tmp_path / 'disk'}")
     with Server(tmp_path, *words) as server:
         handle = server.connect()
-        for offset in range(0, 14 * MIB, MIB):
+        for offset in range(0, 24 * MIB, MIB):
             handle.pwrite(rng.randbytes(MIB), offset)
         error = refusal(server, "set", {"pool": 1 * MIB})
         assert error.code == "disk_full"
         assert "bytes of pages would have to leave RAM, and the disk has room for" in str(error)
-        assert server.rpc("config")["pool"] == 16 * MIB
+        assert server.rpc("config")["pool"] == 32 * MIB
 
 
 def reasons(server: Server) -> list[str]:

@@ -32,7 +32,7 @@ from tests.plugin_helpers import (
     wait_for,
 )
 from zcache_core import memfile
-from zcache_core.counters import COUNTERS
+from zcache_core.counters import COUNTERS, HISTOGRAMS
 
 PAGE = 4096
 PF_MEMALLOC_NOIO = 0x00080000  # include/linux/sched.h
@@ -290,6 +290,7 @@ def test_generic_messagepack_rpc_client(server: Server) -> None:
         assert ping["version"]
         assert ping["uptime_seconds"] >= 0
         _, stats = ask(2, "stats")
+        assert stats.pop("histograms").keys() == {histogram.name for histogram in HISTOGRAMS}
         assert stats.keys() == {counter.name for counter in COUNTERS}
         assert all(isinstance(value, int) for value in stats.values())
         assert stats["logical_bytes"] == stats["succ_stores"] * PAGE == PAGE

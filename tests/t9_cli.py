@@ -74,7 +74,11 @@ def test_status_for_people_and_for_scripts(tmp_path: Path) -> None:
         assert code == 0
         answer = json.loads(out)
         assert answer["stats"]["pers_zpages"] == 100
-        assert answer["stats"].keys() == {counter.name for counter in COUNTERS}
+        names = {counter.name for counter in COUNTERS} | {"histograms"}
+        assert answer["stats"].keys() == names
+        assert answer["stats"]["histograms"]["pool_wait"] == {
+            "unit": "microseconds", "count": 0, "buckets": []
+        }  # fmt: skip
         assert answer["config"]["pool"] == 4 << 20
         assert answer["health"]["status"] == "degraded"
         assert answer["ping"]["server_pid"] == server.pid

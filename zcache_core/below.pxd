@@ -16,7 +16,6 @@ from zcache_core.orders cimport Orders
 from zcache_core.pthread cimport pthread_cond_t, pthread_mutex_t, pthread_t
 
 cdef enum:
-    GHOSTS = 65536              # pages remembered as read once; a power of two
     GATHER_BYTES = 1 << 20
     RESORT_PAGES = 32768        # most objects in a segment: none is smaller than 32 bytes
     FRAMES_AT_ONCE = 64         # victims looked at in one slot's time
@@ -31,9 +30,12 @@ ctypedef struct Tiers:
     ColdPage *batch             # COLD_BATCH
     Entry *entries              # COLD_BATCH: what each page of the batch was
     ColdPage *resort_batch      # RESORT_PAGES
-    uint64_t *ghosts            # atomics
+    uint32_t *ghosts            # atomics: pages read once (fetching.pyx)
+    uint64_t ghost_cells        # a power of two
+    uint32_t keep_hand          # the frame where the search for hot ephemeral ones goes on
     pthread_mutex_t dropping    # guards the choice of ephemeral frames to drop
     uint64_t cold_loads         # atomic
+    int64_t failing_since_us    # the tier fails since then; 0: it does not.  A hint
     # guarded by `lock`
     pthread_mutex_t lock
     pthread_cond_t work         # the cooling thread waits here

@@ -15,10 +15,11 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 from posix.time cimport timespec
 
 from zcache_core.below cimport FRAMES_AT_ONCE, GATHER_BYTES, Tiers
-from zcache_core.counter_ids cimport C_POOL_WAIT_US, C_POOL_WAITS
-from zcache_core.eviction cimport cool_batch, drop_frames, resort
-from zcache_core.fullness cimport frames_ephemeral, frames_left, free_target, must_cool
-from zcache_core.native cimport zc_add64
+from zcache_core.eviction cimport cool_batch, drop_frames, keep_hot, resort
+from zcache_core.fullness cimport (
+    frames_ephemeral, frames_left, free_target, has_ram_to_spare, must_cool,
+)
+from zcache_core.native cimport zc_load64, zc_store64
 from zcache_core.pthread cimport (
     at_us, lock_take, now_us, pthread_cond_broadcast, pthread_cond_signal, pthread_cond_timedwait,
     pthread_mutex_unlock,
@@ -31,6 +32,8 @@ cdef enum:
     GATHER_LEAST = FRAMES_AT_ONCE * 4096
     TICK_US = 100000
     WAIT_STEP_US = 20000        # a waiting writer looks again
+    # A tier that fails is tried again after 0.1, 0.3, 0.7 and 1.5 s: who waits meets four tries.
+    HOPE_US = 1500000
 
 
 cdef bint turn(Tiers *t) noexcept nogil:
@@ -51,7 +54,28 @@ cdef bint turn(Tiers *t) noexcept nogil:
             while most > GATHER_LEAST and not t.cold.has_room(t.cold, most):
                 most //= 2
         moved |= cool_batch(t, most) > 0
+    elif frames_ephemeral(t) and has_ram_to_spare(t) and short_below(t):
+        if keep_hot(t, FRAMES_AT_ONCE):
+            moved |= resort(t)          # what died there is spread over many segments
     return moved
+
+
+cdef bint short_below(Tiers *t) noexcept nogil:
+    """Whether the next two batches would find no room below, though nothing is the matter there."""
+    if t.cold.reason(t.cold) or t.cold.has_room(t.cold, 2 * GATHER_BYTES):
+        return False
+    t.cold.tick(t.cold)
+    return not t.cold.has_room(t.cold, 2 * GATHER_BYTES)
+
+
+cdef bint fails_for_long(Tiers *t) noexcept nogil:
+    """Whether the tier has failed for longer than a write may wait: then none waits for it."""
+    if t.cold.reason(t.cold) == 0:
+        zc_store64(<uint64_t *>&t.failing_since_us, 0)
+        return False
+    if t.failing_since_us == 0:
+        zc_store64(<uint64_t *>&t.failing_since_us, <uint64_t>now_us())
+    return now_us() - <int64_t>zc_load64(<uint64_t *>&t.failing_since_us) > HOPE_US
 
 
 cdef void *cooling_thread(void *argument) noexcept nogil:
@@ -66,6 +90,7 @@ cdef void *cooling_thread(void *argument) noexcept nogil:
         moved = turn(t)
         if now_us() >= next_tick:
             t.cold.tick(t.cold)
+            fails_for_long(t)
             next_tick = now_us() + TICK_US
         lock_take(&t.lock)
         if moved:
@@ -88,8 +113,8 @@ cdef bint tiers_wait_room(void *tiers, void *slot, int64_t deadline_us) noexcept
     cdef uint64_t rounds
     if not hope or not t.running:
         return False
-    if frames_ephemeral(t) == 0 and t.cold.reason(t.cold):
-        return False            # the tier fails, and there is nothing to drop
+    if frames_ephemeral(t) == 0 and fails_for_long(t):
+        return False            # there is nothing to drop, and will not be in time
     lock_take(&t.lock)
     rounds = t.rounds
     t.waiting += 1
@@ -104,6 +129,4 @@ cdef bint tiers_wait_room(void *tiers, void *slot, int64_t deadline_us) noexcept
         slot_unpark(<Slot *>slot)           # frames are looked at
         drop_frames(t, FRAMES_AT_ONCE)      # the tier stalls, and the cooling thread with it
         slot_park(<Slot *>slot)
-    zc_add64(&t.cells[C_POOL_WAITS], 1)
-    zc_add64(&t.cells[C_POOL_WAIT_US], <uint64_t>(now_us() - start))
     return True

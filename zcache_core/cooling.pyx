@@ -23,7 +23,7 @@ from zcache_core.core cimport Core
 from zcache_core.counter_ids cimport C_DAMAGED_LOWER_ADDRESSES
 from zcache_core.index cimport entry_flip, entry_load
 from zcache_core.layout cimport (
-    PAGE_BYTES, ST_RAM, ST_RAM_EPHEMERAL, BlobHeader, Entry, codec_of,
+    PAGE_BYTES, PAGE_SHIFT, ST_RAM, ST_RAM_EPHEMERAL, BlobHeader, Entry, codec_of,
     entry_is_sound, header_fill, header_is_sound, header_lower, header_matches, header_page, header_set_lower,
     length_of, place_word, state_of, version_of, version_word, where_of,
 )
@@ -126,6 +126,38 @@ cdef bint drop_ram_copy(Core *core, uint64_t page, Entry entry, uint32_t state) 
     return done
 
 
+cdef bint leave_damaged_copy(Core *core, uint64_t page, Entry entry, uint32_t state, uint64_t lower) noexcept nogil:
+    """The RAM copy is damaged, and the one at `lower` was just read and is right: use that."""
+    cdef uint32_t length = length_of(entry.location)
+    cdef bint done = False
+    lock_take(&core.allocator.lock)
+    # (it may have been moved since it was read: then whoever reads next tries again)
+    if is_now(core, page, entry) and header_lower(object_header(&core.arena, where_of(entry.location), length)) == lower:
+        done = entry_flip(
+            &core.index, page, entry, same_page(entry, state, place_word(lower, length, codec_of(entry.location)))
+        )
+    pthread_mutex_unlock(&core.allocator.lock)
+    if done:
+        core.allocator.release(core.allocator, where_of(entry.location), object_bytes(length))
+    return done
+
+
+cdef bint keep_in_ram(Core *core, uint64_t page, Entry entry, uint64_t *lower) noexcept nogil:
+    """An ephemeral page is persistent again; its copy at `lower` is nobody's then."""
+    cdef BlobHeader *header = object_header(&core.arena, where_of(entry.location), length_of(entry.location))
+    cdef bint done = False
+    lock_take(&core.allocator.lock)
+    if state_of(entry.version) == ST_RAM_EPHEMERAL and is_now(core, page, entry) and header_is_sound(header):
+        done = entry_flip(&core.index, page, entry, same_page(entry, ST_RAM, entry.location))
+        if done:
+            lower[0] = header_lower(header)
+            core.allocator.ephemeral(
+                core.allocator, where_of(entry.location), object_bytes(length_of(entry.location)), -1
+            )
+    pthread_mutex_unlock(&core.allocator.lock)
+    return done
+
+
 cdef bint promote(Core *core, Slot *slot, uint64_t page, Entry entry, const uint8_t *blob) noexcept nogil:
     """Give a page that was read from below (entry, blob) an ephemeral RAM copy, if there is room now."""
     cdef uint32_t length = length_of(entry.location)
@@ -146,6 +178,7 @@ cdef bint promote(Core *core, Slot *slot, uint64_t page, Entry entry, const uint
     )
     if done:
         core.allocator.ephemeral(core.allocator, where, object_bytes(length), 1)
+        core.arena.frames[where >> PAGE_SHIFT].referenced = 1
     pthread_mutex_unlock(&core.allocator.lock)
     if not done:
         core.allocator.release(core.allocator, where, object_bytes(length))

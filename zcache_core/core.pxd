@@ -17,6 +17,8 @@ ctypedef struct Lower:
     void *tiers
     # read a page whose copy is below: 0, or EIO
     int (*fetch)(void *tiers, void *slot, uint64_t page, Entry e, uint8_t *data) noexcept nogil
+    # read a page whose RAM copy (entry e, ephemeral) is damaged from below; True: `data` is right
+    bint (*mend)(void *tiers, void *slot, uint64_t page, Entry e, uint8_t *data) noexcept nogil
     # a copy below is not needed any more
     void (*drop)(void *tiers, uint32_t state, uint64_t where, uint32_t length_bytes) noexcept nogil
     # a takeover found this copy in the index; False: it cannot be

@@ -12,18 +12,26 @@ server:
     max       largest of the shards
     derived   computed here from the others when it is read
 
+Histograms lie behind the counters, in the same shards: 32 cells each, one for each
+power of two, so that an observation is one more plain add.
+
+    cell 0    1    2    3    ...  31        bucket k counts values below 2^k that no
+         0    1   2-3  4-7        2^30 on   smaller bucket has
+
 Names that the kernel's zcache, zbud and frontswap had mean the same thing here.
 """
 
 from __future__ import annotations
 
 import array
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from zcache_core.memfile import MemoryFile
 
 CELLS = 512  # as COUNTER_CELLS in layout.pxd
+FIRST_HISTOGRAM_CELL = 256  # counters below, histograms from here on
+BUCKETS = 32  # as HISTOGRAM_BUCKETS in slots.pxd
 PAGE_BYTES = 4096
 DISK_SEGMENT_BYTES = 1 << 20  # as SEGMENT_BYTES in disk.pxd
 
@@ -58,6 +66,7 @@ COUNTERS: tuple[Counter, ...] = (
     Counter("crew_pages", "pages", "counter", "pages of long writes that the crew compressed"),
     # trouble and contention
     Counter("corrupt_loads", "pages", "counter", "reads that found a damaged copy (answered EIO)"),
+    Counter("mended_loads", "pages", "counter", "damaged in RAM, answered from the disk's copy"),
     Counter("lost_pages", "pages", "gauge", "pages whose last copy is gone (answer EIO)"),
     Counter("read_retries", "events", "counter", "reads repeated because the page changed"),
     Counter("flip_retries", "events", "counter", "index flips repeated because of a race"),
@@ -110,6 +119,9 @@ COUNTERS: tuple[Counter, ...] = (
     Counter("overtaken_writeback_pages", "pages", "counter", "pages that changed while copied"),
     Counter("cold_loads", "pages", "counter", "pages read from below"),
     Counter("promoted_pages", "pages", "counter", "of those: given a RAM copy again"),
+    Counter(
+        "kept_pages", "pages", "counter", "pages whose copy below was given up: room is short there"
+    ),
     Counter("pool_waits", "events", "counter", "writes that waited because the pool was full"),
     Counter("pool_wait_us", "microseconds", "counter", "time they waited"),
     Counter("high_percent", "percent", "gauge", "of the pool: writeback starts above"),
@@ -155,8 +167,24 @@ COUNTERS: tuple[Counter, ...] = (
     ),
 )
 
+
+class Histogram(NamedTuple):
+    """One distribution: how often which power of two of `unit` was seen."""
+
+    name: str
+    unit: str
+    help: str
+
+
+HISTOGRAMS: tuple[Histogram, ...] = (
+    Histogram("pool_wait", "microseconds", "how long a write waited for room in a full pool"),
+)
+
 STORED = tuple(c for c in COUNTERS if c.kind != "derived")
 CELL = {c.name: i for i, c in enumerate(STORED)}
+HISTOGRAM_CELL = {h.name: FIRST_HISTOGRAM_CELL + BUCKETS * i for i, h in enumerate(HISTOGRAMS)}
+assert len(STORED) <= FIRST_HISTOGRAM_CELL
+assert FIRST_HISTOGRAM_CELL + BUCKETS * len(HISTOGRAMS) <= CELLS
 
 
 def _status_bytes(pid: int) -> dict[str, int]:
@@ -202,10 +230,40 @@ def read(memory: MemoryFile) -> dict[str, int]:
     return values
 
 
+def histograms(memory: MemoryFile) -> dict[str, dict[str, Any]]:
+    """{name: {"unit", "count", "buckets"}}: bucket k counts values v with v.bit_length() == k.
+
+    The last one also has all that are larger.  `buckets` ends with the last that is not 0.
+    """
+    cells = array.array("Q")
+    cells.frombytes(memory.counter_cells())
+    found: dict[str, dict[str, Any]] = {}
+    for histogram in HISTOGRAMS:
+        first = HISTOGRAM_CELL[histogram.name]
+        shards = [cells[at + first : at + first + BUCKETS] for at in range(0, len(cells), CELLS)]
+        buckets = [sum(column) & (1 << 64) - 1 for column in zip(*shards, strict=True)]
+        total = sum(buckets)
+        while buckets and not buckets[-1]:
+            buckets.pop()
+        found[histogram.name] = {"unit": histogram.unit, "count": total, "buckets": buckets}
+    return found
+
+
+def below(histogram: dict[str, Any], share: float) -> int:
+    """A bound that this share of the values is below (a power of two); 0 without values."""
+    wanted, seen = share * histogram["count"], 0
+    for bucket, n in enumerate(histogram["buckets"]):
+        seen += n
+        if seen >= wanted:
+            return 1 << bucket if histogram["count"] else 0
+    return 0
+
+
 def as_page() -> str:
     """docs/counters.md: the whole table."""
     rows = [f"| `{c.name}` | {c.unit} | {c.kind} | {c.help} |" for c in COUNTERS]
-    return "\n".join([*PAGE_HEAD, *rows, ""])
+    more = [f"| `{h.name}` | {h.unit} | {h.help} |" for h in HISTOGRAMS]
+    return "\n".join([*PAGE_HEAD, *rows, *HISTOGRAMS_HEAD, *more, ""])
 
 
 PAGE_HEAD = (
@@ -217,6 +275,15 @@ PAGE_HEAD = (
     "",
     "| name | unit | kind | what |",
     "|---|---|---|---|",
+)
+
+HISTOGRAMS_HEAD = (
+    "",
+    "`histograms` has distributions: `buckets` number *k* counts the values from 2^(*k*-1) to below",
+    "2^*k*; number 0 zeros, number 31 all larger ones too.",
+    "",
+    "| name | unit | what |",
+    "|---|---|---|",
 )
 
 if __name__ == "__main__":

@@ -14,13 +14,14 @@ writers do that too when the tier stalls.
 
 from libc.stdint cimport uint32_t, uint64_t
 
+from zcache_core.arena cimport FRAME_TAKEN, Frame
 from zcache_core.below cimport FRAMES_AT_ONCE, RESORT_PAGES, Tiers
 from zcache_core.cold cimport COLD_BATCH, ColdPage
 from zcache_core.cooling cimport (
-    copy_for_below, copy_moved, drop_ram_copy, make_ephemeral, page_at, still_needed,
+    copy_for_below, copy_moved, drop_ram_copy, keep_in_ram, make_ephemeral, page_at, still_needed,
 )
 from zcache_core.counter_ids cimport (
-    C_DISK_CLEANED_BYTES, C_EVICTED_EPH_PAGEFRAMES, C_FAILED_WRITEBACK_PAGES,
+    C_DISK_CLEANED_BYTES, C_EVICTED_EPH_PAGEFRAMES, C_FAILED_WRITEBACK_PAGES, C_KEPT_PAGES,
     C_OUTSTANDING_WRITEBACK_PAGES, C_OVERTAKEN_WRITEBACK_PAGES, C_WRITTEN_BACK_PAGES,
 )
 from zcache_core.disk cimport SEGMENT_BYTES
@@ -114,6 +115,60 @@ cdef uint32_t drop_frames(Tiers *t, uint32_t most) noexcept nogil:
     t.cells[C_EVICTED_EPH_PAGEFRAMES] += dropped
     pthread_mutex_unlock(&t.dropping)
     return dropped
+
+
+# ---- ephemeral pages give up their copy below ----------------------------------------------
+
+cdef uint32_t keep_frame(Tiers *t, uint32_t frame) noexcept nogil:
+    """The pages of a frame are persistent again; how many."""
+    cdef uint64_t where[MOST_OBJECTS]
+    cdef uint32_t bytes[MOST_OBJECTS]
+    cdef uint32_t objects, j, page
+    cdef uint32_t kept = 0
+    cdef uint64_t lower
+    cdef Entry e
+    objects = t.core.allocator.objects(t.core.allocator, frame, where, bytes, MOST_OBJECTS)
+    for j in range(objects):
+        page = page_at(t.core, where[j], bytes[j])
+        if page >= t.core.index.pages:
+            continue
+        e = entry_load(&t.core.index, page)
+        if where_of(e.location) == where[j] and keep_in_ram(t.core, page, e, &lower):
+            t.cold.drop(t.cold, lower, length_of(e.location))
+            kept += 1
+    return kept
+
+
+cdef uint32_t keep_hot(Tiers *t, uint32_t most) noexcept nogil:
+    """Up to `most` ephemeral frames, those read lately first, live in RAM alone; pages kept.
+
+    For when room is short below and not in RAM.  One round of all frames at most.
+    """
+    cdef uint32_t steps
+    cdef uint32_t frames = 0
+    cdef uint32_t kept = 0
+    cdef bint any_will_do = False
+    cdef Frame *f
+    cdef Slot *slot = slot_take(&t.core.slots)
+    lock_take(&t.dropping)
+    while True:
+        for steps in range(t.core.arena.total):
+            if frames == most:
+                break
+            f = &t.core.arena.frames[t.keep_hand]
+            if f.state == FRAME_TAKEN and f.ephemeral_only and (f.referenced or any_will_do):
+                kept += keep_frame(t, t.keep_hand)
+                frames += 1
+            t.keep_hand += 1
+            if t.keep_hand == t.core.arena.total:
+                t.keep_hand = 0
+        if kept or any_will_do:
+            break
+        any_will_do = True
+    pthread_mutex_unlock(&t.dropping)
+    slot_release(slot)
+    t.cells[C_KEPT_PAGES] += kept
+    return kept
 
 
 # ---- tidying the tier ---------------------------------------------------------------------

@@ -1,59 +1,126 @@
 """Up: a page whose copy is below is read, checked, answered; and who earns a RAM copy.
 
 A page that is read from below is only given a RAM copy when it is read a second
-time within the next 2 * pool reads from below (`ghosts` remembers): a scan of the
+time within the next 2 * pool reads from below (ghosts remember): a scan of the
 whole device cannot push the hot pages out.  Its copy below stays, so the RAM copy is
 ephemeral from the first moment.
 
-Bound: one read of one object below, in the request's own slot; no lock is taken.
+Bound: one read of one object below, in the request's own slot, with no lock held; ghosts
+cost 8 to 16 bytes a frame of the pool.
 """
 
 from libc.errno cimport EILSEQ, EIO
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
-from zcache_core.below cimport GHOSTS, Tiers
+from zcache_core.allocator cimport object_header
+from zcache_core.below cimport Tiers
 from zcache_core.codec cimport codec_decompress
 from zcache_core.cold cimport ColdPage
-from zcache_core.cooling cimport promote
+from zcache_core.cooling cimport leave_damaged_copy, promote
 from zcache_core.counter_ids cimport (
     C_COLD_LOADS, C_DISK_CORRUPT_PAGES, C_DISK_READ_ERRORS, C_PROMOTED_PAGES,
 )
 from zcache_core.index cimport entry_load
-from zcache_core.layout cimport Entry, codec_of, length_of, state_of, version_of, where_of
-from zcache_core.native cimport zc_add64, zc_load64, zc_store64
+from zcache_core.layout cimport Entry, codec_of, header_lower, length_of, state_of, version_of, where_of
+from zcache_core.native cimport zc_add64, zc_load32, zc_store32
+from zcache_core.pthread cimport lock_take, pthread_mutex_unlock
+from zcache_core.ramtier cimport place_is_possible
 from zcache_core.slots cimport Slot, count, slot_park, slot_unpark
+
+cdef enum:
+    GHOSTS_LEAST = 4096
+    GHOST_WAYS = 4
+    STAMPS = 1 << 14            # a window is so many units of time at most: a quarter of what 16 bits hold
+
+
+# ---- who earns a RAM copy -----------------------------------------------------------------
+# A ghost is 16 bits of a page's hash and 16 of the time, counted in reads from below.  It
+# lies in one of the four cells that the hash names; the oldest makes room.  (With one cell
+# each, pages that share it and are read in turn would forget one another for ever.)  A wrong
+# hit, 1 in 16384, is promoted early.
+
+cdef uint64_t ghost_cells(uint64_t pool_frames) noexcept nogil:
+    """A power of two, at least twice the pool: as many as pages may be read within the window."""
+    cdef uint64_t n = GHOSTS_LEAST
+    while n < 2 * pool_frames:
+        n *= 2
+    return n
 
 
 cdef bint earns_ram(Tiers *t, uint64_t page) noexcept nogil:
     """Whether this page was read from below a short while ago; remembers that it is now."""
-    cdef uint64_t now = zc_add64(&t.cold_loads, 1)
-    cdef uint64_t *ghost = t.ghosts + (page * <uint64_t>0x9E3779B97F4A7C15 >> 48) % GHOSTS
-    cdef uint64_t seen = zc_load64(ghost)
-    zc_store64(ghost, (now << 32) | <uint32_t>(page + 1))
-    if <uint32_t>seen != <uint32_t>(page + 1):
-        return False
-    return <uint32_t>(now - (seen >> 32)) < 2 * <uint64_t>t.core.arena.limit
+    cdef uint64_t window = 2 * <uint64_t>t.core.arena.target
+    cdef uint64_t unit = window // STAMPS + 1
+    cdef uint32_t now = <uint32_t>(zc_add64(&t.cold_loads, 1) // unit) & 0xFFFF
+    cdef uint64_t hash = (page + 1) * <uint64_t>0x9E3779B97F4A7C15
+    cdef uint32_t tag = <uint32_t>(hash & 0xFFFF) | 1
+    cdef uint32_t *cell = t.ghosts + (hash >> 20) % t.ghost_cells // GHOST_WAYS * GHOST_WAYS
+    cdef uint32_t oldest = 0
+    cdef uint32_t place = 0
+    cdef uint32_t i, seen, age
+    for i in range(GHOST_WAYS):
+        seen = zc_load32(cell + i)
+        age = (now - seen) & 0xFFFF if seen else 0x10000
+        if seen >> 16 == tag and age * unit < window:
+            zc_store32(cell + i, (tag << 16) | now)
+            return True
+        if age > oldest:
+            oldest = age
+            place = i
+    zc_store32(cell + place, (tag << 16) | now)
+    return False
 
 
-cdef int tiers_fetch(void *tiers, void *slot_argument, uint64_t page, Entry e, uint8_t *data) noexcept nogil:
-    cdef Tiers *t = <Tiers *>tiers
-    cdef Slot *slot = <Slot *>slot_argument
+# ---- reading ------------------------------------------------------------------------------
+
+cdef int read_below(Tiers *t, Slot *slot, uint64_t page, Entry e, uint64_t where, uint8_t *data) noexcept nogil:
+    """The page of entry `e` from its copy at `where`: 0, EIO or EILSEQ.  The blob is in the slot."""
     cdef ColdPage wanted
-    cdef Entry now
     cdef int error
-    if state_of(e.version) != t.cold.state:
-        return EIO
     wanted.page = <uint32_t>page
     wanted.version = version_of(e.version)
-    wanted.where = where_of(e.location)
+    wanted.where = where
     wanted.length_codec = e.location & 0xFFFF
     wanted.blob = slot.blob
-    count(slot, C_COLD_LOADS, 1)
     slot_park(slot)             # a disk may stall: the committer must not wait for it
     error = t.cold.get(t.cold, &wanted, slot.io)
     slot_unpark(slot)
     if error == 0 and not codec_decompress(slot, codec_of(e.location), slot.blob, length_of(e.location), data):
         error = EILSEQ
+    return error
+
+
+cdef bint tiers_mend(void *tiers, void *slot_argument, uint64_t page, Entry e, uint8_t *data) noexcept nogil:
+    """The RAM copy of an ephemeral page is damaged: answer from below, and leave RAM.
+
+    The address may be damaged as well: what is read there proves itself, or is not used.
+    """
+    cdef Tiers *t = <Tiers *>tiers
+    cdef uint64_t lower
+    cdef Entry now
+    if not place_is_possible(t.core, e.location):
+        return False
+    lock_take(&t.core.allocator.lock)
+    lower = header_lower(object_header(&t.core.arena, where_of(e.location), length_of(e.location)))
+    pthread_mutex_unlock(&t.core.allocator.lock)
+    now = entry_load(&t.core.index, page)
+    if now.location != e.location or now.version != e.version:
+        return False            # it is elsewhere by now: the caller looks again
+    if read_below(t, <Slot *>slot_argument, page, e, lower, data):
+        return False
+    leave_damaged_copy(t.core, page, e, t.cold.state, lower)
+    return True
+
+
+cdef int tiers_fetch(void *tiers, void *slot_argument, uint64_t page, Entry e, uint8_t *data) noexcept nogil:
+    cdef Tiers *t = <Tiers *>tiers
+    cdef Slot *slot = <Slot *>slot_argument
+    cdef Entry now
+    cdef int error
+    if state_of(e.version) != t.cold.state:
+        return EIO
+    count(slot, C_COLD_LOADS, 1)
+    error = read_below(t, slot, page, e, where_of(e.location), data)
     if error:
         # A copy that moved or died while it was read is no fault: the caller looks again.
         now = entry_load(&t.core.index, page)

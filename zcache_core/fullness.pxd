@@ -8,4 +8,5 @@ cdef uint64_t frames_ephemeral(Tiers *t) noexcept nogil
 cdef uint64_t frames_persistent(Tiers *t) noexcept nogil
 cdef uint32_t frames_left(Tiers *t) noexcept nogil
 cdef uint32_t free_target(Tiers *t) noexcept nogil
+cdef bint has_ram_to_spare(Tiers *t) noexcept nogil
 cdef bint must_cool(Tiers *t) noexcept nogil

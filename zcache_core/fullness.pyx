@@ -13,7 +13,7 @@ of this moment and may be old the next: they steer, and nothing is proven by the
 
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
-from zcache_core.below cimport Tiers
+from zcache_core.below cimport FRAMES_AT_ONCE, Tiers
 from zcache_core.counter_ids cimport C_EPH_PAGEFRAMES
 from zcache_core.native cimport zc_load64
 from zcache_core.pthread cimport lock_take, pthread_mutex_unlock
@@ -48,6 +48,13 @@ cdef uint32_t frames_left(Tiers *t) noexcept nogil:
 
 cdef uint32_t free_target(Tiers *t) noexcept nogil:
     return min(<uint32_t>FREE_MOST, t.core.arena.target // FREE_SHARE + 4)
+
+
+cdef bint has_ram_to_spare(Tiers *t) noexcept nogil:
+    """Whether persistent frames may be more without being many."""
+    return not t.orders.draining and (
+        (frames_persistent(t) + FRAMES_AT_ONCE) * 100 < <uint64_t>t.core.arena.target * t.orders.low_percent
+    )
 
 
 cdef bint must_cool(Tiers *t) noexcept nogil:

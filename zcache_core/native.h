@@ -69,6 +69,7 @@ static inline void zc_release_fence(void) { __atomic_thread_fence(__ATOMIC_RELEA
 static inline void zc_full_fence(void) { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 
 static inline int zc_ctz64(uint64_t v) { return __builtin_ctzll(v); }
+static inline unsigned zc_bits64(uint64_t v) { return v ? 64 - (unsigned)__builtin_clzll(v) : 0; }
 static inline void zc_prefetch(const void *p) { __builtin_prefetch(p); }
 
 /* ---- checks --------------------------------------------------------------- */

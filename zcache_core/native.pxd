@@ -16,6 +16,7 @@ cdef extern from "native.h" nogil:
     void zc_acquire_fence()
     void zc_release_fence()
     void zc_full_fence()
+    uint32_t zc_bits64(uint64_t v) nogil
     int zc_ctz64(uint64_t v)
     void zc_prefetch(const void *p)
     uint32_t zc_entry_check(uint64_t location, uint64_t version_word)

@@ -27,7 +27,9 @@ from zcache_core.counter_ids cimport (
     C_COMMIT_WAIT_US, C_COMMIT_WAITS, C_COMPRESS_POOR, C_CORRUPT_LOADS, C_DAMAGED_LOWER_ADDRESSES,
     C_FAILED_STORES,
     C_FLIP_RETRIES, C_INVALIDATES, C_LOADS, C_LOADS_EMPTY, C_LOADS_SAME_FILLED, C_LOST_PAGES,
-    C_READ_RETRIES, C_RESTAMPED_STORES, C_SAME_FILLED_PAGES, C_SAME_FILLED_PAGES_MAX, C_SUCC_STORES,
+    C_MENDED_LOADS,
+    C_POOL_WAIT_US, C_POOL_WAITS, C_READ_RETRIES, C_RESTAMPED_STORES, C_SAME_FILLED_PAGES, C_SAME_FILLED_PAGES_MAX, C_SUCC_STORES,
+    H_POOL_WAIT,
 )
 from zcache_core.index cimport entry_flip, entry_load, versions_take
 from zcache_core.layout cimport (
@@ -41,7 +43,7 @@ from zcache_core.native cimport (
     zc_same_filled,
 )
 from zcache_core.pthread cimport lock_take, now_us, pthread_mutex_unlock
-from zcache_core.slots cimport Slot, count, slot_is_fenced, slot_park, slot_unpark
+from zcache_core.slots cimport Slot, count, observe, slot_is_fenced, slot_park, slot_unpark
 
 cdef extern from "<errno.h>":
     enum: ESHUTDOWN
@@ -126,6 +128,8 @@ cdef bint find_room(Core *core, Slot *slot, uint32_t bytes, uint64_t *where) noe
     cdef int64_t start, until
     cdef bint found = False
     cdef bint over = False
+    cdef bint full = False
+    cdef uint64_t waited_us
     if core.allocator.alloc(core.allocator, bytes, where):
         return True
     start = now_us()
@@ -135,20 +139,26 @@ cdef bint find_room(Core *core, Slot *slot, uint32_t bytes, uint64_t *where) noe
     slot_park(slot)             # the committer may be waiting for every slot to leave a frame
     while not found:
         over |= now_us() >= until - ROOM_WAIT_US + OVER_TARGET_AFTER_US
-        if not arena_wait(&core.arena, until, over) and not (
-            core.lower.tiers != NULL and core.lower.wait_room(core.lower.tiers, slot, until)
-        ):
-            if over:
+        if not arena_wait(&core.arena, until, over):
+            if core.lower.tiers != NULL and core.lower.wait_room(core.lower.tiers, slot, until):
+                full = True
+            elif over:
                 break
-            over = True         # no hope below: pressure must not refuse what would have fitted
+            else:
+                over = True     # no hope below: pressure must not refuse what would have fitted
         found = core.allocator.alloc(core.allocator, bytes, where)
     slot_unpark(slot)
+    waited_us = <uint64_t>(now_us() - start)
+    if full:
+        count(slot, C_POOL_WAITS, 1)
+        count(slot, C_POOL_WAIT_US, waited_us)
+        observe(slot, H_POOL_WAIT, waited_us)
+    elif found or now_us() >= until:    # else the pool was simply full, and it was said at once
+        count(slot, C_COMMIT_WAITS, 1)
+        count(slot, C_COMMIT_WAIT_US, waited_us)
     if found and slot_is_fenced(slot):
         core.allocator.release(core.allocator, where[0], bytes)
         return False
-    if found or now_us() >= until:      # else the pool was simply full
-        count(slot, C_COMMIT_WAITS, 1)
-        count(slot, C_COMMIT_WAIT_US, <uint64_t>(now_us() - start))
     return found
 
 
@@ -270,6 +280,14 @@ cdef bint load_blob(Core *core, Slot *slot, uint64_t page, Entry e, uint8_t *dat
     return codec_decompress(slot, codec_of(e.location), blob, length, data)
 
 
+cdef inline bint is_below_too(Core *core, Entry e) noexcept nogil:
+    """Whether a page whose RAM copy is damaged can be had from below."""
+    return (
+        state_of(e.version) == ST_RAM_EPHEMERAL and entry_is_sound(e.location, e.version)
+        and core.lower.tiers != NULL
+    )
+
+
 cdef int store_get(
     Core *core, Slot *slot, uint64_t page, uint8_t *data, Entry *seen, bint may_block
 ) noexcept nogil:
@@ -307,8 +325,20 @@ cdef int store_get(
         if again.version == e.version and again.location == e.location:
             # A page may have left RAM and come back to the same place while its reader
             # slept in between: damage is what is there twice.
-            if doubted or not in_ram(state):
+            if not in_ram(state):
                 break
+            if doubted:
+                if not is_below_too(core, e):
+                    break
+                if not may_block:
+                    return WOULD_BLOCK
+                good = core.lower.mend(core.lower.tiers, slot, page, e, data)
+                if good:
+                    state = ST_DISK
+                    count(slot, C_MENDED_LOADS, 1)
+                again = entry_load(&core.index, page)
+                if good or again.version == e.version and again.location == e.location:
+                    break
             doubted = True
         else:
             doubted = False

@@ -3,7 +3,7 @@
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
 from zcache_core.layout cimport COUNTER_CELLS
-from zcache_core.native cimport zc_load64
+from zcache_core.native cimport zc_bits64, zc_load64
 
 cdef enum:
     SLOTS = 32                  # requests in flight inside the core; nbdkit starts 16 threads
@@ -51,6 +51,12 @@ cdef inline bint slot_is_fenced(Slot *slot) noexcept nogil:
     """
     return slot.generation != 0 and zc_load64(slot.fence) != slot.generation
 
+cdef enum:
+    HISTOGRAM_BUCKETS = 32      # one for each power of two; counters.py has the picture
+
+cdef inline void observe(Slot *slot, uint32_t histogram, uint64_t value) noexcept nogil:
+    """One value more in a histogram (H_... of counter_ids)."""
+    slot.shard[histogram + min(zc_bits64(value), <uint32_t>(HISTOGRAM_BUCKETS - 1))] += 1
 
 cdef inline void count(Slot *slot, uint32_t cell, uint64_t n) noexcept nogil:
     slot.shard[cell] += n

@@ -15,12 +15,12 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memset
 from posix.mman cimport MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, PROT_READ, PROT_WRITE, mmap, munmap
 
-from zcache_core.below cimport GATHER_BYTES, GHOSTS, RESORT_PAGES, Tiers
+from zcache_core.below cimport GATHER_BYTES, RESORT_PAGES, Tiers
 from zcache_core.cold cimport COLD_BATCH, COLD_CAPSULE, ColdPage, ColdTier
 from zcache_core.cooler cimport cooling_thread, tiers_wait_room
 from zcache_core.crypt cimport Crypt, Sealer
 from zcache_core.disk cimport SEGMENT_BYTES, disk_discard, disk_make
-from zcache_core.fetching cimport tiers_fetch
+from zcache_core.fetching cimport ghost_cells, tiers_fetch, tiers_mend
 from zcache_core.layout cimport COUNTER_CELLS, Entry
 from zcache_core.orders cimport orders_tell
 from zcache_core.pthread cimport (
@@ -97,7 +97,8 @@ cdef class Cooling:
         t.batch = <ColdPage *>pages_of(COLD_BATCH * sizeof(ColdPage))
         t.entries = <Entry *>pages_of(COLD_BATCH * sizeof(Entry))
         t.resort_batch = <ColdPage *>pages_of(RESORT_PAGES * sizeof(ColdPage))
-        t.ghosts = <uint64_t *>pages_of(GHOSTS * sizeof(uint64_t))
+        t.ghost_cells = ghost_cells(store.core.arena.total)
+        t.ghosts = <uint32_t *>pages_of(t.ghost_cells * sizeof(uint32_t))
         if not (self.disk and t.gathered and t.resort_room and t.batch and t.entries and t.resort_batch and t.ghosts):
             raise MemoryFileError("no memory for the tiers' buffers; choose a smaller pool")
         lock_init(&t.lock)
@@ -105,6 +106,7 @@ cdef class Cooling:
         cond_init(&t.work)
         cond_init(&t.room)
         store.core.lower.fetch = tiers_fetch
+        store.core.lower.mend = tiers_mend
         store.core.lower.drop = tiers_drop
         store.core.lower.adopt = tiers_adopt
         store.core.lower.adopted = tiers_adopted
@@ -142,7 +144,7 @@ cdef class Cooling:
         unmap(self.tiers.batch, COLD_BATCH * sizeof(ColdPage))
         unmap(self.tiers.entries, COLD_BATCH * sizeof(Entry))
         unmap(self.tiers.resort_batch, RESORT_PAGES * sizeof(ColdPage))
-        unmap(self.tiers.ghosts, GHOSTS * sizeof(uint64_t))
+        unmap(self.tiers.ghosts, self.tiers.ghost_cells * sizeof(uint32_t))
 
     def wrap(self, wrapper):
         """Before start: put a tier between this and the disk, `wrapper(capsule)` with its own `capsule`."""

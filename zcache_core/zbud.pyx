@@ -146,6 +146,7 @@ cdef bint place_raw(Zbud *z, uint64_t *where) noexcept nogil:
     z.face.arena.frames[frame].first_chunks = NCHUNKS
     z.face.arena.frames[frame].last_chunks = 0
     z.face.arena.frames[frame].allocator_word = 0
+    z.face.arena.frames[frame].referenced = 0       # a frame for one page: it leaves early
     z.face.cells[C_RAW_PAGES] += 1
     enter_class(z, &z.face.arena.frames[frame])
     where[0] = <uint64_t>frame << PAGE_SHIFT

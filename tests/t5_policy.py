@@ -1,0 +1,271 @@
+"""What leaves and what stays: raw pages, hot copies on a short disk, ghosts; and mending.
+
+Also the bounds of waiting: what one request waits in all, and for a disk that fails.
+"""
+
+from __future__ import annotations
+
+import errno
+import random
+import threading
+from pathlib import Path
+
+from tests.core_helpers import PAGE
+from tests.tiers_helpers import Cold, cold_store, errno_of, noise, wait_for
+from zcache_core import counters
+from zcache_core.device import Device
+
+MIB = 1 << 20
+
+
+def fill(cold: Cold, rng: random.Random, pages: int) -> dict[int, bytes]:
+    model = {page: noise(rng) for page in range(pages)}
+    for page, data in model.items():
+        cold.store.put(page, data)
+    return model
+
+
+def half_noise(rng: random.Random) -> bytes:
+    """A page that compresses to less than half."""
+    return rng.randbytes(1500) + bytes(PAGE - 1500)
+
+
+def assert_holds(cold: Cold, model: dict[int, bytes]) -> None:
+    for page, data in model.items():
+        assert cold.store.get(page) == data, page
+
+
+# ---- who goes first ------------------------------------------------------------------------
+
+
+def test_raw_pages_leave_early(tmp_path: Path, rng: random.Random) -> None:
+    """They cost a frame each: of pages that nobody read they go before all others."""
+    with cold_store(tmp_path, 6000 * PAGE, 16 * MIB, 48 * MIB, high=50, low=45) as cold:
+        raw = set(rng.sample(range(2700), 800))
+        for page in range(2700):
+            cold.store.put(page, noise(rng) if page in raw else half_noise(rng))
+            if page in raw and page % 8 == 0:
+                cold.store.get(page)  # but not those that somebody does read
+        cold.settle()
+        assert cold.counters()["written_back_pages"] == 0
+        for page in range(2700, 3600):  # compressible: over the watermark
+            cold.store.put(page, half_noise(rng))
+        cold.settle()
+        gone = [page for page in range(3600) if cold.state(page) in ("ephemeral", "disk")]
+        assert len(gone) > 100
+        assert len(raw & set(gone)) > 0.9 * len(gone)
+        assert not any(page % 8 == 0 for page in raw & set(gone))
+        cold.assert_sound()
+
+
+def test_hot_pages_give_up_their_copies_on_a_short_disk(tmp_path: Path, rng: random.Random) -> None:
+    with cold_store(tmp_path, 6000 * PAGE, 8 * MIB, 16 * MIB) as cold:
+        model = fill(cold, rng, 3100)
+        cold.drain()
+        full = cold.counters()["disk_live_bytes"]
+        hot = rng.sample(range(3100), 700)
+        for _ in range(3):
+            for page in hot:
+                assert cold.store.get(page) == model[page]
+        wait_for(lambda: cold.counters()["kept_pages"] > 0)
+        cold.settle()
+        stats = cold.counters()
+        assert stats["disk_live_bytes"] < full
+        assert {cold.state(page) for page in hot} <= {"ram", "ephemeral", "disk"}
+        assert stats["kept_pages"] == sum(cold.state(page) == "ram" for page in model)
+        assert_holds(cold, model)
+        for page in range(3100, 3500):  # and there is room for more than before
+            model[page] = noise(rng)
+            cold.store.put(page, model[page])
+        assert_holds(cold, model)
+        cold.assert_sound()
+
+
+def test_a_disk_with_room_keeps_its_copies(tmp_path: Path, rng: random.Random) -> None:
+    with cold_store(tmp_path, 6000 * PAGE, 8 * MIB, 48 * MIB) as cold:
+        model = fill(cold, rng, 3100)
+        cold.drain()
+        for _ in range(3):
+            assert_holds(cold, model)
+        cold.settle()
+        assert cold.counters()["kept_pages"] == 0
+        assert cold.counters()["eph_zpages"] > 500
+
+
+def test_ghosts_remember_a_window_and_no_more(tmp_path: Path, rng: random.Random) -> None:
+    """Read again within 2 * pool reads from below: known, mostly.  Later: not."""
+    with cold_store(tmp_path, 9000 * PAGE, 4 * MIB, 64 * MIB) as cold:
+        for page in range(9000):
+            cold.store.put(page, half_noise(rng))
+        cold.drain()
+
+        def promoted(pages: range) -> int:
+            before = cold.counters()["promoted_pages"]
+            for page in pages:
+                cold.store.get(page)
+            return cold.counters()["promoted_pages"] - before
+
+        assert promoted(range(1000)) < 10
+        assert promoted(range(1000)) > 800
+        assert promoted(range(1000, 2000)) < 10
+        assert promoted(range(4000, 9000)) < 50
+        assert promoted(range(1000, 2000)) < 50
+
+
+# ---- mending -------------------------------------------------------------------------------
+
+
+def ephemeral_pages(cold: Cold, rng: random.Random) -> dict[int, bytes]:
+    """Pages that have both copies, and what they hold."""
+    model = fill(cold, rng, 1000)
+    cold.settle()
+    return {page: data for page, data in model.items() if cold.state(page) == "ephemeral"}
+
+
+def damage(cold: Cold, offset: int, bit: int) -> None:
+    byte = cold.memory.peek(offset, 1)[0]
+    cold.memory.poke(offset, bytes([byte ^ 1 << bit]))
+
+
+def test_damaged_ram_copy_is_answered_from_the_disk(tmp_path: Path, rng: random.Random) -> None:
+    with cold_store(tmp_path, 2000 * PAGE, 4 * MIB, 16 * MIB, high=50, low=10) as cold:
+        model = ephemeral_pages(cold, rng)
+        assert len(model) > 300
+        hit = set(rng.sample(sorted(model), 60))
+        for page in hit:
+            at = cold.memory.offsets()["arena"] + cold.where(page) + rng.randrange(PAGE)
+            damage(cold, at, rng.randrange(8))
+        assert_holds(cold, model)
+        assert {cold.state(page) for page in hit} == {"disk"}, "the damaged copy is gone"
+        stats = cold.counters()
+        assert stats["mended_loads"] == 60
+        assert stats["corrupt_loads"] == stats["disk_corrupt_pages"] == 0
+        cold.assert_sound()
+
+
+def test_damaged_on_both_sides_is_an_error(tmp_path: Path, rng: random.Random) -> None:
+    with cold_store(tmp_path, 2000 * PAGE, 4 * MIB, 16 * MIB, high=50, low=10) as cold:
+        model = ephemeral_pages(cold, rng)
+        hit = rng.sample(sorted(model), 20)
+        for page in hit:
+            damage(cold, cold.memory.offsets()["arena"] + cold.where(page) + 77, 3)
+        cold.faulty.set(spoil=1000)
+        for page in hit:
+            assert errno_of(cold.store.get, page) == errno.EIO
+        assert cold.counters()["corrupt_loads"] == 20
+        assert cold.counters()["mended_loads"] == 0
+        cold.faulty.set()
+        for page in hit:
+            assert cold.store.get(page) == model[page], "both copies are as they were"
+        cold.assert_sound()
+
+
+def test_damaged_header_is_not_believed(tmp_path: Path, rng: random.Random) -> None:
+    """Whatever bit of a header is wrong: right data or EIO, and no other page suffers."""
+    with cold_store(tmp_path, 2000 * PAGE, 4 * MIB, 16 * MIB, high=50, low=10) as cold:
+        model = ephemeral_pages(cold, rng)
+        headers = cold.memory.offsets()["frame_headers"]
+        hit = set(rng.sample(sorted(model), 100))
+        for page in hit:  # raw pages: their headers stand in the table of frames
+            damage(
+                cold, headers + cold.where(page) // PAGE * 24 + rng.randrange(24), rng.randrange(8)
+            )
+        right = wrong = 0
+        for page, data in model.items():
+            error = errno_of(cold.store.get, page)
+            if error == 0:
+                assert cold.store.get(page) == data
+            right += page in hit and error == 0
+            wrong += page in hit and error == errno.EIO
+            assert page in hit or error == 0
+        assert right + wrong == 100
+        assert right > 30, "at least those whose address below is whole"
+        for page in hit:
+            cold.store.put(page, model[page])
+        assert_holds(cold, model)
+        cold.drain()  # and nothing keeps the others from going down
+        assert_holds(cold, model)
+
+
+# ---- waiting -------------------------------------------------------------------------------
+
+
+def test_waits_of_one_request_add_up(tmp_path: Path, rng: random.Random) -> None:
+    """Each page would find room after 0.8 s; the request may not wait for all of them."""
+    with cold_store(tmp_path, 4000 * PAGE, 1 * MIB, 32 * MIB) as cold:
+        device = Device(cold.store)
+        cold.faulty.set(put_delay_us=800_000)
+        error = errno_of(device.pwrite, None, rng.randbytes(2560 * PAGE), 0, 0)
+        assert error == errno.ENOSPC
+        cold.faulty.set()
+        device.pwrite(None, rng.randbytes(2560 * PAGE), 0, 0)
+
+
+def test_a_short_failure_of_the_disk_is_waited_for(tmp_path: Path, rng: random.Random) -> None:
+    with cold_store(tmp_path, 2000 * PAGE, 2 * MIB, 16 * MIB) as cold:
+        cold.faulty.set(put_fail=1000, put_errno=errno.EIO)
+        for page in range(512):
+            cold.store.put(page, noise(rng))
+        assert cold.counters()["eph_zpages"] == 0, "nothing to drop"
+        healing = threading.Timer(0.3, cold.faulty.set)
+        healing.start()
+        cold.store.put(600, noise(rng))
+        healing.join()
+        waits = counters.histograms(cold.memory)["pool_wait"]
+        assert waits["count"] == cold.counters()["pool_waits"] > 0
+        shortest = sum(n * (1 << k >> 1) for k, n in enumerate(waits["buckets"]))
+        longest = sum(n << k for k, n in enumerate(waits["buckets"]))
+        assert shortest <= cold.counters()["pool_wait_us"] <= longest
+        assert counters.below(waits, 1.0) >= cold.counters()["pool_wait_us"] // waits["count"]
+
+
+def test_a_long_failure_is_waited_for_once(tmp_path: Path, rng: random.Random) -> None:
+    """After the bound of one request nobody waits for the disk any more."""
+    with cold_store(tmp_path, 2000 * PAGE, 2 * MIB, 16 * MIB) as cold:
+        cold.faulty.set(put_fail=1000, put_errno=errno.EIO)
+        for page in range(512):
+            cold.store.put(page, noise(rng))
+        assert errno_of(cold.store.put, 600, noise(rng)) == errno.ENOSPC
+        waits = cold.counters()["pool_waits"]
+        for page in range(600, 800):
+            assert errno_of(cold.store.put, page, noise(rng)) == errno.ENOSPC
+        assert cold.counters()["pool_waits"] <= waits + 1
+        cold.faulty.set()
+        wait_for(lambda: errno_of(cold.store.put, 600, noise(rng)) == 0)
+
+
+# ---- races -----------------------------------------------------------------------------------
+
+
+def test_page_overwritten_while_it_is_promoted(tmp_path: Path, rng: random.Random) -> None:
+    """The RAM copy that nobody needs any more is given back, or it would be lost room."""
+    with cold_store(tmp_path, 1000 * PAGE, 4 * MIB, 16 * MIB) as cold:
+        model = fill(cold, rng, 40)
+        cold.drain()
+        assert_holds(cold, model)  # once: the next read earns a RAM copy
+        cold.faulty.set(get_delay_us=300_000)
+        found: dict[int, bytes] = {}
+
+        def read(page: int) -> None:
+            found[page] = cold.store.get(page)
+
+        readers = [threading.Thread(target=read, args=(page,)) for page in range(8)]
+        loads = cold.counters()["cold_loads"]
+        for reader in readers:
+            reader.start()
+        wait_for(lambda: cold.counters()["cold_loads"] == loads + 8)
+        for page in range(4):
+            model[page] = noise(rng)
+            cold.store.put(page, model[page])
+        for reader in readers:
+            reader.join()
+        cold.faulty.set()
+        stats = cold.counters()
+        assert stats["promoted_pages"] == 4
+        assert stats["read_retries"] >= 4
+        assert found == {page: model[page] for page in range(8)}
+        cold.assert_sound()
+        cold.store.invalidate(0, 1000)
+        stats = cold.counters()
+        assert stats["pers_pageframes"] + stats["eph_pageframes"] == 0
+        cold.assert_sound()
