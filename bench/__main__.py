@@ -8,6 +8,7 @@ Parts:
     nbd       over NBD, against nbdkit's null, memory and memory with zstd
     threads   nbdkit thread counts
     polling   latency while the control RPC is polled
+    disk      writeback, reads and company of the disk tier, against the disk itself
     memory    resident size, index, density
     lab       a real Linux with more to hold than it has, against kernel zram and others
     lab-threads   (only when asked for) the same guest, zcache with other thread counts
@@ -32,6 +33,7 @@ from rich.console import Console
 
 from bench import (
     corpus,
+    disk,
     footprint,
     nbd_goals,
     overcommit,
@@ -52,6 +54,7 @@ PARTS: dict[str, Callable[[Setup], Section]] = {
     "nbd": nbd_goals.measure,
     "threads": thread_study.measure,
     "polling": polling.measure,
+    "disk": disk.measure,
     "memory": footprint.measure,
     "lab": overcommit.measure,
 }

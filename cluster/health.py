@@ -115,6 +115,19 @@ def disk_fails(stats: Stats, config: Config) -> Reason | None:
     )
 
 
+def write_limit_reached(stats: Stats, config: Config) -> Reason | None:
+    """Not a fault of anything; but the pool is all there is until tomorrow."""
+    if not stats["writeback_limit_reached"]:
+        return None
+    return Reason(
+        DEGRADED,
+        f"Today's writeback_limit is used up ({stats['writeback_day_bytes']} of "
+        f"{stats['writeback_limit_bytes']} bytes): nothing is written to the disk until midnight "
+        f"(UTC), pages stay in RAM.",
+        "Wait, or set a larger writeback_limit (RPC set, or writeback_limit= at the next start).",
+    )
+
+
 def disk_nearly_full(stats: Stats, config: Config) -> Reason | None:
     """A disk that has room for the whole device may be as full as it likes."""
     limit = stats["disk_limit_bytes"]
@@ -153,6 +166,7 @@ def pool_full(stats: Stats, config: Config) -> Reason | None:
 def _pool_full_above_disk(stats: Stats) -> Reason:
     if (
         stats["disk_degraded"]
+        or stats["writeback_limit_reached"]
         or stats["disk_bytes"] >= DISK_NEARLY_FULL * stats["disk_limit_bytes"]
     ):
         return Reason(
@@ -190,6 +204,13 @@ def pool_can_fill(stats: Stats, config: Config) -> Reason | None:
         return None
     if stats["disk_limit_bytes"]:
         safe = int(config.get("guaranteed", 0)) // PAGE_BYTES
+        if stats["writeback_limit_bytes"]:
+            return Reason(
+                DEGRADED,
+                f"The pool can fill when a day's writeback_limit is used up: {safe} of the "
+                f"device's {device} pages are safe from refused writes then.",
+                "Set writeback_limit to nil, or choose a larger pool= or a smaller size=.",
+            )
         return Reason(
             DEGRADED,
             f"Pool and disk can fill: {safe} of the device's {device} pages are safe from refused "
@@ -296,6 +317,7 @@ RULES: tuple[Rule, ...] = (
     copies_mended,
     pool_full,
     disk_fails,
+    write_limit_reached,
     writes_refused,
     disk_nearly_full,
     memory_not_given,

@@ -4,9 +4,9 @@
            <- answer - node: sees it in the counters <-- memory file --
 
 The server obeys at once and says so in its counters (high_percent, low_percent,
-draining, pool_set_frames, refused_commands); the answer is given when it has, so what
-an answer says holds.  What is set is the server's, not ours: a node that is started
-anew reads it again.  A smaller pool is reached as pages go down: until then
+draining, pool_set_frames, writeback_limit_bytes, refused_commands); the answer is given
+when it has, so what an answer says holds.  What is set is the server's, not ours: a node
+that is started anew reads it again.  A smaller pool is reached as pages go down: until then
 pool_limit_frames is above pool_set_frames, and `health` says so.
 
 Bound: ANSWER_S for the server to obey; a full pipe is an error at once.
@@ -26,6 +26,8 @@ ANSWER_S = 3.0  # below a client's patience
 LOOK_S = 0.02
 PAGE_BYTES = 4096
 POOL_BYTES_MIN = 1 << 20  # as pool= at the start
+WRITEBACK_LIMIT_BYTES_MIN = 1 << 20  # as writeback_limit= at the start
+SETTABLE = ("pool", "high", "low", "writeback_limit")
 NO_DISK = (
     "this server has no disk below its pool, so pages have nowhere else to go; "
     "start it with disk=PATH"
@@ -52,13 +54,17 @@ class Steering:
         found: dict[str, Any] = {"pool": pool}
         if self._has_disk(stats):
             found |= {"high": stats["high_percent"], "low": stats["low_percent"]}
+            found["writeback_limit"] = stats["writeback_limit_bytes"] or None
         if "guaranteed_below" in self._config:
             size = stats["device_pages"] * PAGE_BYTES
-            found["guaranteed"] = min(size, max(pool, self._config["guaranteed_below"]))
+            below = 0 if stats["writeback_limit_bytes"] else self._config["guaranteed_below"]
+            found["guaranteed"] = min(size, max(pool, below))
         return found
 
     async def set(self, params: list[Any]) -> dict[str, Any]:
-        """set({"pool": bytes, "high": percent, "low": percent}), or some of them; what holds then.
+        """set({"pool": bytes, "high": percent, "low": percent, "writeback_limit": bytes or nil}).
+
+        Or some of them; what holds then.
 
         Watermarks first, then the pool: what cannot be done is refused before anything is.
         Raises RpcError.
@@ -66,10 +72,11 @@ class Steering:
         if len(params) != 1 or not isinstance(params[0], dict) or not params[0]:
             raise RpcError("bad_params", 'set takes one map, like {"high": 85, "low": 70}')
         wanted: dict[str, Any] = params[0]
-        if unknown := [str(key) for key in wanted if key not in ("pool", "high", "low")]:
+        if unknown := [str(key) for key in wanted if key not in SETTABLE]:
             raise RpcError(
                 "bad_params",
-                f"{unknown[0]} cannot be set while the server runs; set pool, high or low",
+                f"{unknown[0]} cannot be set while the server runs; set {', '.join(SETTABLE[:-1])} "
+                f"or {SETTABLE[-1]}",
             )
         async with self._changing:
             stats = self._read()
@@ -77,6 +84,12 @@ class Steering:
                 marks = self._checked_marks(stats, wanted)
             if "pool" in wanted:
                 frames = self._checked_pool(stats, wanted["pool"])
+            if "writeback_limit" in wanted:
+                limit = self._checked_limit(stats, wanted["writeback_limit"])
+                await self._send(
+                    commands.writeback_limit(limit),
+                    lambda stats: stats["writeback_limit_bytes"] == limit,
+                )
             if "high" in wanted or "low" in wanted:
                 await self._send(
                     commands.watermarks(*marks),
@@ -87,7 +100,20 @@ class Steering:
                     commands.pool(frames), lambda stats: stats["pool_set_frames"] == frames
                 )
             holds = self.effective()
-            return {key: holds[key] for key in ("pool", "high", "low") if key in holds}
+            return {key: holds[key] for key in SETTABLE if key in holds}
+
+    def _checked_limit(self, stats: Stats, limit: Any) -> int:
+        """Bytes a day, 0 for none."""
+        self._need_disk(stats)
+        if limit is None:
+            return 0
+        if type(limit) is not int or not WRITEBACK_LIMIT_BYTES_MIN <= limit < 1 << 63:
+            raise RpcError(
+                "bad_params",
+                f"writeback_limit={limit} is no limit; use at least {WRITEBACK_LIMIT_BYTES_MIN} "
+                f"bytes a day, or nil for none",
+            )
+        return limit
 
     def _checked_marks(self, stats: Stats, wanted: Mapping[str, Any]) -> tuple[int, int]:
         self._need_disk(stats)

@@ -34,6 +34,7 @@ CODECS = ("lz4", "zstd", "none")
 ZSTD_LEVELS = range(1, 20)
 HIGH_PERCENT = 90
 LOW_BELOW_HIGH_PERCENT = 10  # enough that writeback comes in long sequential runs
+WRITEBACK_LIMIT_BYTES_MIN = 1 << 20
 REALTIME = ("auto", "yes", "no")
 PRESSURE = ("psi", "none")
 UNITS = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
@@ -41,7 +42,6 @@ UNITS = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 KEYS_LATER = (
     "recompress",
     "recompress_age",
-    "writeback_limit",
     "peers",
     "replicas",
     "backup",
@@ -66,6 +66,7 @@ class Config:
     disk_size_bytes: int | None = None  # None: all that is there
     disk_force: str | None = None  # the same path as `disk`: its content may be overwritten
     encrypt: str = "no"  # or "yes": what is written to the disk
+    writeback_limit_bytes: int | None = None  # written to the disk a day; None: as many as need be
     high_percent: int = HIGH_PERCENT
     low_percent: int = HIGH_PERCENT - LOW_BELOW_HIGH_PERCENT
     pressure: str = "psi"  # or "none", or the absolute path of a pressure file
@@ -126,7 +127,7 @@ def parse(pairs: Iterable[tuple[str, str]], ram_bytes: int | None = None) -> Con
 def _check_disk_keys(config: Config, given: set[str]) -> None:
     """What keys of the disk mean only together.  Raises ConfigError."""
     if config.disk is None:
-        for name in ("disk_size", "disk_force", "encrypt", "high", "low"):
+        for name in ("disk_size", "disk_force", "encrypt", "writeback_limit", "high", "low"):
             if name in given:
                 raise ConfigError(
                     f"{name}= means something only with disk=PATH; add it, or leave {name}= out"
@@ -285,6 +286,18 @@ def _disk_size(text: str, ram_bytes: int) -> int:
     return size
 
 
+def _writeback_limit(text: str, ram_bytes: int) -> int | None:
+    if text == "none":
+        return None
+    limit = _bytes("writeback_limit", text, "writeback_limit=20G")
+    if limit < WRITEBACK_LIMIT_BYTES_MIN:
+        raise ConfigError(
+            f"writeback_limit={text} leaves no room for a single write; write at least "
+            f"writeback_limit={human(WRITEBACK_LIMIT_BYTES_MIN)} (bytes a day), or leave it out"
+        )
+    return limit
+
+
 def _percent(name: str, default: int) -> Callable[[str, int], int]:
     def read(text: str, ram_bytes: int) -> int:
         match = re.fullmatch(r"(\d{1,3})\s*%?", text.strip(), re.ASCII)
@@ -405,6 +418,13 @@ KEYS: tuple[Key, ...] = (
         "no",
         "yes: encrypt what is written to the disk, with a key that is only in the memory file",
         _choice("encrypt", "yes", "no"),
+    ),
+    Key(
+        "writeback_limit",
+        "writeback_limit_bytes",
+        "none",
+        "most bytes written to the disk a day (UTC), for disks that wear; then pages stay in RAM",
+        _writeback_limit,
     ),
     Key(
         "high",

@@ -132,13 +132,14 @@ def refuse_disk_of_others(config: Config, disk: DiskFile) -> None:
 
 def guaranteed_bytes(config: Config, disk_bytes: int) -> int:
     """So much of the device can be in use without a refused write, whatever its data."""
-    return min(
-        config.size_bytes, max(config.pool_bytes, guaranteed_below_bytes(config, disk_bytes))
-    )
+    below = guaranteed_below_bytes(config, disk_bytes)
+    if config.writeback_limit_bytes is not None:
+        below = 0  # the limit may be used up at any moment
+    return min(config.size_bytes, max(config.pool_bytes, below))
 
 
 def guaranteed_below_bytes(config: Config, disk_bytes: int) -> int:
-    """The disk's part in that, whatever the pool's limit is."""
+    """The disk's part in that, whatever the pool's limit is, while writing is not limited."""
     if disk_bytes >= promised_bytes(config.size_bytes):
         return config.size_bytes
     return max(0, int((disk_bytes - RESERVE_BYTES) / PROMISE) // PAGE_BYTES * PAGE_BYTES)
@@ -149,6 +150,13 @@ def refusal_warning(config: Config, disk_bytes: int = 0) -> str | None:
     guaranteed = guaranteed_bytes(config, disk_bytes)
     if guaranteed >= config.size_bytes:
         return None  # a page that does not compress takes one frame, or its room below
+    if config.writeback_limit_bytes is not None:
+        return (
+            f"of size={human(config.size_bytes)}, {mib(guaranteed)} are safe from refused writes "
+            f"(ENOSPC): when writeback_limit={human(config.writeback_limit_bytes)} is used up, "
+            f"pages stay in RAM until midnight (UTC), and the pool can be full; leave "
+            f"writeback_limit= out, or choose a larger pool="
+        )
     if disk_bytes:
         return (
             f"of size={human(config.size_bytes)}, {mib(guaranteed)} are safe from refused writes "

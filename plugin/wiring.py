@@ -92,6 +92,7 @@ class Serving:
             config.high_percent,
             config.low_percent,
             config.encrypt == "yes",
+            config.writeback_limit_bytes or 0,
         )
 
     def start_node(self, control: str, told: Mapping[str, Any]) -> None:

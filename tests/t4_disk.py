@@ -198,6 +198,42 @@ def test_write_failure_degrades_and_recovers(memory: MemoryFile, tmp_path: Path)
         os.close(open_fd)
 
 
+def test_the_days_limit_is_never_exceeded(disk: Model, memory: MemoryFile) -> None:
+    """What would go beyond it is not begun; all counts, cleaning too; the next day begins anew."""
+    limit = disk.probe.limit_bytes = 3 * SEGMENT
+    assert disk.probe.takes()
+    for _ in range(40):
+        disk.rng.random()
+        batch = [make_object(disk.rng, 1, disk.next_version + i, 2000) for i in range(200)]
+        answers = disk.probe.put(batch)
+        for thing, (where, error) in zip(batch, answers, strict=True):
+            assert error in (0, errno.EDQUOT)
+            if not error:
+                disk.alive[thing[1]] = thing, where
+        disk.next_version += 200
+    now = counters.read(memory)
+    assert limit - SEGMENT < now["disk_written_bytes"] == now["writeback_day_bytes"] <= limit
+    assert now["disk_degraded"] == now["disk_write_errors"] == 0, "no failure of the disk"
+    disk.assert_exact()
+    disk.assert_readable()
+    disk.drop_some(0.8)
+    disk.probe.tick()
+    while disk.probe.takes():
+        disk.put(1, PAGE)
+    assert not disk.resort(), "cleaning writes too"
+    assert disk.probe.reason == errno.EDQUOT
+    assert counters.read(memory)["writeback_limit_reached"] == 1
+    yesterday = int.from_bytes(memory.peek(496, 8), "little") - 1
+    memory.poke(496, yesterday.to_bytes(8, "little"))
+    assert disk.probe.takes()
+    assert disk.probe.reason == 0
+    assert disk.resort()
+    written = counters.read(memory)["disk_written_bytes"] - now["disk_written_bytes"]
+    assert 0 < counters.read(memory)["writeback_day_bytes"] <= written
+    disk.probe.limit_bytes = 0
+    assert disk.put(200) == 200
+
+
 def golden_identity(version: int, device: int, place: int) -> int:
     """version (52) check (8) device (4): with the place an extended Hamming code word (128,120)."""
     bits = place | (version << 12 | device) << 64

@@ -46,6 +46,20 @@ TROUBLE: list[tuple[dict[str, int], dict[str, Any], str, str, str]] = [
     ({"mended_loads": 2}, {}, "degraded", "answered from the disk instead", "memtest"),
     ({"disk_read_errors": 5}, {}, "critical", "5 could not be read", "kernel log"),
     (FAILING, ALL, "degraded", "(Input/output error, 4 times so far)", "goes on by itself"),
+    (
+        DISK | {"writeback_limit_reached": 1, "writeback_limit_bytes": 9, "writeback_day_bytes": 8},
+        ALL,
+        "degraded",
+        "is used up (8 of 9 bytes): nothing is written",
+        "larger writeback_limit",
+    ),
+    (
+        DISK | {"device_pages": 4000, "writeback_limit_bytes": 9},
+        {"guaranteed": 1000 * 4096},
+        "degraded",
+        "when a day's writeback_limit is used up: 1000 of the device's 4000",
+        "writeback_limit to nil",
+    ),
     (DISK | {"pers_pageframes": 900}, ALL, "ok", "", ""),
     (DISK | {"pers_pageframes": 995}, ALL, "degraded", "faster than the disk", "faster disk"),
     (DISK | {"failed_stores": 1}, ALL, "degraded", "the disk took nothing in time", "disk_size="),
@@ -135,3 +149,11 @@ def test_worst_comes_first() -> None:
 
 def test_a_pool_of_no_frames_divides_by_nothing() -> None:
     assert health(WELL | {"pool_limit_frames": 0, "device_pages": 0}, {})["status"] == "ok"
+
+
+def test_pool_full_at_the_limit_of_the_day() -> None:
+    full = {"pers_pageframes": 995, "writeback_limit_reached": 1, "writeback_limit_bytes": 9}
+    found = health(WELL | DISK | full, ALL)
+    assert found["status"] == "critical"
+    assert "the disk takes no more pages" in found["reasons"][0]["what"]
+    assert "writeback_limit is used up" in found["reasons"][1]["what"]

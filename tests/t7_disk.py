@@ -289,9 +289,9 @@ def test_drain_and_set(tmp_path: Path, rng: random.Random) -> None:
         wait_for("another node process", server.ping)
         assert server.rpc("stats")["draining"] == 1
         assert server.rpc("drain", False)["draining"] is False
-        pool = 4 * MIB
-        assert server.rpc("set", {"high": 60, "low": 40}) == {"pool": pool, "high": 60, "low": 40}
-        assert server.rpc("set", {"low": 20}) == {"pool": pool, "high": 60, "low": 20}
+        holds = {"pool": 4 * MIB, "writeback_limit": None}
+        assert server.rpc("set", {"high": 60, "low": 40}) == holds | {"high": 60, "low": 40}
+        assert server.rpc("set", {"low": 20}) == holds | {"high": 60, "low": 20}
         config = server.rpc("config")
         assert (config["high"], config["low"]) == (60, 20)
         assert_holds(handle, written)
@@ -309,6 +309,62 @@ def test_drain_and_set(tmp_path: Path, rng: random.Random) -> None:
             assert words in str(refusal(server, "set", *params))
         assert refusal(server, "drain", 1).code == "bad_params"
         assert server.rpc("config")["high"] == 60
+
+
+def test_writeback_limit(tmp_path: Path, rng: random.Random) -> None:
+    """At the limit pages stay in RAM and writes are refused when it is full; set lets it go on."""
+    words = (*SMALL, f"disk={tmp_path / 'disk'}", "writeback_limit=6M")
+    with Server(tmp_path, *words) as server:
+        assert "4 MiB are safe from refused writes" in server.log()
+        assert "when writeback_limit=6M is used up" in server.log()
+        handle = server.connect()
+        written: dict[int, bytes] = {}
+        refused = 0
+        for offset in range(0, 16 * MIB, PIECE):
+            data = rng.randbytes(PIECE)
+            if write_refused(handle, data, offset):
+                refused += 1
+            else:
+                written[offset] = data
+        assert refused > 10
+        stats = server.rpc("stats")
+        assert stats["writeback_limit_reached"] == 1
+        assert stats["disk_written_bytes"] == stats["writeback_day_bytes"] <= 6 * MIB
+        assert stats["disk_degraded"] == stats["disk_write_errors"] == 0
+        health = server.rpc("health")
+        assert health["status"] == "critical"
+        assert any("writeback_limit is used up" in reason["what"] for reason in health["reasons"])
+        assert_holds(handle, written)
+        assert server.rpc("config")["writeback_limit"] == 6 * MIB
+        assert server.rpc("set", {"writeback_limit": 7 * MIB})["writeback_limit"] == 7 * MIB
+        wait_for("a day's limit reached again", lambda: limit_reached(server, 6 * MIB))
+        assert server.rpc("set", {"writeback_limit": None})["writeback_limit"] is None
+        for offset in range(0, 16 * MIB, PIECE):
+            written[offset] = rng.randbytes(PIECE)
+            handle.pwrite(written[offset], offset)
+        assert_holds(handle, written)
+        assert server.rpc("stats")["writeback_limit_reached"] == 0
+        assert server.rpc("config")["guaranteed"] == 32 * MIB
+        for bad in (0, 5, "9G", True, 2**63):
+            assert "is no limit; use at least" in str(
+                refusal(server, "set", {"writeback_limit": bad})
+            )
+
+
+def write_refused(handle: Any, data: bytes, offset: int) -> bool:
+    try:
+        handle.pwrite(data, offset)
+    except nbd.Error as error:
+        if error.errno != "ENOSPC":
+            raise
+        return True
+    return False
+
+
+def limit_reached(server: Server, above_bytes: int) -> bool:
+    stats = server.rpc("stats")
+    written: int = stats["writeback_day_bytes"]
+    return written > above_bytes - MIB and bool(stats["writeback_limit_reached"])
 
 
 def test_drain_and_set_without_a_disk(tmp_path: Path) -> None:
@@ -338,7 +394,7 @@ def test_set_pool(tmp_path: Path, rng: random.Random) -> None:
         wait_for("another node process", server.ping)
         assert server.rpc("config")["pool"] == 6 * MIB
         assert server.rpc("set", {"pool": 16 * MIB, "high": 95}) == {
-            "pool": 16 * MIB, "high": 95, "low": 80
+            "pool": 16 * MIB, "high": 95, "low": 80, "writeback_limit": None
         }  # fmt: skip
         assert_holds(handle, fill(handle, rng, 24 * MIB))
         assert server.rpc("stats")["failed_requests"] == 0

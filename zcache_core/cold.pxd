@@ -17,13 +17,16 @@ Contract
     drop     the copy at `where` is not needed any more.  Never blocks, never fails.
     adopt    after a restart: the index knows this copy.  False: impossible address.
     adopted  all are known.
+    takes    whether a put is worth trying now: not while a failure is waited out, and not at
+             the limit of bytes written a day.  Called by who puts.
     has_room whether a batch of that many bytes would find room now.
     resort   the objects of the container with least life (a segment of the disk) read
              into `room`: pages with where and blob; how many, 0 when nothing is worth it.
              The caller puts those that are still alive anew, and then calls resorted.
     tick     background work, called now and then: give back what is free, try again
              after a failure.
-    reason   0, or the errno of the failure that degrades the tier now.
+    reason   0, or why nothing is taken now: the errno of the failure that degrades the tier,
+             EDQUOT at the limit of bytes written a day.
 """
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
@@ -53,6 +56,7 @@ ctypedef struct ColdTier:
     void (*drop)(ColdTier *, uint64_t where, uint32_t length_bytes) noexcept nogil
     bint (*adopt)(ColdTier *, uint64_t where, uint32_t length_bytes) noexcept nogil
     void (*adopted)(ColdTier *) noexcept nogil
+    bint (*takes)(ColdTier *) noexcept nogil
     bint (*has_room)(ColdTier *, uint64_t bytes) noexcept nogil
     uint32_t (*resort)(ColdTier *, ColdPage *, uint32_t most, uint8_t *room, uint64_t room_bytes) noexcept nogil
     void (*resorted)(ColdTier *) noexcept nogil

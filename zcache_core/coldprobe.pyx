@@ -37,6 +37,7 @@ cdef class ColdProbe:
     cdef ColdTier *disk
     cdef MemoryFile memory
     cdef Sealer sealer
+    cdef public uint64_t limit_bytes    # written in a day, 0: none
     cdef object wrapper
     cdef uint8_t *room
 
@@ -44,16 +45,17 @@ cdef class ColdProbe:
         self, MemoryFile memory not None, int fd, uint64_t disk_bytes, preallocated=False, epoch=None,
         bint encrypt=False, uint32_t cipher=0,
     ):
-        cdef uint64_t whose = memory.super.epoch if epoch is None else epoch
         self.memory = memory
         self.sealer = Sealer(memory, cipher)
         self.tier = self.disk = disk_make(
-            fd, disk_bytes, whose, 0, preallocated, memory.counters + (SLOTS + 3) * COUNTER_CELLS,
-            &self.sealer.crypt, encrypt,
+            fd, disk_bytes, memory.super, 0, preallocated, memory.counters + (SLOTS + 3) * COUNTER_CELLS,
+            &self.sealer.crypt, encrypt, &self.limit_bytes,
         )
         self.room = <uint8_t *>mmap(NULL, SEGMENT_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
         if self.disk == NULL or <void *>self.room == MAP_FAILED:
             raise MemoryError("no memory for the tier")
+        if epoch is not None:
+            (<Disk *>self.disk).whose.epoch = epoch
 
     def __dealloc__(self):
         if self.disk != NULL:
@@ -120,6 +122,10 @@ cdef class ColdProbe:
     def adopted(self):
         """All are known."""
         self.tier.adopted(self.tier)
+
+    def takes(self):
+        """Whether a put is worth trying now."""
+        return bool(self.tier.takes(self.tier))
 
     def has_room(self, uint64_t size_bytes):
         """Whether a batch of that many bytes would find room now."""

@@ -7,8 +7,8 @@
 
 A write of so few bytes to a pipe is atomic (pipe(7), PIPE_BUF), so commands are read
 whole.  There is no answer: who sent one reads the counters (draining, high_percent,
-low_percent, pool_set_frames), which the server sets when it has obeyed, or sees
-refused_commands grow.  No Python runs there for it.
+low_percent, pool_set_frames, writeback_limit_bytes), which the server sets when it has
+obeyed, or sees refused_commands grow.  No Python runs there for it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ COMMAND = struct.Struct("=QQ")
 DRAIN = 1  # value 1: move everything below, 0: no longer
 WATERMARKS = 2  # value: high << 32 | low, both in percent of the pool; both at once
 POOL = 3  # value: frames of 4096 bytes
+WRITEBACK_LIMIT = 4  # value: bytes a day, 0: no limit
 
 
 def drain(on: bool) -> bytes:
@@ -36,3 +37,9 @@ def pool(frames: int) -> bytes:
     """The command that gives the pool another limit."""
     assert 0 < frames < 1 << 32
     return COMMAND.pack(POOL, frames)
+
+
+def writeback_limit(day_bytes: int) -> bytes:
+    """The command that lets so much be written to the disk in a day; 0: no limit."""
+    assert 0 <= day_bytes < 1 << 63
+    return COMMAND.pack(WRITEBACK_LIMIT, day_bytes)

@@ -46,7 +46,7 @@ cdef bint turn(Tiers *t) noexcept nogil:
         slot = slot_take(&t.core.slots)
         moved = drop_frames(t, FRAMES_AT_ONCE) > 0
         slot_release(slot)
-    if must_cool(t):
+    if must_cool(t) and t.cold.takes(t.cold):
         if not t.cold.has_room(t.cold, GATHER_BYTES):
             t.cold.tick(t.cold)         # what died meanwhile may do
             if not t.cold.has_room(t.cold, GATHER_BYTES):

@@ -102,6 +102,11 @@ COUNTERS: tuple[Counter, ...] = (
         "disk_written_bytes", "bytes", "counter", "bytes written to the disk, cleaning included"
     ),
     Counter("disk_cleaned_bytes", "bytes", "counter", "of those: moved by cleaning"),
+    Counter(
+        "writeback_limit_bytes", "bytes", "gauge", "most bytes written to the disk a day; 0: any"
+    ),
+    Counter("writeback_day_bytes", "bytes", "gauge", "bytes written to the disk today (UTC)"),
+    Counter("writeback_limit_reached", "flag", "gauge", "1 when nothing more is written today"),
     Counter("disk_degraded", "flag", "gauge", "1 while the disk fails"),
     Counter("disk_errno", "errno", "gauge", "why it fails; 0 while it does not"),
     Counter("disk_write_errors", "events", "counter", "writes to the disk that failed"),

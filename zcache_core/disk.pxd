@@ -5,7 +5,9 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from zcache_core.cold cimport ColdTier
 from zcache_core.crypt cimport Crypt
 from zcache_core.diskobject cimport Whose
+from zcache_core.layout cimport Superblock
 from zcache_core.pthread cimport pthread_mutex_t
+from zcache_core.quota cimport Quota
 
 cdef enum:
     # Written in pieces of up to 1 MiB, one segment; cleaned and punched as a whole.
@@ -32,6 +34,7 @@ ctypedef struct Disk:
     uint64_t *cells             # a counter shard of its own: pages and live bytes are atomic,
                                 # the rest belongs to the writing thread
     uint8_t *buffer             # SEGMENT_BYTES, aligned: what is being gathered
+    Quota quota                 # bytes a day
     bint preallocated           # room once taken is never given away
     pthread_mutex_t lock        # guards what follows, and changes of state
     uint32_t open_segment
@@ -44,7 +47,7 @@ ctypedef struct Disk:
     int64_t retry_wait_us
 
 cdef ColdTier *disk_make(
-    int fd, uint64_t disk_bytes, uint64_t epoch, uint32_t device, bint preallocated, uint64_t *cells,
-    Crypt *crypt, bint encrypt,
+    int fd, uint64_t disk_bytes, Superblock *super, uint32_t device, bint preallocated, uint64_t *cells,
+    Crypt *crypt, bint encrypt, const uint64_t *limit_bytes,
 ) noexcept nogil
 cdef void disk_discard(ColdTier *tier) noexcept nogil

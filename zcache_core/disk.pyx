@@ -18,13 +18,14 @@ always stay free for that.
 
 Failure: a write that fails marks its pages failed (they stay where they were), the
 segment's tail unused, and the tier degraded; it is tried again after 0.1 s, then
-twice as long each time, up to 10 s.  Reads go on meanwhile.
+twice as long each time, up to 10 s.  Reads go on meanwhile.  At the day's limit of
+written bytes (quota.pyx) nothing is written, cleaning included; that is no failure.
 
 Bounds: 8 bytes of memory for each MiB of disk, one buffer of 1 MiB.
 Lock: `lock` (a leaf) guards the open segment and every change of a segment's state.
 """
 
-from libc.errno cimport EAGAIN, EILSEQ, EINTR, EIO, ENOSPC, errno
+from libc.errno cimport EDQUOT, EILSEQ, EINTR, EIO, ENOSPC, errno
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
@@ -40,9 +41,10 @@ from zcache_core.crypt cimport CIPHER_NONE, CIPHERS, Crypt
 from zcache_core.diskobject cimport (
     OBJECT_ALIGN, cipher_of, object_found, object_read, object_room, object_write, offset_of,
 )
-from zcache_core.layout cimport ST_DISK, length_of
+from zcache_core.layout cimport ST_DISK, Superblock, length_of
 from zcache_core.native cimport zc_add32, zc_add64, zc_load32
 from zcache_core.pthread cimport lock_init, lock_take, now_us, pthread_mutex_unlock
+from zcache_core.quota cimport quota_allows, quota_count, quota_init
 from zcache_core.slots cimport IO_ROOM
 
 cdef extern from "<fcntl.h>" nogil:
@@ -57,6 +59,7 @@ cdef extern from "<sys/mman.h>" nogil:
     enum: MAP_POPULATE
 
 cdef enum:
+    LEAST_WRITE_BYTES = 128 << 10   # with less left of a day's limit nothing is begun
     SPARE_SEGMENTS = 2          # never filled by put: resorting needs somewhere to write
     # Segments with more life than this are not worth reading: at 80 % full and uniform
     # random overwrites the emptiest segment has about 60 % (Rosenblum, LFS, 1991).
@@ -171,7 +174,11 @@ cdef bint flush(Disk *d, ColdPage *pages, uint32_t first, uint32_t end, uint32_t
     cdef int error
     if filled == 0:
         return True
+    if not quota_allows(&d.quota, length):
+        give_up(d, pages, first, end, EDQUOT, True)
+        return False
     memset(d.buffer + filled, 0, length - filled)
+    quota_count(&d.quota, length)
     error = write_all(d.fd, d.buffer, length, <uint64_t>d.open_segment * SEGMENT_BYTES + d.fill_bytes)
     lock_take(&d.lock)
     note_failure(d, error)
@@ -224,7 +231,7 @@ cdef uint32_t disk_put(ColdTier *tier, ColdPage *pages, uint32_t n) noexcept nog
         room = object_room(d.whose.cipher, length_of(pages[i].length_codec))
         if d.open_segment == 0 or blocks_up(d.fill_bytes + filled + room) > SEGMENT_BYTES:
             if not flush(d, pages, first, i, filled):
-                give_up(d, pages, i, n, d.failing, False)
+                give_up(d, pages, i, n, d.failing or EDQUOT, False)
                 break
             first = i
             filled = 0
@@ -291,6 +298,11 @@ cdef void disk_adopted(ColdTier *tier) noexcept nogil:
     pthread_mutex_unlock(&d.lock)
 
 
+cdef bint disk_takes(ColdTier *tier) noexcept nogil:
+    cdef Disk *d = <Disk *>tier
+    return not must_wait(d) and quota_allows(&d.quota, LEAST_WRITE_BYTES)
+
+
 cdef bint disk_has_room(ColdTier *tier, uint64_t bytes) noexcept nogil:
     cdef Disk *d = <Disk *>tier
     cdef uint64_t room
@@ -328,6 +340,7 @@ cdef void free_empty(Disk *d) noexcept nogil:
 cdef void disk_tick(ColdTier *tier) noexcept nogil:
     cdef Disk *d = <Disk *>tier
     free_empty(d)
+    quota_allows(&d.quota, LEAST_WRITE_BYTES)
     lock_take(&d.lock)
     publish(d)
     pthread_mutex_unlock(&d.lock)
@@ -359,7 +372,7 @@ cdef uint32_t disk_resort(ColdTier *tier, ColdPage *pages, uint32_t most, uint8_
     """Objects of the emptiest segment, whatever the index says of them; blobs lie in `room`."""
     cdef Disk *d = <Disk *>tier
     cdef uint32_t number, n, at
-    if room_bytes < SEGMENT_BYTES or must_wait(d):
+    if room_bytes < SEGMENT_BYTES or not disk_takes(tier):
         return 0
     lock_take(&d.lock)
     number = pick_resort(d)
@@ -395,7 +408,8 @@ cdef void disk_resorted(ColdTier *tier) noexcept nogil:
 
 
 cdef int disk_reason(ColdTier *tier) noexcept nogil:
-    return (<Disk *>tier).failing
+    cdef Disk *d = <Disk *>tier
+    return d.failing or (EDQUOT if zc_load32(&d.quota.used_up) else 0)
 
 
 cdef void disk_discard(ColdTier *tier) noexcept nogil:
@@ -407,19 +421,19 @@ cdef void disk_discard(ColdTier *tier) noexcept nogil:
 
 
 cdef ColdTier *disk_make(
-    int fd, uint64_t disk_bytes, uint64_t epoch, uint32_t device, bint preallocated, uint64_t *cells,
-    Crypt *crypt, bint encrypt,
+    int fd, uint64_t disk_bytes, Superblock *super, uint32_t device, bint preallocated, uint64_t *cells,
+    Crypt *crypt, bint encrypt, const uint64_t *limit_bytes,
 ) noexcept nogil:
     """A disk tier over an open file or block device of `disk_bytes`; NULL without memory.
 
     `crypt` (NULL: there is nothing encrypted) opens what is encrypted there; with `encrypt` it
-    seals what is written.
+    seals what is written.  `limit_bytes` (NULL: none) is where the day's limit stands.
     """
     cdef Disk *d = <Disk *>calloc(1, sizeof(Disk))
     if d == NULL:
         return NULL
     d.fd = fd
-    d.whose.epoch = epoch
+    d.whose.epoch = super.epoch
     d.whose.device = device
     d.whose.crypt = crypt
     d.whose.cipher = crypt.cipher if encrypt and crypt != NULL else <uint32_t>CIPHER_NONE
@@ -432,6 +446,7 @@ cdef ColdTier *disk_make(
     d.buffer = <uint8_t *>mmap(
         NULL, SEGMENT_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0
     )
+    quota_init(&d.quota, super, limit_bytes, cells)
     lock_init(&d.lock)
     if d.segment == NULL or <void *>d.buffer == MAP_FAILED:
         disk_discard(&d.face)
@@ -444,6 +459,7 @@ cdef ColdTier *disk_make(
     d.face.drop = disk_drop
     d.face.adopt = disk_adopt
     d.face.adopted = disk_adopted
+    d.face.takes = disk_takes
     d.face.has_room = disk_has_room
     d.face.resort = disk_resort
     d.face.resorted = disk_resorted

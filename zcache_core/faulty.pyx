@@ -148,6 +148,11 @@ cdef void faulty_adopted(ColdTier *tier) noexcept nogil:
     below.adopted(below)
 
 
+cdef bint faulty_takes(ColdTier *tier) noexcept nogil:
+    cdef ColdTier *below = (<Faulty *>tier).below
+    return below.takes(below)
+
+
 cdef bint faulty_has_room(ColdTier *tier, uint64_t bytes) noexcept nogil:
     cdef ColdTier *below = (<Faulty *>tier).below
     return below.has_room(below, bytes)
@@ -206,6 +211,7 @@ cdef class FaultyTier:
         f.face.drop = faulty_drop
         f.face.adopt = faulty_adopt
         f.face.adopted = faulty_adopted
+        f.face.takes = faulty_takes
         f.face.has_room = faulty_has_room
         f.face.resort = faulty_resort
         f.face.resorted = faulty_resorted

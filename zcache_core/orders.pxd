@@ -10,6 +10,7 @@ ctypedef struct Orders:
     bint below                  # there is a tier below: high, low and draining mean something
     uint32_t high_percent       # of the pool: writeback starts above ...
     uint32_t low_percent        # ... and stops here
+    uint64_t writeback_limit_bytes  # a day, 0: none.  Atomic: read by who writes
     bint draining               # everything goes down, and RAM copies are dropped
     uint64_t *cells             # counter shard that tells what holds
 

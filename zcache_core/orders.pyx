@@ -10,7 +10,8 @@ Bound: 16 commands at a time.
 from libc.stdint cimport uint32_t, uint64_t
 
 from zcache_core.arena cimport arena_set_goal
-from zcache_core.counter_ids cimport C_DRAINING, C_HIGH_PERCENT, C_LOW_PERCENT, C_REFUSED_COMMANDS
+from zcache_core.counter_ids cimport C_DRAINING, C_HIGH_PERCENT, C_LOW_PERCENT, C_REFUSED_COMMANDS, C_WRITEBACK_LIMIT_BYTES
+from zcache_core.native cimport zc_store64
 
 cdef extern from "<unistd.h>" nogil:
     ssize_t read(int fd, void *data, size_t length)
@@ -21,6 +22,7 @@ cdef enum:
     DRAIN = 1                   # as in commands.py
     WATERMARKS = 2
     POOL = 3
+    WRITEBACK_LIMIT = 4
 
 
 cdef void orders_tell(Orders *o) noexcept nogil:
@@ -28,6 +30,7 @@ cdef void orders_tell(Orders *o) noexcept nogil:
     o.cells[C_HIGH_PERCENT] = o.high_percent
     o.cells[C_LOW_PERCENT] = o.low_percent
     o.cells[C_DRAINING] = o.draining
+    o.cells[C_WRITEBACK_LIMIT_BYTES] = o.writeback_limit_bytes
 
 
 cdef bint obey(Orders *o, uint64_t command, uint64_t value) noexcept nogil:
@@ -42,6 +45,8 @@ cdef bint obey(Orders *o, uint64_t command, uint64_t value) noexcept nogil:
         o.draining = value != 0
     elif command == WATERMARKS and 0 < low and low <= high and high <= 100:
         o.high_percent, o.low_percent = high, low
+    elif command == WRITEBACK_LIMIT:
+        zc_store64(&o.writeback_limit_bytes, value)
     else:
         return False
     orders_tell(o)

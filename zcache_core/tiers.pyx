@@ -62,12 +62,13 @@ cdef class Cooling:
 
     `fd` is an open file or block device of which `disk_bytes` are ours; `preallocated`
     says that its room was promised, `encrypt` that pages are encrypted on it (what is
-    there already is read either way).  Raises ConfigError, MemoryFileError.
+    there already is read either way), `writeback_limit` how many bytes a day may be written
+    (0: as many as need be).  Raises ConfigError, MemoryFileError.
     """
 
     def __cinit__(
         self, Store store not None, int fd, uint64_t disk_bytes, preallocated=False, int high=90, int low=80,
-        bint encrypt=False,
+        bint encrypt=False, uint64_t writeback_limit=0,
     ):
         cdef Tiers *t = &self.tiers
         cdef Crypt *crypt = NULL
@@ -79,6 +80,7 @@ cdef class Cooling:
         self.store = store
         t.core = &store.core
         t.orders.high_percent, t.orders.low_percent = high, low
+        t.orders.writeback_limit_bytes = writeback_limit
         t.orders.fd = -1
         t.orders.arena = &store.core.arena
         t.orders.below = True
@@ -87,8 +89,9 @@ cdef class Cooling:
             self.sealer = Sealer(store.memory)
             crypt = &self.sealer.crypt
         t.cold = self.disk = disk_make(
-            fd, disk_bytes, store.memory.super.epoch, store.core.device, preallocated,
+            fd, disk_bytes, store.memory.super, store.core.device, preallocated,
             store.memory.counters + (SLOTS + 3) * COUNTER_CELLS, crypt, encrypt,
+            &t.orders.writeback_limit_bytes,
         )
         t.orders.cells = store.memory.counters + (SLOTS + 4) * COUNTER_CELLS
         orders_tell(&t.orders)
