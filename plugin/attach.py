@@ -335,18 +335,23 @@ def is_busy(error: OSError) -> bool:
 
 def end_mender(instance: Instance) -> None:
     """The helper is told to go, and made to if it does not; the device stays as it is."""
-    pid = mender_pid(statepage.read(instance.attach))
-    if not pid:
-        return
-    with contextlib.suppress(ProcessLookupError):
-        pidfd = os.pidfd_open(pid)
-        try:
-            for number in (signal.SIGTERM, signal.SIGKILL):
-                signal.pidfd_send_signal(pidfd, number)
-                if select.select([pidfd], [], [], END_S)[0]:
-                    return
-        finally:
-            os.close(pidfd)
+    end = time.monotonic() + READY_S
+    while pid := mender_pid(statepage.read(instance.attach)):  # a killed one's spare is the next
+        if time.monotonic() > end:
+            raise AttachError(f"the helper (process {pid}) does not end; try again")
+        with contextlib.suppress(ProcessLookupError):
+            _end(pid)
+
+
+def _end(pid: int) -> None:
+    pidfd = os.pidfd_open(pid)
+    try:
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            signal.pidfd_send_signal(pidfd, number)
+            if select.select([pidfd], [], [], END_S)[0]:
+                return
+    finally:
+        os.close(pidfd)
 
 
 def _wait_until(ready: Callable[[], bool], what: str) -> None:

@@ -11,10 +11,12 @@ its heap keeps what it has had, PR_SET_IO_FLUSHER was set before it was started,
 chosen by the OOM killer, and it runs before ordinary processes.  Afterwards it opens no file,
 starts nothing, and writes nowhere but to one locked page of memory, the state page (`statepage`).
 
+When it is killed its spare goes on in its place (`spare`).  When both are, the device goes on
+while the connection lives, and `zcache attach` starts a new one.  That has no copy of the socket:
+it finds out whether the link is dead by offering the kernel one end of a socket pair now and
+then, and taken means dead.
+
 What it does not do: connect the device (`attach` does, and starts this), or end that connection.
-When it is killed the device goes on, and a new one takes its place: `zcache attach` again.  A new
-one has no copy of the socket.  It finds out whether the link is dead by offering the kernel one
-end of a socket pair now and then: taken means dead.
 
 Started by `attach.start_mender`, not by people.  Linux: netlink(7), linux/nbd-netlink.h.
 """
@@ -30,11 +32,13 @@ import socket
 import struct
 import sys
 import time
+from contextlib import suppress
 
 # Started as a file, in isolated mode: no folder of the project is on the path.
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 
 from plugin.dialer import Generations, Target, dial, explain
+from plugin.spare import Spare
 from plugin.statepage import StatePage
 from zcache_core import process
 from zcache_core.errors import AttachError
@@ -124,26 +128,37 @@ class Mender:
         sock: socket.socket | None,
         page: StatePage,
         size_bytes: int,
+        spare: Spare,
     ) -> None:
         self._kernel, self._target, self._generations = kernel, target, generations
         self._sock, self._page, self._size_bytes = sock, page, size_bytes
-        self._poll = select.poll()
-        if sock is None:
-            self._poll.register(kernel.events, select.POLLIN)
-        else:
-            self._poll.register(sock, select.POLLRDHUP)
+        self._spare = spare
 
     def run(self) -> None:
         """Until the device is gone: DeviceGoneError."""
         dead = self._sock is None and self.probe()
         self._page.update(state="connected")
         while True:
-            if dead or self._is_dead():
+            if dead:
                 self._mend()
-            dead = False
+            elif self._spare.line is None:
+                self.have_spare()
+            dead = self._is_dead()
+
+    def have_spare(self) -> None:
+        """Make one.  This returns in the spare too: when it is the mender."""
+        inherited = self._spare.fork()
+        if inherited is None:
+            self._page.update(spare_pid=self._spare.pid)
+            return
+        if inherited.sock is not None:
+            self._replace(inherited.sock)
+        self._generations.last = max(self._generations.last, inherited.generation)
+        self._page.take_over(os.getpid(), start_ticks())
 
     def close(self) -> None:
-        """Let go of our copy of the socket."""
+        """End in good order, and the spare with us."""
+        self._spare.dismiss()
         if self._sock is not None:
             self._sock.close()
 
@@ -154,11 +169,22 @@ class Mender:
         LINK_DEAD, sent by a worker, may come when the next link lives already; only without a
         copy do we have to believe it.
         """
+        watch = select.poll()
+        if self._spare.line is not None:
+            watch.register(self._spare.line, select.POLLIN)
         if self._sock is not None:
-            return bool(self._poll.poll())
-        if self._poll.poll(PROBE_EVERY_S * 1000):
+            watch.register(self._sock, select.POLLRDHUP)
+        else:
+            watch.register(self._kernel.events, select.POLLIN)
+        patient = self._sock is not None and self._spare.line is not None
+        ready = {fd for fd, _ in watch.poll(None if patient else PROBE_EVERY_S * 1000)}
+        if self._spare.line is not None and self._spare.line.fileno() in ready:
+            self._spare.bury()
+        if self._sock is not None:
+            return self._sock.fileno() in ready
+        if self._kernel.events.fileno() in ready:
             return self._kernel.heard_of_death()
-        return self.probe()
+        return not ready and self.probe()
 
     def probe(self) -> bool:
         """Whether the kernel has no living connection.
@@ -215,14 +241,14 @@ class Mender:
         return True
 
     def _keep(self, sock: socket.socket) -> None:
-        """This is the living one now: watch it instead of the old one."""
+        """This is the living one now."""
+        self._replace(sock)
+        self._spare.tell(sock, self._generations.last)
+
+    def _replace(self, sock: socket.socket) -> None:
         if self._sock is not None:
-            self._poll.unregister(self._sock)
             self._sock.close()
-        else:
-            self._poll.unregister(self._kernel.events)
         self._sock = sock
-        self._poll.register(sock, select.POLLRDHUP)
 
 
 def warm_up(target: Target, page: StatePage) -> None:
@@ -241,7 +267,7 @@ def warm_up(target: Target, page: StatePage) -> None:
 def main(words: list[str]) -> int:
     """words: see `attach.mender_words`."""
     options = dict(word.split("=", 1) for word in words)
-    told = os.fdopen(int(options["ready"]), "w")
+    told_fd = int(options["ready"])
     target = Target(
         options["unix"], options["host"], int(options["port"]), options["device"],
         bool(options["plain"]),
@@ -255,21 +281,32 @@ def main(words: list[str]) -> int:
         bytes.fromhex(options["template"]),
     )
     sock = socket.socket(fileno=int(options["sock"])) if options["sock"] else None
-    mender = Mender(kernel, target, generations, sock, page, int(options["size"]))
+    mender = Mender(kernel, target, generations, sock, page, int(options["size"]), Spare())
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     refused = settle()
     warm_up(target, page)
     page.update(pid=os.getpid(), start_ticks=start_ticks(), refused="; ".join(refused))
     gc.freeze()
-    told.write("\n")
-    told.close()
     try:
+        if sock is not None:
+            mender.have_spare()
+        tell(told_fd)
         mender.run()
     except DeviceGoneError as error:
         page.update(state="gone", error=str(error))
         return GONE
+    finally:
+        mender.close()
     return 0
+
+
+def tell(fd: int) -> None:
+    """Say that we are ready.  (A spare that gets here has nobody left to tell.)"""
+    with suppress(BrokenPipeError):
+        os.write(fd, b"\n")
+    os.close(fd)
 
 
 def start_ticks() -> int:

@@ -20,10 +20,10 @@ import json
 import mmap
 import os
 import time
-from pathlib import Path
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from pathlib import Path
     from typing import Any
 
 PAGE_BYTES = 4096
@@ -74,6 +74,12 @@ class StatePage:
             longest_outage_ms=max(outage_ms, self.values.get("longest_outage_ms", 0)),
             generation=generation,
         )
+
+    def take_over(self, pid: int, start_ticks: int) -> None:
+        """Another process writes from now on: what the last one said stays."""
+        self.values = parse(self._map[:PAGE_BYTES]) or self.values
+        takeovers = self.values.get("takeovers", 0) + 1
+        self.update(pid=pid, start_ticks=start_ticks, spare_pid=0, takeovers=takeovers)
 
     def _write(self) -> None:
         text = json.dumps(self.values).encode()

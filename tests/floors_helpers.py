@@ -43,6 +43,10 @@ FLOORS = {
         "nbdnetlink swaparea upfile",
         8: "control drain supervisor serve mender attach swapping",
         9: "zcache_plugin attachcli cli",
+        7: "spawn keeper leave places fitness show lower wiring servestate supervised "
+        "nbdnetlink swaparea upfile",
+        8: "control drain supervisor serve mender attach swapping",
+        9: "zcache_plugin attachcli cli",
     },
 }
 PACKAGES = list(FLOORS)

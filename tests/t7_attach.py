@@ -17,6 +17,7 @@ import pytest
 from plugin import attach, nbdnetlink, statepage, swaparea, swapping, upfile
 from plugin.dialer import Generations, Target, dial
 from plugin.mender import DeviceGoneError, Mender
+from plugin.spare import Spare
 from plugin.statepage import StatePage
 from tests.plugin_helpers import wait_for
 from zcache_core.errors import ConfigError
@@ -217,6 +218,13 @@ class PlayedKernel:
         self._said.send(b"dead")
 
 
+class NoSpare(Spare):
+    """A test must not be forked."""
+
+    def fork(self) -> None:
+        return None
+
+
 class Helper:
     """A Mender in a thread, between a played kernel and nbdkit."""
 
@@ -236,7 +244,7 @@ class Helper:
             assert self.kernel.offer(sock)
         self.gone = threading.Event()
         played: Any = self.kernel
-        self.mender = Mender(played, target, self.generations, sock, self.page, 1 << 20)
+        self.mender = Mender(played, target, self.generations, sock, self.page, 1 << 20, NoSpare())
         self.thread = threading.Thread(target=self._run)
         self.thread.start()
 
@@ -283,10 +291,12 @@ def test_the_helper_mends_what_a_killed_server_leaves(helper: Helper) -> None:
     for _ in range(3):
         takes, generation = helper.kernel.takes, helper.generations.last
         helper.kill_server()
-        wait_for("it to see that", lambda: helper.page.values["state"] == "dialing")
-        wait_for("it to say why", lambda: "no NBD server answers" in helper.page.values["error"])
+        wait_for("it to see that", lambda: helper.page.values.get("state") == "dialing")
+        wait_for(
+            "it to say why", lambda: "no NBD server answers" in helper.page.values.get("error", "")
+        )
         helper.start_server()
-        wait_for("a new connection", lambda: helper.page.values["state"] == "connected")
+        wait_for("a new connection", lambda: helper.page.values.get("state") == "connected")
         assert helper.kernel.lives()
         assert helper.kernel.takes == takes + 1
         assert helper.generations.last > generation
@@ -297,7 +307,7 @@ def test_a_smaller_device_is_not_handed_over(helper: Helper) -> None:
     wait_for("the first connection", helper.kernel.lives)
     helper.kill_server()
     helper.start_server("512K")
-    wait_for("it to say so", lambda: "smaller now" in helper.page.values["error"])
+    wait_for("it to say so", lambda: "smaller now" in helper.page.values.get("error", ""))
     assert not helper.kernel.lives()
     helper.kill_server()
     helper.start_server("2M")
@@ -310,9 +320,9 @@ def test_a_late_notice_disturbs_no_living_link(helper: Helper) -> None:
     for _ in range(3):
         takes = helper.kernel.takes
         helper.kill_server()
-        wait_for("it to see that", lambda: helper.page.values["state"] == "dialing")
+        wait_for("it to see that", lambda: helper.page.values.get("state") == "dialing")
         helper.start_server()
-        wait_for("a new connection", lambda: helper.page.values["state"] == "connected")
+        wait_for("a new connection", lambda: helper.page.values.get("state") == "connected")
         helper.kernel.say_link_dead()
         assert helper.kernel.takes == takes + 1
         assert helper.kernel.lives()

@@ -36,7 +36,8 @@ def _why() -> str:
     return os.strerror(ctypes.get_errno())
 
 
-def _lock_memory(on_fault: bool) -> str:
+def lock_memory(on_fault: bool) -> str:
+    """Lock what is and will be mapped: what is touched of it, or all.  A sentence if refused."""
     flags = MCL_CURRENT | MCL_FUTURE | (MCL_ONFAULT if on_fault else 0)
     # Without the capability everything mapped later counts against the limit, and a
     # thread's stack or the pool that does not fit fails; so the present alone, if it fits.
@@ -89,7 +90,7 @@ def prepare(realtime: bool = True, on_fault: bool = True) -> list[str]:
     Returns a sentence for each thing that was refused; empty when all is well.
     """
     _libc.mallopt(M_ARENA_MAX, 1)
-    found = [_lock_memory(on_fault), _io_flusher(), _never_killed()]
+    found = [lock_memory(on_fault), _io_flusher(), _never_killed()]
     if realtime:
         found.append(_realtime())
     return [sentence for sentence in found if sentence]

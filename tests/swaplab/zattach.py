@@ -64,8 +64,9 @@ def kill_in(guest: Guest, pid: int, number: int = 9) -> None:
     guest.call(["/bin/busybox", "kill", f"-{number}", str(pid)])
 
 
-def kill_mender(guest: Guest, name: str = "zcache") -> int:
-    """kill -9 of the helper; which process it was."""
-    pid = int(state(guest, name)["pid"])
-    kill_in(guest, pid)
-    return pid
+def kill_mender(guest: Guest, name: str = "zcache", spare_too: bool = False) -> int:
+    """kill -9 of the helper, or of it and its spare; which process the helper was."""
+    found = state(guest, name)
+    pids = [str(found["pid"])] + ([str(found["spare_pid"])] if spare_too else [])
+    guest.call(["/bin/busybox", "kill", "-9", *pids])
+    return int(found["pid"])
