@@ -6,6 +6,8 @@
     zcache upgrade [--name NAME]                replace it by the version installed now
     zcache status [--json] [--control SOCK]     a running server, over its control socket
     zcache drain [--off] [--control SOCK]       move every page from RAM to the disk
+    zcache up, zcache down                      swap onto a server of this machine; all of it back
+    zcache attach URI, zcache detach            a /dev/nbdX of the kernel's, connected and mended
     zcache check [--remove-leftovers]           is this machine fit, and what to do if not
     zcache version
 
@@ -16,7 +18,8 @@ Exit codes:
     3  an option's value is not possible
     4  memory file, 5 in use (as zcache_core.errors)
     6  no server answered, or it said no
-    130  drain: interrupted
+    7  a device of the kernel's: its server, its connection, its swap area
+    130  drain, down: interrupted
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ from typing import Any
 
 import zcache_core
 from cluster.link import BlockingClient
-from plugin import drain, fitness, serve, show
+from plugin import attachcli, drain, fitness, serve, show
 from plugin.instance import DEFAULT_NAME, Instance
 from zcache_core.errors import ControlError, ZcacheError
 
@@ -82,6 +85,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     draining.add_argument("--control", metavar="SOCK", help="the server (found if only one)")
     draining.set_defaults(run=_drain)
+
+    attachcli.add_commands(commands)
 
     check = commands.add_parser("check", help="is this machine fit to swap onto zcache")
     check.add_argument(

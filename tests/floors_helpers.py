@@ -38,10 +38,15 @@ FLOORS = {
         5: "node",
     },
     "plugin": {
-        6: "messages logpipe instance config liaison teller",
-        7: "spawn keeper leave places fitness show lower wiring servestate supervised",
-        8: "control drain supervisor serve",
-        9: "zcache_plugin cli",
+        6: "messages logpipe instance config liaison teller handshake dialer statepage spare",
+        7: "spawn keeper leave places fitness show lower wiring servestate supervised "
+        "nbdnetlink swaparea upfile",
+        8: "control drain supervisor serve mender attach swapping",
+        9: "zcache_plugin attachcli cli",
+        7: "spawn keeper leave places fitness show lower wiring servestate supervised "
+        "nbdnetlink swaparea upfile",
+        8: "control drain supervisor serve mender attach swapping",
+        9: "zcache_plugin attachcli cli",
     },
 }
 PACKAGES = list(FLOORS)
@@ -50,7 +55,7 @@ PACKAGES = list(FLOORS)
 OUTSIDE = {
     "zcache_core": set[str](),
     "cluster": {"msgpack"},
-    "plugin": {"msgpack", "rich", "nbdkit"},
+    "plugin": {"msgpack", "rich", "nbdkit", "pyroute2"},
 }
 CYTHON_ROOTS = {"cython", "cpython", "libc", "posix"}
 # The core knows no sockets and no event loop, not even the standard library's.

@@ -49,3 +49,9 @@ class ControlError(ZcacheError):
     """{}"""
 
     exit_code = 6
+
+
+class AttachError(ZcacheError):
+    """{}"""
+
+    exit_code = 7

@@ -27,8 +27,9 @@ MCL_CURRENT, MCL_FUTURE, MCL_ONFAULT = 1, 2, 4
 PR_SET_PDEATHSIG = 1
 PR_SET_DUMPABLE = 4
 PR_SET_IO_FLUSHER = 57
-M_ARENA_MAX = -8
+M_ARENA_MAX, M_MMAP_THRESHOLD, M_TOP_PAD, M_TRIM_THRESHOLD = -8, -3, -2, -1
 CAP_IPC_LOCK = 14
+HEAP_BYTES_MAX = 32 << 20  # the most that glibc takes as a threshold for mmap
 FIFO_PRIORITY = 1  # above every ordinary thread, below all that chose more
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -38,8 +39,9 @@ def _why() -> str:
     return os.strerror(ctypes.get_errno())
 
 
-def _lock_on_fault() -> str:
-    flags = MCL_CURRENT | MCL_FUTURE | MCL_ONFAULT
+def lock_memory(on_fault: bool) -> str:
+    """Lock what is and will be mapped: what is touched of it, or all.  A sentence if refused."""
+    flags = MCL_CURRENT | MCL_FUTURE | (MCL_ONFAULT if on_fault else 0)
     # Without the capability everything mapped later counts against the limit, and a
     # thread's stack or the pool that does not fit fails; so the present alone, if it fits.
     if not _has_capability(CAP_IPC_LOCK) and _limited():
@@ -92,20 +94,37 @@ def _never_dumped() -> str:
     return f"PR_SET_DUMPABLE is refused ({_why()}): a core dump may hold the key"
 
 
-def prepare(realtime: bool = True, secret: bool = False) -> list[str]:
+def prepare(realtime: bool = True, on_fault: bool = True, secret: bool = False) -> list[str]:
     """Ask for all of it in the calling thread, before others are made.
 
-    `secret`: there is a key in this process's memory.
-
+    on_fault: lock what is touched, when it is; otherwise all that is mapped, now.
+    secret: there is a key in this process's memory.
     Returns a sentence for each thing that was refused; empty when all is well.
     """
     _libc.mallopt(M_ARENA_MAX, 1)
-    steps = [_lock_on_fault, _io_flusher, _never_killed]
+    found = [lock_memory(on_fault), _io_flusher(), _never_killed()]
     if realtime:
-        steps.append(_realtime)
+        found.append(_realtime())
     if secret:
-        steps.append(_never_dumped)
-    return [sentence for step in steps if (sentence := step())]
+        found.append(_never_dumped())
+    return [sentence for sentence in found if sentence]
+
+
+def keep_heap(size_bytes: int) -> None:
+    """Have so much free in malloc's heap, and never give any of it back to the kernel."""
+    _libc.mallopt(M_TRIM_THRESHOLD, HEAP_BYTES_MAX)
+    _libc.mallopt(M_MMAP_THRESHOLD, HEAP_BYTES_MAX)
+    _libc.mallopt(M_TOP_PAD, size_bytes)
+    _libc.malloc.restype = ctypes.c_void_p
+    _libc.free(ctypes.c_void_p(_libc.malloc(ctypes.c_size_t(size_bytes))))
+
+
+def io_flusher() -> str:
+    """PR_SET_IO_FLUSHER alone, for the program that this process starts next.
+
+    Returns a sentence when it was refused.
+    """
+    return _io_flusher()
 
 
 def outlive_parent() -> None:

@@ -1,0 +1,327 @@
+"""The attach helper: stays resident and mends the device's connection when it dies.
+
+    link alive ── hang-up on our copy of the socket, or LINK_DEAD ──► link dead
+        ▲                                                                 │ every 0.05 s
+        └── RECONFIGURE, socket taken ◄── handshake, newest generation ◄──┘
+
+It runs on the machine that swaps onto the device, and is needed exactly when nothing can be
+swapped in.  So it is a process of its own that imports next to nothing, and before the device is
+used: all its memory is locked (code, data, what comes later), every step has been done once,
+its heap keeps what it has had, PR_SET_IO_FLUSHER was set before it was started, it cannot be
+chosen by the OOM killer, and it runs before ordinary processes.  Afterwards it opens no file,
+starts nothing, and writes nowhere but to one locked page of memory, the state page (`statepage`).
+
+When it is killed its spare goes on in its place (`spare`).  When both are, the device goes on
+while the connection lives, and `zcache attach` starts a new one.  That has no copy of the socket:
+it finds out whether the link is dead by offering the kernel one end of a socket pair now and
+then, and taken means dead.
+
+What it does not do: connect the device (`attach` does, and starts this), or end that connection.
+
+Started by `attach.start_mender`, not by people.  Linux: netlink(7), linux/nbd-netlink.h.
+"""
+
+from __future__ import annotations
+
+import errno
+import gc
+import os
+import select
+import signal
+import socket
+import struct
+import sys
+import time
+from contextlib import suppress
+
+# Started as a file, in isolated mode: no folder of the project is on the path.
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+
+from plugin.dialer import Generations, Target, dial, explain
+from plugin.spare import Spare
+from plugin.statepage import StatePage
+from zcache_core import process
+from zcache_core.errors import AttachError
+
+DIAL_EVERY_S = 0.05  # a refused connection costs 20 us; 0.1 s would be a fifth of a short restart
+OFFER_S = 2.0  # the kernel notices in milliseconds; longer in vain means that the link lives
+OFFER_EVERY_S = 0.01  # the kernel notices the old connection's end about as fast as we do
+PROBE_EVERY_S = 2.0
+HEAP_BYTES = 1 << 20  # kept ready; one mended connection needs 60 KiB of it
+SOL_NETLINK, ADD_MEMBERSHIP, NETLINK_GENERIC = 270, 1, 16
+NLMSG_ERROR, LINK_DEAD, ATTR_INDEX = 2, 4, 1
+NETLINK_BYTES = 8192
+NOT_CONNECTED = (errno.EINVAL, errno.ENODEV, errno.ENOENT)
+GONE = 8  # exit code: the kernel has no such connected device any more
+
+
+class DeviceGoneError(Exception):
+    """The kernel takes no socket for this device: it was disconnected."""
+
+
+class Kernel:
+    """Offering sockets to the kernel, and hearing of dead links.
+
+    family, group: numbers of the nbd family and its multicast group.  template: a finished
+    NBD_CMD_RECONFIGURE whose last 4 bytes are the socket's number.
+    """
+
+    def __init__(self, family: int, group: int, index: int, template: bytes) -> None:
+        self._family, self._index, self._template = family, index, template
+        self._sequence = 0
+        self._requests = _netlink()
+        self.events = _netlink()
+        self.events.setsockopt(SOL_NETLINK, ADD_MEMBERSHIP, group)
+        self.events.setblocking(False)
+
+    def offer(self, sock: socket.socket) -> bool:
+        """Offer a socket; whether it was taken in place of a dead one.
+
+        Success alone says nothing: a socket that was taken has got the request timeout.
+        Raises DeviceGoneError, and OSError for what may be better next time (no memory).
+        """
+        self._sequence += 1
+        head, tail = self._template[:8], self._template[12:-4]
+        fd = struct.pack("=I", sock.fileno())
+        self._requests.send(head + struct.pack("=I", self._sequence) + tail + fd)
+        while True:
+            answer = self._requests.recv(NETLINK_BYTES)
+            _, kind, _, sequence = struct.unpack_from("=IHHI", answer)
+            if kind == NLMSG_ERROR and sequence == self._sequence:
+                break
+        (error,) = struct.unpack_from("=i", answer, 16)
+        if -error in NOT_CONNECTED:
+            raise DeviceGoneError(os.strerror(-error))
+        if error:
+            raise OSError(-error, os.strerror(-error))
+        return any(struct.unpack("@ll", sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, 16)))
+
+    def heard_of_death(self) -> bool:
+        """Whether LINK_DEAD of our device has arrived; empties the queue."""
+        found = False
+        while True:
+            try:
+                message = self.events.recv(NETLINK_BYTES)
+            except BlockingIOError:
+                return found
+            except OSError:  # the queue ran over: something was lost
+                return True
+            if len(message) >= 28 and message[16] == LINK_DEAD:
+                _, kind, index = struct.unpack_from("=HHI", message, 20)
+                found |= kind == ATTR_INDEX and index == self._index
+
+
+def _netlink() -> socket.socket:
+    sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_GENERIC)
+    sock.bind((0, 0))
+    return sock
+
+
+class Mender:
+    """The loop.  sock: our copy of the kernel's socket, None for a device that was adopted."""
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        target: Target,
+        generations: Generations,
+        sock: socket.socket | None,
+        page: StatePage,
+        size_bytes: int,
+        spare: Spare,
+    ) -> None:
+        self._kernel, self._target, self._generations = kernel, target, generations
+        self._sock, self._page, self._size_bytes = sock, page, size_bytes
+        self._spare = spare
+
+    def run(self) -> None:
+        """Until the device is gone: DeviceGoneError."""
+        dead = self._sock is None and self.probe()
+        self._page.update(state="connected")
+        while True:
+            if dead:
+                self._mend()
+            elif self._spare.line is None:
+                self.have_spare()
+            dead = self._is_dead()
+
+    def have_spare(self) -> None:
+        """Make one.  This returns in the spare too: when it is the mender."""
+        inherited = self._spare.fork()
+        if inherited is None:
+            self._page.update(spare_pid=self._spare.pid)
+            return
+        if inherited.sock is not None:
+            self._replace(inherited.sock)
+        self._generations.last = max(self._generations.last, inherited.generation)
+        self._page.take_over(os.getpid(), start_ticks())
+
+    def close(self) -> None:
+        """End in good order, and the spare with us."""
+        self._spare.dismiss()
+        if self._sock is not None:
+            self._sock.close()
+
+    def _is_dead(self) -> bool:
+        """Wait for the link's death, or for the next look.
+
+        Our copy of the socket tells the truth at once: the kernel shuts down what it gives up.
+        LINK_DEAD, sent by a worker, may come when the next link lives already; only without a
+        copy do we have to believe it.
+        """
+        watch = select.poll()
+        if self._spare.line is not None:
+            watch.register(self._spare.line, select.POLLIN)
+        if self._sock is not None:
+            watch.register(self._sock, select.POLLRDHUP)
+        else:
+            watch.register(self._kernel.events, select.POLLIN)
+        patient = self._sock is not None and self._spare.line is not None
+        ready = {fd for fd, _ in watch.poll(None if patient else PROBE_EVERY_S * 1000)}
+        if self._spare.line is not None and self._spare.line.fileno() in ready:
+            self._spare.bury()
+        if self._sock is not None:
+            return self._sock.fileno() in ready
+        if self._kernel.events.fileno() in ready:
+            return self._kernel.heard_of_death()
+        return not ready and self.probe()
+
+    def probe(self) -> bool:
+        """Whether the kernel has no living connection.
+
+        It takes our socket pair then, and a request sent there waits for its timeout: so this
+        is only for who has no copy of the real one.
+        """
+        ours, offered = socket.socketpair()
+        with ours, offered:
+            return self._kernel.offer(offered)
+
+    def _mend(self) -> None:
+        """From a dead link to a living one, however long it takes."""
+        began_s = time.monotonic()
+        self._page.update(state="dialing")
+        while not self._try():
+            time.sleep(DIAL_EVERY_S)
+        self._page.mended(time.monotonic() - began_s, self._generations.last)
+        gc.collect()
+
+    def _try(self) -> bool:
+        """One connection, dialled and handed over; whether the kernel has one now."""
+        try:
+            link = dial(self._target, self._generations)
+        except (AttachError, OSError) as error:
+            self._page.update(error=str(explain(error, self._target)))
+            return False
+        try:
+            if link.size_bytes < self._size_bytes:
+                raise AttachError("the server's device is smaller now than the one attached here")
+            taken = self._offer_until_taken(link.sock)
+        except (AttachError, OSError) as error:
+            self._page.update(error=str(error))
+            link.sock.close()
+            return False
+        except DeviceGoneError:
+            link.sock.close()
+            raise
+        if taken:
+            self._keep(link.sock)
+        else:
+            link.sock.close()
+        # Whoever adopted a device may have been told of a death that was long mended.
+        return taken or self._sock is None
+
+    def _offer_until_taken(self, sock: socket.socket) -> bool:
+        """Whether the kernel took it before it died itself, or time was up."""
+        watch = select.poll()
+        watch.register(sock, select.POLLRDHUP)
+        end_s = time.monotonic() + OFFER_S
+        while not self._kernel.offer(sock):
+            if watch.poll(OFFER_EVERY_S * 1000) or time.monotonic() > end_s:
+                return False
+        return True
+
+    def _keep(self, sock: socket.socket) -> None:
+        """This is the living one now."""
+        self._replace(sock)
+        self._spare.tell(sock, self._generations.last)
+
+    def _replace(self, sock: socket.socket) -> None:
+        if self._sock is not None:
+            self._sock.close()
+        self._sock = sock
+
+
+def warm_up(target: Target, page: StatePage) -> None:
+    """Do once all that mending does, where it disturbs nobody."""
+    nowhere = Target(unix="/nonexistent/nbd.sock")
+    for _ in range(3):
+        for goal in (nowhere, target):
+            try:
+                dial(goal, None).sock.close()
+            except (AttachError, OSError) as error:
+                page.update(error=str(explain(error, goal)))
+    gc.collect()
+    page.update(error="")
+
+
+def main(words: list[str]) -> int:
+    """words: see `attach.mender_words`."""
+    options = dict(word.split("=", 1) for word in words)
+    told_fd = int(options["ready"])
+    target = Target(
+        options["unix"], options["host"], int(options["port"]), options["device"],
+        bool(options["plain"]),
+    )  # fmt: skip
+    page = StatePage.open(int(options["page"]))
+    generations = Generations(int(options["generation"]))
+    kernel = Kernel(
+        int(options["family"]),
+        int(options["group"]),
+        int(options["index"]),
+        bytes.fromhex(options["template"]),
+    )
+    sock = socket.socket(fileno=int(options["sock"])) if options["sock"] else None
+    mender = Mender(kernel, target, generations, sock, page, int(options["size"]), Spare())
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    refused = settle()
+    warm_up(target, page)
+    page.update(pid=os.getpid(), start_ticks=start_ticks(), refused="; ".join(refused))
+    gc.freeze()
+    try:
+        if sock is not None:
+            mender.have_spare()
+        tell(told_fd)
+        mender.run()
+    except DeviceGoneError as error:
+        page.update(state="gone", error=str(error))
+        return GONE
+    finally:
+        mender.close()
+    return 0
+
+
+def tell(fd: int) -> None:
+    """Say that we are ready.  (A spare that gets here has nobody left to tell.)"""
+    with suppress(BrokenPipeError):
+        os.write(fd, b"\n")
+    os.close(fd)
+
+
+def start_ticks() -> int:
+    """Our own start time, as in /proc/self/stat: with it our number is unique."""
+    with open("/proc/self/stat", encoding="ascii", errors="replace") as file:
+        return int(file.read().rpartition(")")[2].split()[19])
+
+
+def settle() -> list[str]:
+    """Lock everything, keep the heap, be spared.  A sentence for each thing that was refused."""
+    refused = process.prepare(on_fault=False)
+    process.keep_heap(HEAP_BYTES)
+    os.chdir("/")
+    return refused
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

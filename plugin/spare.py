@@ -1,0 +1,135 @@
+"""The helper's spare: a copy that waits, locked in memory, to take its place.
+
+    mender ── each new connection's socket and generation ──► spare
+       │                                                        │ end of the line: mender dead
+       └── kill -9                                              └─► goes on where it stood
+
+When the helper dies while the link is dead, nobody could start another one: a new process needs
+memory, and memory is to be had only by swapping out.  (Measured in the lab: `zcache attach` then
+hangs until the kernel gives the device up.)  So the next one is there already.  It is a fork, so
+it shares all code, and costs the 9 MB of data that its own memory lock makes its own.
+
+Forking is done only while the link lives.  Before the spare has said that it is locked, the
+helper's own pages are shared with it and the first write to one would need another.
+
+Bound: one spare; it does nothing until it inherits.  Linux: fork(2), unix(7) SCM_RIGHTS.
+"""
+
+from __future__ import annotations
+
+import array
+import os
+import signal
+import socket
+import struct
+
+from zcache_core import process
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import NoReturn
+
+READY_S = 5.0  # it takes some milliseconds
+NEWS = struct.Struct("=Q")  # the generation; its socket goes with it
+BYE = b"bye"
+
+
+class Inheritance:
+    """What the dead one had told: its socket and last generation; None and 0 if nothing."""
+
+    __slots__ = ("generation", "sock")
+
+    def __init__(self) -> None:
+        self.sock: socket.socket | None = None
+        self.generation = 0
+
+
+class Spare:
+    """The mender's side: `line` is readable when the spare has died, None without one."""
+
+    def __init__(self) -> None:
+        self.pid = 0
+        self.line: socket.socket | None = None
+
+    def fork(self) -> Inheritance | None:
+        """Make one.  None in the mender, once the spare is ready (or could not be made).
+
+        In the spare: returns when it has to take the mender's place.
+        """
+        self.bury()
+        ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            pid = os.fork()
+        except OSError:
+            ours.close()
+            its.close()
+            return None
+        if pid == 0:
+            ours.close()
+            return _wait(its)
+        its.close()
+        self.pid, self.line = pid, ours
+        ours.settimeout(READY_S)
+        try:
+            ready = ours.recv(16)
+        except OSError:
+            ready = b""
+        ours.setblocking(False)
+        if not ready:
+            self.kill()
+        return None
+
+    def tell(self, sock: socket.socket, generation: int) -> None:
+        """The link has another socket now.  Never blocks; a spare that is gone shows in `line`."""
+        if self.line is not None:
+            rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [sock.fileno()]))
+            try:
+                self.line.sendmsg([NEWS.pack(generation)], [rights])
+            except OSError:
+                self.kill()  # it would inherit something old
+
+    def dismiss(self) -> None:
+        """We end in good order: it is not to take our place."""
+        if self.line is not None:
+            try:
+                self.line.send(BYE)
+            except OSError:
+                self.kill()
+        self.bury()
+
+    def kill(self) -> None:
+        if self.pid:
+            os.kill(self.pid, signal.SIGKILL)
+        self.bury()
+
+    def bury(self) -> None:
+        """Forget a spare that has ended or is about to.  (SIGCHLD is ignored: nobody waits.)"""
+        if self.line is not None:
+            self.line.close()
+        self.line, self.pid = None, 0
+
+
+def _wait(line: socket.socket) -> Inheritance:
+    """The spare's life, until the mender's ends."""
+    process.lock_memory(on_fault=False)
+    line.send(b"ready")
+    found = Inheritance()
+    while True:
+        try:
+            data, rights, _, _ = line.recvmsg(64, socket.CMSG_SPACE(4))
+        except InterruptedError:
+            continue
+        if data == BYE:
+            _leave()
+        if not data:
+            line.close()
+            return found
+        (found.generation,) = NEWS.unpack(data)
+        for _, _, fds in rights:
+            if found.sock is not None:
+                found.sock.close()
+            found.sock = socket.socket(fileno=struct.unpack("=i", fds[:4])[0])
+
+
+def _leave() -> NoReturn:
+    os._exit(0)

@@ -1,0 +1,91 @@
+"""The helper's spare: it inherits what was told last, and only from a mender that was killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.plugin_helpers import ROOT, wait_for
+
+# A mender as small as can be: it makes a spare, tells it what it is asked to, and writes to a
+# file who it is, what it has, and whether its spare lives.
+SCRIPT = """
+import os, signal, socket, sys, time
+from plugin.spare import Spare
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+path, tells, how = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+def say(word):
+    with open(path, "a") as file:
+        file.write(f"{os.getpid()} {word}\\n")
+spare, kept = Spare(), []
+found = spare.fork()
+if found is not None:
+    text = found.sock.recv(100).decode() if found.sock else "nothing"
+    say(f"inherited {found.generation} {text}")
+    spare = Spare()
+    found = spare.fork()
+    say("again" if found is None else "inherited twice")
+    spare.dismiss()
+    sys.exit(0)
+say(f"spare {spare.pid}")
+for number in range(1, tells + 1):
+    ours, its = socket.socketpair()
+    ours.send(f"socket{number}".encode())
+    kept.append(ours)
+    spare.tell(its, 1000 + number)
+    its.close()
+if how == "dismiss":
+    spare.dismiss()
+    sys.exit(0)
+if how == "kill":
+    os.kill(os.getpid(), signal.SIGKILL)
+while spare.line is not None:
+    if not spare.line.getblocking():
+        try:
+            if spare.line.recv(10) == b"":
+                say("spare died")
+                sys.exit(0)
+        except BlockingIOError:
+            time.sleep(0.01)
+"""
+
+
+def run(path: Path, tells: int, how: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, "-c", SCRIPT, str(path), str(tells), how], cwd=ROOT)
+
+
+def said(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.exists() else []
+
+
+@pytest.mark.parametrize("tells", [0, 1, 5, 200])
+def test_a_killed_mender_leaves_its_last_socket_to_its_spare(tmp_path: Path, tells: int) -> None:
+    path = tmp_path / "said"
+    assert run(path, tells, "kill").wait(20) == -signal.SIGKILL
+    wait_for("the heir and its own spare", lambda: len(said(path)) == 3)
+    spare_pid = said(path)[0].split()[2]
+    expected = f"inherited {1000 + tells} socket{tells}" if tells else "inherited 0 nothing"
+    assert said(path)[1] == f"{spare_pid} {expected}"
+    assert said(path)[2] == f"{spare_pid} again"
+
+
+def test_a_mender_that_ends_in_order_takes_its_spare_along(tmp_path: Path) -> None:
+    path = tmp_path / "said"
+    assert run(path, 3, "dismiss").wait(20) == 0
+    spare_pid = int(said(path)[0].split()[2])
+    wait_for("the spare to end", lambda: not Path(f"/proc/{spare_pid}").exists())
+    assert len(said(path)) == 1
+
+
+def test_a_dead_spare_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "said"
+    process = run(path, 1, "wait")
+    wait_for("the spare", lambda: said(path))
+    os.kill(int(said(path)[0].split()[2]), signal.SIGKILL)
+    assert process.wait(20) == 0
+    assert said(path)[1].endswith("spare died")

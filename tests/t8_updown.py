@@ -1,0 +1,149 @@
+"""`zcache up`, a workload, `zcache down`, in a guest that swaps onto its own server.
+
+the whole way   up twice, kill -9 of server, supervisor and helper under load, down refused
+                while memory is short, down twice
+cut off         up and down killed after each of their steps, and run again
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+from bench.corpus import pages_file
+from tests.survival_helpers import (
+    Kills,
+    assert_survived,
+    kill_server_in,
+    kill_supervisor_in,
+    serve_state,
+)
+from tests.swaplab import (
+    SELF_SERVING_SYSCTL,
+    Guest,
+    GuestConfig,
+    Job,
+    Lab,
+    fitness,
+    hog,
+    read_hog,
+    trouble,
+)
+from tests.swaplab.zattach import kill_mender, start_zcache, state, zcache_in
+
+pytestmark = pytest.mark.skipif(
+    os.geteuid() != 0, reason="; ".join(fitness.missing()) or "needs root for its network"
+)
+# Pool, server, supervisor, helper and its spare, and `zcache up` itself, before there is swap.
+SELF_SERVING = GuestConfig(mem_mib=320, sample_ms=50, sysctl=SELF_SERVING_SYSCTL)
+# Smaller than twice the pool, which is there from the start: see t8_swaplab.
+SETTINGS = ("--size", "288M", "--pool", "150M", "commit=all", "--priority", "7")
+UP_STEPS = ("up:serve", "up:attach", "up:mkswap", "up:swapon")
+DOWN_STEPS = ("down:swapoff", "down:detach", "down:stop")
+
+
+def swaps(guest: Guest) -> list[str]:
+    """Lines of /proc/swaps."""
+    return guest.read("/proc/swaps").splitlines()[1:]
+
+
+def all_gone(guest: Guest) -> bool:
+    """No swap, no connected device, no process and no memory file of ours."""
+    names = guest.call(["/bin/sh", "-c", "cat /proc/[0-9]*/cmdline | tr '\\0' ' '"])
+    segments = guest.read("/proc/sysvipc/shm").splitlines()[1:]
+    return (
+        not swaps(guest)
+        and "nbdkit" not in names
+        and "zcache" not in names.replace("/zcache/", "")
+        and not segments
+        and guest.read("/sys/block/nbd0/size").strip() == "0"
+    )
+
+
+@pytest.fixture
+def guest() -> Iterator[Guest]:
+    with Lab(limit_s=280) as lab:
+        yield lab.boot(SELF_SERVING)
+
+
+@pytest.mark.timeout(300)
+def test_up_a_workload_with_kills_and_down(rng: random.Random) -> None:
+    corpus = pages_file(64)
+    with Lab(limit_s=280) as lab:
+        guest = lab.boot(SELF_SERVING)
+        said = zcache_in(guest, "up", *SETTINGS)
+        assert "/dev/nbd0 is swap, priority 7" in said
+        assert swaps(guest)[0].split()[4] == "7"
+        again = zcache_in(guest, "up", *SETTINGS)
+        assert "running already" in again
+        assert "is swap already" in again
+        assert len(swaps(guest)) == 1
+        other = zcache_in(guest, "up", "--pool", "140M", expect=5)
+        assert "runs with pool=" in other
+
+        kills: list[Kills] = []
+        refusals: list[str] = []
+
+        def supervisor_and_helper() -> None:
+            kill_supervisor_in(guest)
+            kill_mender(guest)
+
+        def server_and_helper() -> None:
+            kill_server_in(guest)
+            kill_mender(guest)
+
+        def while_running(job: Job) -> None:
+            kills.append(Kills(guest, job, rng))
+            kills[0].run(2, lambda: kill_server_in(guest))
+            kills[0].run(1, supervisor_and_helper)
+            refusals.append(zcache_in(guest, "down", expect=7))
+            assert "running" in zcache_in(guest, "up", *SETTINGS)  # a new supervisor
+            kills[0].run(1, server_and_helper)
+
+        result = lab.watch(
+            lambda: hog(guest, 300, corpus, 25, 25, audit_s=40, seed=rng.getrandbits(30)),
+            while_running=while_running,
+        )
+        print(kills[0].report("server inside"))
+        assert result.exit.code == 0, result.stdout + result.stderr
+        assert read_hog(result.stdout).bad == 0
+        assert_survived(guest, result)
+        assert "Swap is still on" in refusals[0]
+        assert state(guest)["takeovers"] >= 1
+        assert len(swaps(guest)) == 1
+
+        assert "no swap any more" in zcache_in(guest, "down")
+        assert all_gone(guest)
+        assert "nothing is attached" in zcache_in(guest, "down")
+
+
+@pytest.mark.timeout(300)
+def test_up_and_down_are_cut_off_after_every_step(guest: Guest) -> None:
+    for step in UP_STEPS:
+        crash(guest, step, "up", *SETTINGS)
+        zcache_in(guest, "up", *SETTINGS)
+        assert len(swaps(guest)) == 1
+        assert serve_state(guest)["phase"] == "serving"
+        zcache_in(guest, "down")
+        assert all_gone(guest), step
+    for step in DOWN_STEPS:
+        zcache_in(guest, "up", *SETTINGS)
+        crash(guest, step, "down")
+        zcache_in(guest, "down")
+        assert all_gone(guest), step
+    for step in UP_STEPS:
+        crash(guest, step, "up", *SETTINGS)
+        zcache_in(guest, "down")
+        assert all_gone(guest), step
+    assert trouble(guest.log, expected=["nbd"]) == []
+
+
+def crash(guest: Guest, step: str, *words: str) -> None:
+    """Run it, and have it killed after this step."""
+    job = start_zcache(guest, *words, env={"ZCACHE_FAULT_AFTER": step})
+    code = job.wait(60).code
+    assert code == -signal.SIGKILL, f"{step}: {code} {job.stdout()}{job.stderr()}"
