@@ -31,17 +31,20 @@ FLOORS = {
         6: "device",
     },
     "cluster": {
-        1: "wire unixsock logrelay",
+        1: "wire unixsock logrelay addresses",
         2: "session",
-        3: "link",
-        4: "health steering",
+        3: "link webserver",
+        4: "health steering metrics webpages",
         5: "node",
     },
     "plugin": {
         6: "messages logpipe config",
-        7: "spawn keeper places fitness show lower wiring",
-        8: "control drain",
-        9: "zcache_plugin cli",
+        7: (
+            "spawn keeper places fitness show lower wiring rates terminal reach counterfiles "
+            "recording"
+        ),
+        8: "control drain topview top statsfs record plot doctor watching",
+        9: "zcache_plugin reference cli writepages",
     },
 }
 PACKAGES = list(FLOORS)
@@ -49,8 +52,8 @@ PACKAGES = list(FLOORS)
 # What may be imported from outside, beside the standard library.
 OUTSIDE = {
     "zcache_core": set[str](),
-    "cluster": {"msgpack"},
-    "plugin": {"msgpack", "rich", "nbdkit"},
+    "cluster": {"msgpack", "prometheus_client"},
+    "plugin": {"msgpack", "rich", "mfusepy", "matplotlib", "nbdkit"},
 }
 CYTHON_ROOTS = {"cython", "cpython", "libc", "posix"}
 # The core knows no sockets and no event loop, not even the standard library's.
