@@ -7,8 +7,8 @@
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: setup run test lint soak demo bench clean help \
-        run-packages packages bench-packages venv core strict-core
+.PHONY: setup run test lint soak demo bench reference clean help \
+        run-packages packages bench-packages prometheus venv core strict-core
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 
 PYTHON := .venv/bin/python
@@ -17,8 +17,8 @@ PYTHON := .venv/bin/python
 RUN_PACKAGES := nbdkit nbdkit-plugin-python nbd-client libnbd-bin \
     gcc libc6-dev make pkg-config python3 python3-dev python3-venv \
     liblz4-dev libzstd-dev libxxhash-dev libssl-dev
-# The tests: a second kernel that swaps (user-mode-linux), its tools, its network.
-TEST_PACKAGES := git python3-libnbd libnbd-dev user-mode-linux busybox-static stress-ng iproute2
+# The tests: a second kernel that swaps (user-mode-linux), its tools, its network; a terminal.
+TEST_PACKAGES := git python3-libnbd libnbd-dev user-mode-linux busybox-static stress-ng iproute2 tmux
 # The measurements.  redis-tools holds the server's program too (as redis-check-rdb),
 # but no service that would start by itself.
 BENCH_PACKAGES := fio nodejs redis-tools
@@ -37,7 +37,7 @@ setup: packages venv core ## install what is missing: Debian packages, .venv, co
 run: run-packages venv core ## serve a swap device; SIZE=4G POOL=20% OPTIONS="key=value ..."
 	@deploy/run.sh 'size=$(SIZE)' 'pool=$(POOL)' $(OPTIONS)
 
-test: lint ## check the sources, then run every test; TESTS="..." for some of them
+test: lint prometheus ## check the sources, then run every test; TESTS="..." for some of them
 	timeout --foreground -k 10 $(TEST_LIMIT_S) $(PYTHON) -m pytest $(TESTS)
 
 lint: packages venv strict-core ## format, style, types, and the C compiler's warnings as errors
@@ -45,7 +45,7 @@ lint: packages venv strict-core ## format, style, types, and the C compiler's wa
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m mypy $(wildcard zcache_core cluster plugin bench tests)
 
-soak: setup ## the long tests: many minutes
+soak: setup prometheus ## the long tests: many minutes
 	$(PYTHON) -m pytest -m soak $(TESTS)
 
 demo: setup ## watch a small Linux swap onto the server, from boot to summary
@@ -53,6 +53,9 @@ demo: setup ## watch a small Linux swap onto the server, from boot to summary
 
 bench: setup bench-packages ## measure side by side with other systems; table, JSON, plot
 	$(PYTHON) -m bench
+
+reference: setup ## write the reference and man pages anew, from the code
+	$(PYTHON) -m plugin.writepages
 
 clean: ## remove everything that setup and tests made, but no Debian package
 	rm -rf .venv build .mypy_cache .ruff_cache .pytest_cache .hypothesis
@@ -70,6 +73,10 @@ packages:
 
 bench-packages:
 	@deploy/packages.sh $(BENCH_PACKAGES)
+
+# Unpacked, not installed: its package would start a service.
+prometheus: packages
+	@deploy/unpack.sh prometheus
 
 venv:
 	@deploy/venv.sh

@@ -7,8 +7,8 @@ reads       one page that lies on the disk only, beside a bare O_DIRECT pread of
 company     4 KiB requests to RAM while writeback runs, beside the same without it
 give back   from a full pool to an empty one: frames are the system's again
 
-All sides run in turn in every round, on files in the same folder.  What writing costs when the disk is
-nearly full is measured by disk_full.py.
+All sides run in turn in every round, on files in the same folder.  What writing costs
+when the disk is nearly full is measured by disk_full.py.
 """
 
 from __future__ import annotations
@@ -209,7 +209,9 @@ def measure_writeback(setup: Setup, size_bytes: int, section: Section) -> None:
     section.rows.append(["as written / plain, speed", f"{middle['physical of plain']:.2f}"])
     section.goals += [
         Goal("writeback", middle["of raw"], 2, False, "logical bytes/s, of raw 4 KiB writeback"),
-        Goal("writeback", middle["of plain"], 1, False, "logical bytes/s, of a plain O_DIRECT write"),
+        Goal(
+            "writeback", middle["of plain"], 1, False, "logical bytes/s, of a plain O_DIRECT write"
+        ),
         Goal("writeback", middle["per_byte"], 1.1, True, "bytes written per compressed byte"),
     ]
 
@@ -301,8 +303,8 @@ def measure_company(setup: Setup, size_bytes: int, section: Section) -> None:
     section.raw["company"] = found
     for kind in ("write", "read"):
         for part in ("median", "p99"):
-            alone, busy = middle[f"{kind} {part}"], middle[f"{kind} {part} busy"]
-            text = f"{figure(1e6 * alone)} / {figure(1e6 * busy)} us"
+            quiet_s, busy_s = middle[f"{kind} {part}"], middle[f"{kind} {part} busy"]
+            text = f"{figure(1e6 * quiet_s)} / {figure(1e6 * busy_s)} us"
             section.rows.append([f"4 KiB {kind}, {part}: without / with writeback", text])
     section.goals += [
         Goal("write beside writeback", middle["write p99 ratio"], 2, True, "p99, of that without"),
@@ -326,7 +328,9 @@ def measure_giving_back(setup: Setup, size_bytes: int, section: Section) -> None
             given = held - it.cell("committed_frames")
             spent.append((time.perf_counter() - start_s) / (given * PAGE_BYTES) * 2**30)
     section.raw["give back"] = spent
-    section.rows.append(["1 GiB of pool given back to the system", f"{statistics.median(spent):.2f} s"])
+    section.rows.append(
+        ["1 GiB of pool given back to the system", f"{statistics.median(spent):.2f} s"]
+    )
 
 
 def measure(setup: Setup) -> Section:

@@ -305,6 +305,10 @@ class BlockingClient:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """The next call would fail."""
         self._sock.close()
 
     def call(self, method: str, *params: Any) -> Any:

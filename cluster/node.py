@@ -5,6 +5,7 @@
       steward (a thread)     <-- commands ---   set, drain: 16 bytes through a pipe
       starts the node, waits  <-- pidfd ------   ends itself when the server ends
                                                  control socket, mode 0600
+                                                 metrics=: HTTP, for whoever may see it
 
 The server never answers a question: whoever polls costs the node's time, not a
 page's.  Counters are read straight from the shared memory file, so a node that is
@@ -35,11 +36,12 @@ from pathlib import Path
 from typing import Any
 
 import zcache_core
-from cluster import unixsock
+from cluster import addresses, unixsock, webserver
 from cluster.health import health
 from cluster.link import RpcError, Server
 from cluster.logrelay import LogRelay
 from cluster.steering import Steering
+from cluster.webpages import WebPages
 from zcache_core import counters
 from zcache_core.errors import ConfigError, ZcacheError
 from zcache_core.memfile import MemoryFile
@@ -47,6 +49,8 @@ from zcache_core.memfile import MemoryFile
 BACKLOG = 64
 STDERR = 2
 PAGE_BYTES = 4096
+WEB_RETRY_FIRST_S, WEB_RETRY_MAX_S = 1.0, 60.0
+log = logging.getLogger("zcache.node")
 
 
 class Node:
@@ -61,6 +65,9 @@ class Node:
     ) -> None:
         self._memory, self._config, self._server_pid = memory, config, server_pid
         self._started_s = server_start_s(server_pid)
+        self._booted = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+        self._node_started_s = server_start_s(os.getpid())
+        self.metrics: str | None = None  # HOST:PORT once it is listened on
         self._steering = Steering(command_fd, lambda: counters.read(memory), config)
         self._methods: dict[str, Callable[[], Awaitable[Any]]] = {
             "ping": self.ping,
@@ -87,14 +94,18 @@ class Node:
         return await call()
 
     async def ping(self) -> dict[str, Any]:
+        """Version, process numbers, and since when server and node run (seconds since 1970)."""
         return {
             "version": zcache_core.__version__,
             "pid": os.getpid(),
             "server_pid": self._server_pid,
             "uptime_seconds": int(time.clock_gettime(time.CLOCK_BOOTTIME) - self._started_s),
+            "server_started_seconds": int(self._booted + self._started_s),
+            "node_started_seconds": int(self._booted + self._node_started_s),
         }
 
     async def stats(self) -> dict[str, Any]:
+        """Every counter by name; and `histograms`."""
         return counters.read(self._memory) | {"histograms": counters.histograms(self._memory)}
 
     async def devices(self) -> list[dict[str, Any]]:
@@ -110,10 +121,17 @@ class Node:
         ]
 
     async def config(self) -> dict[str, Any]:
-        return self._config | self._steering.effective()
+        """What the server runs with now, under the names of the keys; sizes in bytes."""
+        listening = {"metrics": self.metrics} if "metrics" in self._config else {}
+        return self._config | listening | self._steering.effective()
 
     async def health(self) -> dict[str, Any]:
+        """status: ok, degraded or critical; reasons: what is the matter and what to do."""
         return health(counters.read(self._memory), await self.config())
+
+    async def look(self) -> dict[str, Any]:
+        """Everything at once, by method: what the web pages are made from."""
+        return {name: await call() for name, call in self._methods.items()}
 
 
 def server_start_s(pid: int) -> float:
@@ -185,8 +203,36 @@ def relay_log(fd: int) -> Callable[[], None]:
     return finish
 
 
+async def serve_web(node: Node, address: str) -> None:
+    """Metrics and web page at HOST:PORT until cancelled.
+
+    Who else listens there is waited for: the control socket matters more than this.
+    """
+    wait_s = WEB_RETRY_FIRST_S
+    while True:
+        try:
+            sock = addresses.listen("metrics", address)
+            break
+        except ZcacheError as error:
+            log.warning("%s; it is tried again in %.0f s", error, wait_s)
+            await asyncio.sleep(wait_s)
+            wait_s = min(2 * wait_s, WEB_RETRY_MAX_S)
+    node.metrics = addresses.bound_address(sock)
+    server = webserver.WebServer(WebPages(node.look).answer)
+    await server.start(sock)
+    try:
+        await asyncio.Event().wait()
+    finally:
+        await server.stop()
+
+
 async def serve(
-    node: Node, control: str, pidfd: int, log_fd: int | None, take: bool = False
+    node: Node,
+    control: str,
+    pidfd: int,
+    log_fd: int | None,
+    metrics: str | None = None,
+    take: bool = False,
 ) -> None:
     """Answer until the server ends or SIGTERM or SIGINT comes.
 
@@ -205,12 +251,16 @@ async def serve(
     sock = unixsock.listen(control, "the control socket", "control=PATH", BACKLOG)
     inode = os.stat(control).st_ino
     server = Server(node.dispatch)
+    web = loop.create_task(serve_web(node, metrics)) if metrics else None
     try:
         await server.start(sock)
         await finished.wait()
     finally:
         unixsock.remove(control, inode)
         await server.stop()
+        if web is not None:
+            web.cancel()
+            await asyncio.gather(web, return_exceptions=True)
         loop.remove_reader(pidfd)
         if finish_log is not None:
             finish_log()
@@ -228,6 +278,7 @@ def main(argv: list[str] | None = None) -> int:
         "--take-control", action="store_true", help="the path is ours, whoever listens"
     )
     parser.add_argument("--log-fd", type=int, help="pipe with the server's log, to pass on")
+    parser.add_argument("--metrics", help="HOST:PORT for metrics and the web page")
     args = parser.parse_args(argv)
     logging.basicConfig(format="zcache node: %(message)s", level=logging.WARNING)
     become_ordinary()
@@ -236,7 +287,9 @@ def main(argv: list[str] | None = None) -> int:
         memory = MemoryFile.attach(args.shmid)
         try:
             node = Node(memory, args.config, args.server_pid, args.command_fd)
-            asyncio.run(serve(node, args.control, pidfd, args.log_fd, args.take_control))
+            asyncio.run(
+                serve(node, args.control, pidfd, args.log_fd, args.metrics, args.take_control)
+            )
         finally:
             memory.close()
     except ZcacheError as error:

@@ -5,16 +5,22 @@
     zcache stop [--name NAME] [--force]         end it
     zcache upgrade [--name NAME]                replace it by the version installed now
     zcache status [--json] [--control SOCK]     a running server, over its control socket
+    zcache top [--interval S] [--once]          a live view of it
+    zcache health [--json]                      one answer, and an exit code for scripts
+    zcache stats-fs MOUNTPOINT                  its counters as files, read-only
+    zcache record FILE                          what is seen every second, in a bounded file
+    zcache plot FILE, zcache doctor FILE        a recording as a picture, and in sentences
     zcache drain [--off] [--control SOCK]       move every page from RAM to the disk
     zcache up, zcache down                      swap onto a server of this machine; all of it back
     zcache attach URI, zcache detach            a /dev/nbdX of the kernel's, connected and mended
+    zcache completion bash|zsh                  completion for the shell
     zcache check [--remove-leftovers]           is this machine fit, and what to do if not
     zcache version
 
 Exit codes:
-    0  done; for check: fit
-    1  check: something has to be done first
-    2  usage
+    0  done; for check: fit; for health: ok
+    1  check: something has to be done first; health: degraded
+    2  usage; health: critical
     3  an option's value is not possible
     4  memory file, 5 in use (as zcache_core.errors)
     6  no server answered, or it said no
@@ -35,7 +41,7 @@ from typing import Any
 
 import zcache_core
 from cluster.link import BlockingClient
-from plugin import attachcli, drain, fitness, serve, show
+from plugin import attachcli, drain, fitness, serve, show, watching
 from plugin.instance import DEFAULT_NAME, Instance
 from zcache_core.errors import ControlError, ZcacheError
 
@@ -45,7 +51,7 @@ BROKEN_PIPE = 141  # as a shell reports a program that SIGPIPE ended
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code."""
-    args = _parser().parse_args(argv)
+    args = build_parser().parse_args(argv)
     try:
         code: int = args.run(args)
         sys.stdout.flush()
@@ -59,7 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """All commands and their options; reference pages and completion are made from it."""
     about, _, codes = (__doc__ or "").partition("\n\n")[2].rpartition("\n\nExit codes:\n")
     parser = argparse.ArgumentParser(
         prog="zcache",
@@ -95,6 +102,11 @@ def _parser() -> argparse.ArgumentParser:
         help="remove the memory files of killed servers; their pages are lost",
     )
     check.set_defaults(run=_check)
+
+    watching.add(commands, lambda: the_only_control())
+    complete = commands.add_parser("completion", help="print a script that completes this command")
+    complete.add_argument("shell", choices=("bash", "zsh"), help="source <(zcache completion bash)")
+    complete.set_defaults(run=_completion)
 
     version = commands.add_parser("version", help="print the version")
     version.set_defaults(run=_version)
@@ -173,6 +185,15 @@ def _check(args: argparse.Namespace) -> int:
             rows.append(show.Line("", f"-> {finding.do}"))
     show.print_lines(rows)
     return UNFIT if any(finding.level == fitness.TODO for finding in found) else 0
+
+
+def _completion(args: argparse.Namespace) -> int:
+    from plugin import reference  # it knows every part, and no other command needs it
+
+    if args.shell == "zsh":
+        print("autoload -U bashcompinit && bashcompinit")
+    print(reference.completion(build_parser()), end="")
+    return 0
 
 
 def _version(args: argparse.Namespace) -> int:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
+from cluster.addresses import read_address
 from plugin.instance import DEVICE_PATTERN
 from zcache_core import PAGES_PER_FRAME
 from zcache_core.diskfile import LEAST_BYTES as DISK_BYTES_MIN
@@ -49,7 +50,6 @@ KEYS_LATER = (
     "donate",
     "tls",
     "etcd",
-    "metrics",
 )
 
 
@@ -71,6 +71,7 @@ class Config:
     low_percent: int = HIGH_PERCENT - LOW_BELOW_HIGH_PERCENT
     pressure: str = "psi"  # or "none", or the absolute path of a pressure file
     control: str | None = None  # absolute path; None: beside the NBD socket
+    metrics: str | None = None  # HOST:PORT for OpenMetrics and the web page
     memory: str | None = None  # None: private to the process
     realtime: str = "auto"  # or "yes", "no"
     devices: tuple[tuple[str, int], ...] = ()  # (name, bytes) of several, size_bytes in all
@@ -173,7 +174,7 @@ def _key(name: str) -> Key:
 # ---- one reader for each kind of value ------------------------------------------
 
 
-def _bytes(name: str, text: str, example: str) -> int:
+def size_bytes(name: str, text: str, example: str) -> int:
     """'8G', '512M', '1.5g', '4096' as bytes; letters are powers of 1024."""
     match = re.fullmatch(r"(\d{1,19})(\.\d{1,9})?\s*([kmgt]?)(?:i?b)?", text.strip().lower())
     if match is None:
@@ -204,7 +205,7 @@ def _size(text: str, ram_bytes: int) -> int:
             f"size={text} is no size of a device; write a number and K, M, G or T: size=8G "
             f"(only pool= takes a percentage)"
         )
-    size = _bytes("size", text, "size=8G")
+    size = size_bytes("size", text, "size=8G")
     if size == 0:
         raise ConfigError("size=0 is no device; write size=8G")
     if size % PAGE_BYTES:
@@ -251,7 +252,7 @@ def _pool(text: str, ram_bytes: int) -> int:
         return max(POOL_BYTES_MIN, int(ram_bytes * percent / 100) // PAGE_BYTES * PAGE_BYTES)
     if "%" in text:
         raise ConfigError(f"pool={text} is no percentage; write it like pool=20%")
-    pool = _bytes("pool", text, "pool=2G or pool=20%")
+    pool = size_bytes("pool", text, "pool=2G or pool=20%")
     if pool < POOL_BYTES_MIN:
         raise ConfigError(f"pool={text} is too small to work; write at least pool=1M")
     if pool % PAGE_BYTES:
@@ -277,7 +278,7 @@ def _path(name: str, example: str) -> Callable[[str, int], str]:
 
 
 def _disk_size(text: str, ram_bytes: int) -> int:
-    size = _bytes("disk_size", text, "disk_size=16G")
+    size = size_bytes("disk_size", text, "disk_size=16G")
     if size < DISK_BYTES_MIN:
         raise ConfigError(
             f"disk_size={text} is too small to work; write at least "
@@ -289,7 +290,7 @@ def _disk_size(text: str, ram_bytes: int) -> int:
 def _writeback_limit(text: str, ram_bytes: int) -> int | None:
     if text == "none":
         return None
-    limit = _bytes("writeback_limit", text, "writeback_limit=20G")
+    limit = size_bytes("writeback_limit", text, "writeback_limit=20G")
     if limit < WRITEBACK_LIMIT_BYTES_MIN:
         raise ConfigError(
             f"writeback_limit={text} leaves no room for a single write; write at least "
@@ -454,6 +455,13 @@ KEYS: tuple[Key, ...] = (
         "beside the NBD socket",
         "Unix socket of the statistics and control RPC",
         _path("control", "/run/zcache.ctl"),
+    ),
+    Key(
+        "metrics",
+        "metrics",
+        "none",
+        "address of metrics and web page: 9469 for this machine only, or HOST:PORT",
+        lambda text, ram_bytes: read_address("metrics", text),
     ),
     Key(
         "memory",

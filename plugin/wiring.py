@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 import zcache_core
-from cluster import unixsock
+from cluster import addresses, unixsock
 from plugin import logpipe, lower, messages
 from plugin.config import ALLOCATORS, CODECS, KEYS, PAGE_BYTES, Config, human
 from plugin.instance import parse_export
@@ -101,6 +101,8 @@ class Serving:
         words += ["--server-pid", str(os.getpid()), "--config", json.dumps(dict(told))]
         if self._supervised:
             words += ["--take-control"]
+        if told["metrics"] is not None:
+            words += ["--metrics", told["metrics"]]
         fds, free, say = {}, NODE_FDS, messages.say
         if logpipe.is_wanted(self._where.verbose):
             self._log = LogPipe()
@@ -159,6 +161,8 @@ def check(config: Config, supervised: bool = False) -> Checked:
     if not supervised and (config.control or where.unix or where.tcp_port):
         control = config.control or control_path(where, os.getpid())
         unixsock.claim(control, "the control socket", "control=PATH")
+    if config.metrics is not None:  # the node process will listen; who is wrong hears it now
+        addresses.listen("metrics", config.metrics).close()
     disk = lower.open_checked(config)
     if (sentence := lower.refusal_warning(config, disk.disk_bytes if disk else 0)) is not None:
         warn(sentence)

@@ -31,22 +31,19 @@ FLOORS = {
         6: "device",
     },
     "cluster": {
-        1: "wire unixsock logrelay",
+        1: "wire unixsock logrelay addresses",
         2: "session",
-        3: "link",
-        4: "health steering",
+        3: "link webserver",
+        4: "health steering metrics webpages",
         5: "node",
     },
     "plugin": {
         6: "messages logpipe instance config liaison teller handshake dialer statepage spare",
         7: "spawn keeper leave places fitness show lower wiring servestate supervised "
-        "nbdnetlink swaparea upfile",
-        8: "control drain supervisor serve mender attach swapping",
-        9: "zcache_plugin attachcli cli",
-        7: "spawn keeper leave places fitness show lower wiring servestate supervised "
-        "nbdnetlink swaparea upfile",
-        8: "control drain supervisor serve mender attach swapping",
-        9: "zcache_plugin attachcli cli",
+        "nbdnetlink swaparea upfile rates terminal reach counterfiles recording",
+        8: "control drain supervisor serve mender attach swapping topview top statsfs record "
+        "plot doctor watching",
+        9: "zcache_plugin attachcli reference cli writepages",
     },
 }
 PACKAGES = list(FLOORS)
@@ -54,8 +51,8 @@ PACKAGES = list(FLOORS)
 # What may be imported from outside, beside the standard library.
 OUTSIDE = {
     "zcache_core": set[str](),
-    "cluster": {"msgpack"},
-    "plugin": {"msgpack", "rich", "nbdkit", "pyroute2"},
+    "cluster": {"msgpack", "prometheus_client"},
+    "plugin": {"msgpack", "rich", "mfusepy", "matplotlib", "nbdkit", "pyroute2"},
 }
 CYTHON_ROOTS = {"cython", "cpython", "libc", "posix"}
 # The core knows no sockets and no event loop, not even the standard library's.

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -192,3 +193,19 @@ def resident_bytes(pid: int) -> int:
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) * 1024
     raise AssertionError(f"no RssAnon of {pid}")
+
+
+def swap_like(handle: Any, between: Callable[[], object], rounds: int = 25) -> None:
+    """Traffic for pictures: pages that compress to half, some the same word, read and dropped."""
+    rng = random.Random(7)
+    for round_ in range(rounds):
+        for first in range(0, 3600, 120):
+            if (first // 120 + round_) % 5 == 0:
+                for page in range(first, first + 80 + 10 * (round_ % 5)):
+                    noise = rng.randbytes(rng.randrange(300, 2400))
+                    data = noise + bytes(4096 - len(noise)) if rng.random() < 0.9 else bytes(4096)
+                    handle.pwrite(data, page * 4096)
+                for page in range(first, first + 30 + 7 * (round_ % 4)):
+                    handle.pread(4096, (page * 7 % 3600) * 4096)
+                handle.trim(5 * 4096, first * 4096)
+        between()

@@ -1,11 +1,10 @@
 """The counter table: every counter declared once, with its name, unit, kind and help.
 
 The compiled code gets its cell numbers from here (setup.py writes
-`counter_ids.pxd`), and so do statistics, `zcache status` and docs/counters.md, which
-`python -m zcache_core.counters` prints.
-Cells live in the memory file, in shards that are each written by one thread at a
-time with plain adds, so any process may read them at any time without asking the
-server:
+`counter_ids.pxd`), and so do statistics, files, metrics and the reference page
+(docs/reference/counters.md).  Cells live in the memory file, in shards that are each
+written by one thread at a time with plain adds, so any process may read them at any time
+without asking the server:
 
     counter   sum of the shards, only grows (for the life of the memory file)
     gauge     sum of the shards as a signed number; rebuilt when a server takes over
@@ -262,34 +261,3 @@ def below(histogram: dict[str, Any], share: float) -> int:
         if seen >= wanted:
             return 1 << bucket if histogram["count"] else 0
     return 0
-
-
-def as_page() -> str:
-    """docs/counters.md: the whole table."""
-    rows = [f"| `{c.name}` | {c.unit} | {c.kind} | {c.help} |" for c in COUNTERS]
-    more = [f"| `{h.name}` | {h.unit} | {h.help} |" for h in HISTOGRAMS]
-    return "\n".join([*PAGE_HEAD, *rows, *HISTOGRAMS_HEAD, *more, ""])
-
-
-PAGE_HEAD = (
-    "# Counters",
-    "",
-    "What `stats` answers and `zcache status --json` prints ([protocol](protocol.md)).",
-    "A *counter* only grows, for the life of the memory file; a *gauge* says what is now;",
-    "a *max* is the largest so far; what is *derived* is computed from the others when asked.",
-    "",
-    "| name | unit | kind | what |",
-    "|---|---|---|---|",
-)
-
-HISTOGRAMS_HEAD = (
-    "",
-    "`histograms` has distributions: `buckets` number *k* counts the values from 2^(*k*-1) to below",
-    "2^*k*; number 0 zeros, number 31 all larger ones too.",
-    "",
-    "| name | unit | what |",
-    "|---|---|---|",
-)
-
-if __name__ == "__main__":
-    print(as_page(), end="")

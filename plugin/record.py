@@ -1,0 +1,47 @@
+"""`zcache record FILE`: looks at a server at an interval and appends what it saw.
+
+A server that does not answer is noted as such and asked again at the next look: the file
+is for the hour when things went wrong.  Ctrl-C and SIGTERM end it; what is written stays.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from plugin.recording import ABOUT, Recorder, Sample
+from plugin.terminal import ending_signals_as_ctrl_c
+from zcache_core.errors import ControlError
+
+Call = Callable[..., Any]
+
+
+def look(call: Call) -> Sample:
+    """All answers, or why there are none."""
+    try:
+        about = {method: call(method) for method in ABOUT}
+        # Uptime changes at every look; what it says stands in server_started_seconds.
+        about["ping"] = {k: v for k, v in about["ping"].items() if k != "uptime_seconds"}
+        stats = {name: n for name, n in call("stats").items() if isinstance(n, int)}
+        return Sample(time.time(), stats, call("health"), about)
+    except ControlError as error:
+        return Sample(time.time(), {}, {}, {}, str(error))
+
+
+def run(call: Call, recorder: Recorder, interval_s: float, count: int | None) -> int:
+    """Until `count` looks are written, or for ever; exit code 0.  Raises ConfigError."""
+    next_s = time.monotonic()
+    try:
+        with ending_signals_as_ctrl_c():
+            while count is None or count > 0:
+                recorder.add(look(call))
+                count = None if count is None else count - 1
+                next_s = max(next_s + interval_s, time.monotonic())
+                if count != 0:
+                    time.sleep(next_s - time.monotonic() if next_s > time.monotonic() else 0)
+    except KeyboardInterrupt:
+        pass
+    finally:
+        recorder.close()
+    return 0

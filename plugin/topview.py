@@ -1,0 +1,334 @@
+"""What `zcache top` shows, as lines of text for any width and height.
+
+    title, health                    always
+    tiers        bar, bytes, pages   always
+    traffic      rates, sparklines   when there is room, section after section;
+    behind it    background work     a section that does not fit is left out whole
+    why          reasons of health
+    keys                             the last line
+
+`frame` makes lines from a View and asks nobody, so tests look at any state in any size.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from rich.text import Text
+
+from plugin import rates, show
+from zcache_core.counters import COUNTERS
+
+PAGE_BYTES = 4096
+LABEL_CELLS = 12
+BAR_MIN_CELLS, BAR_MAX_CELLS = 8, 40
+SPARK_MIN_CELLS, SPARK_MAX_CELLS = 8, 60
+KEYS = "q quit  p pause  c all counters  s sort  e change  d drain  + - interval"
+SORTS = ("table", "name", "value", "rate")
+TRAFFIC = (
+    ("in", "succ_stores", PAGE_BYTES),
+    ("out", "loads", PAGE_BYTES),
+    ("dropped", "invalidates", PAGE_BYTES),
+    ("refused", "failed_stores", PAGE_BYTES),
+    ("written back", "written_back_pages", PAGE_BYTES),
+    ("from below", "cold_loads", PAGE_BYTES),
+)
+
+
+@dataclass
+class View:
+    """Everything a picture is made from."""
+
+    control: str
+    interval_s: float
+    utf8: bool = True
+    answers: Mapping[str, Any] = field(default_factory=dict)  # ping, stats, config, health
+    history: rates.History = field(default_factory=rates.History)
+    silent: str = ""  # why nobody answers, when nobody does
+    paused: bool = False
+    counters: bool = False  # the table of all counters instead of the picture
+    sort: str = SORTS[0]
+    first_row: int = 0
+    prompt: str = ""  # a question in the last line, instead of the keys
+    message: str = ""  # what came of the last change
+
+    @property
+    def stats(self) -> Mapping[str, int]:
+        found: Mapping[str, int] = self.answers.get("stats", {})
+        return found
+
+
+class Tier(NamedTuple):
+    """One bar: `also_bytes` of `used_bytes` are copies that are safe below as well."""
+
+    label: str
+    used_bytes: int
+    also_bytes: int
+    limit_bytes: int
+    text: str
+    style: str
+
+
+def frame(view: View, width: int, height: int, clock: str | None = None) -> list[Text]:
+    """At most `height` lines; the last one is the keys, the question, or the message."""
+    clock = time.strftime("%H:%M:%S") if clock is None else clock
+    if height < 2:
+        return head(view, width, clock)[:height]
+    if view.counters:
+        body = [*head(view, width, clock)[:1], *counter_table(view, height - 2)]
+    else:
+        body = [*head(view, width, clock), *tier_lines(view, width)]
+        for section in (traffic_lines, behind_lines, reason_lines):
+            found = section(view, width)
+            if found and len(body) + 1 + len(found) < height:
+                body += [Text(), *found]
+    body = body[: height - 1]
+    body += [Text()] * (height - 1 - len(body))
+    return [*body, last_line(view)]
+
+
+def plain(view: View, clock: str | None = None) -> list[str]:
+    """The same for a pipe: everything, no colour, no empty lines, no keys."""
+    found = frame(view, 100, 1000, clock)[:-1]
+    return [line.plain.rstrip() for line in found if line.plain.strip()]
+
+
+def head(view: View, width: int, clock: str) -> list[Text]:
+    """Who it is and how it is."""
+    ping, health = view.answers.get("ping"), view.answers.get("health")
+    if ping is None or health is None:
+        return [Text(f"zcache  {clock}  {view.control}"), Text(view.silent or "asking ...")]
+    first = Text.assemble(
+        ("zcache ", "bold"),
+        f"{ping['version']}  {clock}  server {ping['server_pid']}  up "
+        f"{show.duration(ping['uptime_seconds'])}  {view.control}",
+    )
+    if view.paused:
+        first.append("  PAUSED", "bold yellow")
+    second = Text.assemble(
+        ("health ", "bold"), (str(health["status"]), show.STYLES.get(health["status"], ""))
+    )
+    if view.silent:
+        second = Text(f"no answer: {view.silent}", "bold red")
+    elif health["reasons"]:
+        more = len(health["reasons"]) - 1
+        second.append(f": {health['reasons'][0]['what']}" + (f" (+{more})" if more else ""))
+    second.truncate(width, overflow="ellipsis")
+    return [first, second]
+
+
+# ---- tiers ---------------------------------------------------------------------------
+
+
+def tiers(stats: Mapping[str, int], config: Mapping[str, Any]) -> Iterator[Tier]:
+    """From the top down."""
+    ephemeral, only = stats["eph_pageframes"], stats["pers_pageframes"]
+    used = (ephemeral + only) * PAGE_BYTES
+    limit = stats["pool_limit_frames"] * PAGE_BYTES
+    in_ram = stats["pers_zpages"] + stats["eph_zpages"]
+    yield Tier(
+        "RAM", used, ephemeral * PAGE_BYTES, limit,
+        f"{show.count(in_ram)} pages, {show.ratio(in_ram * PAGE_BYTES, used)}:1, "
+        f"{config.get('allocator', '')} {config.get('codec', '')}",
+        "green",
+    )  # fmt: skip
+    if stats["disk_limit_bytes"]:
+        failing = f", fails: {os.strerror(stats['disk_errno'])}" if stats["disk_degraded"] else ""
+        yield Tier(
+            "disk", stats["disk_bytes"], 0, stats["disk_limit_bytes"],
+            f"{show.count(stats['disk_pages'])} pages{failing}",
+            "red" if failing else "blue",
+        )  # fmt: skip
+    yield Tier(
+        "device", stats["logical_bytes"], 0, stats["device_pages"] * PAGE_BYTES,
+        f"{show.count(stats['same_filled_pages'])} same-filled, "
+        f"{show.ratio(stats['logical_bytes'], stats['ram_bytes'])}:1 to all RAM",
+        "cyan",
+    )  # fmt: skip
+
+
+def tier_lines(view: View, width: int) -> list[Text]:
+    """A bar for each tier."""
+    if not view.stats:
+        return []
+    cells = max(BAR_MIN_CELLS, min(BAR_MAX_CELLS, width // 4))
+    found = [Text()]
+    for tier in tiers(view.stats, view.answers["config"]):
+        amount = f"{show.size(tier.used_bytes)} of {show.size(tier.limit_bytes)}"
+        found.append(
+            Text.assemble(
+                (f"{tier.label:{LABEL_CELLS}} ", "bold"),
+                *bar(tier, cells, view.utf8),
+                f" {show.percent(tier.used_bytes, tier.limit_bytes):>5}  {amount:24} {tier.text}",
+            )
+        )
+    return found
+
+
+def bar(tier: Tier, cells: int, utf8: bool) -> list[tuple[str, str]]:
+    """Used by pages that are nowhere lower, by copies that may be dropped, and free."""
+    full, also, free = "█▒·" if utf8 else "#+."
+    share = min(1.0, tier.used_bytes / tier.limit_bytes) if tier.limit_bytes else 0.0
+    used = round(share * cells) or (1 if tier.used_bytes else 0)
+    dropped = round(used * tier.also_bytes / tier.used_bytes) if tier.used_bytes else 0
+    return [
+        (full * (used - dropped), tier.style),
+        (also * dropped, tier.style),
+        (free * (cells - used), "dim"),
+    ]
+
+
+# ---- what happens ---------------------------------------------------------------------
+
+
+def traffic_lines(view: View, width: int) -> list[Text]:
+    """Rates now and over a minute, totals, and how it went."""
+    if not view.stats:
+        return []
+    spark = min(SPARK_MAX_CELLS, width - 68)
+    title = (
+        f"{'pages/s':{LABEL_CELLS}} {'now':>10} {'bytes/s':>11} {'last minute':>12} {'total':>16}"
+    )
+    found = [Text(title, "bold")]
+    for label, name, unit_bytes in TRAFFIC:
+        if name == "written_back_pages" and not view.stats["disk_limit_bytes"]:
+            break
+        now, mean = view.history.per_second(name), view.history.mean(name, 60)
+        line = Text(
+            f"{label:{LABEL_CELLS}} {number(now):>10} "
+            f"{'-' if now is None else show.size(now * unit_bytes):>11} "
+            f"{number(mean):>12} {show.count(view.stats[name]):>16}"
+        )
+        if name == "failed_stores" and now:
+            line.stylize("bold red")
+        if spark >= SPARK_MIN_CELLS:
+            blocks = rates.BLOCKS if view.utf8 else rates.ASCII_BLOCKS
+            line.append("  " + rates.sparkline(view.history.series(name, spark), blocks), "cyan")
+        found.append(line)
+    return found
+
+
+def number(rate: float | None) -> str:
+    """12345.6 -> '12,346', 0.25 -> '0.2', unknown -> '-'."""
+    if rate is None:
+        return "-"
+    return f"{rate:,.0f}" if rate >= 10 or rate == 0 else f"{rate:.1f}"
+
+
+def behind_lines(view: View, width: int) -> list[Text]:
+    """What works in the background, and who waits for it."""
+    stats = view.stats
+    if not stats:
+        return []
+    found = [
+        pair(
+            "reserve",
+            f"{show.size(stats['free_frames'] * PAGE_BYTES)} ready, "
+            f"{show.size(stats['committed_frames'] * PAGE_BYTES)} of RAM taken by the pool, "
+            f"{show.size(stats['server_resident_bytes'])} by the server beside it",
+        ),
+        pair("waits", waits(view)),
+    ]
+    target = stats["pool_target_frames"]
+    if stats["memory_pressure"] or target < stats["pool_set_frames"]:
+        short = "memory is short" if stats["memory_pressure"] else "memory was short"
+        found.append(
+            pair(
+                "pressure",
+                f"{short}: the pool goes down to {show.size(target * PAGE_BYTES)} "
+                f"({show.count(stats['pressure_steps'])} steps so far)",
+            )
+        )
+    if stats["disk_limit_bytes"]:
+        written, cleaned = (
+            view.history.per_second(name) or 0.0
+            for name in ("disk_written_bytes", "disk_cleaned_bytes")
+        )
+        found.append(
+            pair(
+                "writeback",
+                f"from {stats['high_percent']} % to {stats['low_percent']} %, "
+                f"{show.count(stats['outstanding_writeback_pages'])} pages under way, "
+                f"{show.size(written)}/s to the disk, {show.size(cleaned)}/s of it cleaning"
+                + (", DRAINING" if stats["draining"] else ""),
+            )
+        )
+    return found
+
+
+def waits(view: View) -> str:
+    """Share of the time that writes waited, by what for."""
+    found = []
+    for what, events, time_us in (
+        ("room in the pool", "pool_waits", "pool_wait_us"),
+        ("memory", "commit_waits", "commit_wait_us"),
+    ):
+        share = (view.history.per_second(time_us) or 0.0) / 1e6
+        found.append(f"for {what} {show.count(view.stats[events])} ({100 * share:.0f} % of now)")
+    return ", ".join(found)
+
+
+def pair(label: str, text: str) -> Text:
+    return Text.assemble((f"{label:{LABEL_CELLS}} ", "bold"), text)
+
+
+def reason_lines(view: View, width: int) -> list[Text]:
+    """Every reason of health, and what to do."""
+    found = []
+    for reason in view.answers.get("health", {}).get("reasons", ()):
+        found += [Text(f"! {reason['what']}", "yellow"), Text(f"  {reason['do']}")]
+    return [line for text in found for line in wrapped(text, width)]
+
+
+def wrapped(text: Text, width: int) -> list[Text]:
+    """Broken between words, later lines indented."""
+    lines, rest = [], text.plain
+    while len(rest) > width > 20:
+        cut = rest.rfind(" ", 4, width + 1)
+        cut = width if cut < 0 else cut
+        lines.append(Text(rest[:cut], text.style))
+        rest = "  " + rest[cut:].lstrip()
+    return [*lines, Text(rest, text.style)]
+
+
+# ---- all counters ----------------------------------------------------------------------
+
+
+def counter_table(view: View, rows: int) -> list[Text]:
+    """Each counter with its value and what it does a second; `first_row` scrolls."""
+    ordered = sorted_counters(view)
+    view.first_row = max(0, min(view.first_row, len(ordered) - rows + 1))
+    shown = ordered[view.first_row : view.first_row + rows - 1]
+    title = f"{'counter':30} {'value':>20} {'a second':>14}  sorted by {view.sort}"
+    return [Text(title, "bold")] + [
+        Text(f"{name:30} {show.count(value):>20} {number(rate) if rate else '':>14}  {unit}")
+        for name, value, rate, unit in shown
+    ]
+
+
+def sorted_counters(view: View) -> list[tuple[str, int, float, str]]:
+    """(name, value, rate, unit) of every counter that the server told of."""
+    rows = [
+        (c.name, view.stats[c.name], view.history.per_second(c.name) or 0.0, c.unit)
+        for c in COUNTERS
+        if c.name in view.stats
+    ]
+    if view.sort == "name":
+        rows.sort(key=lambda row: row[0])
+    elif view.sort == "value":
+        rows.sort(key=lambda row: -row[1])
+    elif view.sort == "rate":
+        rows.sort(key=lambda row: -row[2])
+    return rows
+
+
+def last_line(view: View) -> Text:
+    if view.prompt:
+        return Text(view.prompt, "bold reverse")
+    if view.message:
+        return Text(view.message, "bold")
+    return Text(f"{KEYS}  ({view.interval_s:g} s)", "dim")

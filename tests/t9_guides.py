@@ -1,0 +1,180 @@
+"""Every command in the README's "Watch it" and in the guides runs, against a real server.
+
+A command is a line that is indented by four spaces.  Those that need the kernel's nbd
+module and a device of their own are run by the swap lab (tests/t8_swaplab.py) in their own
+words; here they are only recognised, so that a new one cannot slip in untested.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cluster import health
+from plugin.statsfs import DEVICE
+from tests.plugin_helpers import ROOT, Server, environment, segments, wait_for
+
+GUIDES = sorted((ROOT / "docs/guide").glob("*.md"))
+IN_THE_LAB = ("modprobe nbd", "nbd-client ", "mkswap ", "swapon ", "swapoff ", "sysctl ")
+PAGE = 4096
+
+
+def commands(text: str) -> list[str]:
+    """Without comments."""
+    lines = re.findall(r"^ {4}(\S.*)$", text, re.MULTILINE)
+    return [re.sub(r"\s+# .*", "", line) for line in lines]
+
+
+def watch_it() -> str:
+    readme = (ROOT / "README.md").read_text()
+    return readme[readme.index("## Watch it") : readme.index("## The server alone")]
+
+
+PAGES = {"README.md": watch_it()} | {guide.name: guide.read_text() for guide in GUIDES}
+
+
+class Place:
+    """A folder to run commands in, beside a server, with names of the documents led there."""
+
+    def __init__(self, server: Server, folder: Path) -> None:
+        self.server, self.folder = server, folder
+        self.metrics = wait_for("metrics", lambda: server.rpc("config")["metrics"])
+        for name in (".venv", "deploy", "plugin", "cluster", "zcache_core"):
+            (folder / name).symlink_to(ROOT / name)
+        path = [str(ROOT / ".venv/bin"), str(ROOT / "build/unpacked/usr/bin"), os.environ["PATH"]]
+        self.env = environment(folder) | {"PATH": ":".join(path), "PYTHONPATH": str(ROOT)}
+
+    def led_here(self, command: str) -> str:
+        """The command with this server's addresses, and an end for what would go on."""
+        command = command.replace("/run/zcache/zcache.ctl", str(self.server.control))
+        command = command.replace("127.0.0.1:9469", self.metrics)
+        command = command.replace(" /mnt", " counters")
+        if re.match(r"\S*zcache (status|top|health|drain|record|stats-fs)", command):
+            if "--control" not in command:
+                command += f" --control {self.server.control}"
+            if " top" in command:
+                command += " --once --interval 0.1"
+            if " record" in command:
+                command += " --count 3 --interval 0.1"
+        return command
+
+    def run(self, command: str) -> None:
+        """It has to end well; health may say that this machine is degraded."""
+        done = subprocess.run(
+            ["bash", "-c", self.led_here(command)],
+            cwd=self.folder, env=self.env, capture_output=True, text=True, timeout=100,
+        )  # fmt: skip
+        fine = (0, 1) if "zcache health" in command else (0,)
+        assert done.returncode in fine, f"{command}: {done.returncode} {done.stdout} {done.stderr}"
+
+    def mounted(self, command: str) -> subprocess.Popen[bytes]:
+        """`zcache stats-fs`, in the background until it is unmounted."""
+        folder = self.folder / "counters"
+        folder.mkdir(exist_ok=True)
+        process = subprocess.Popen(
+            ["bash", "-c", "exec " + self.led_here(command)], cwd=self.folder, env=self.env
+        )
+        wait_for("the mount", lambda: os.path.ismount(folder))
+        return process
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Place]:
+    words = ("size=16M", "pool=4M", f"disk={tmp_path / 'disk'}", "disk_size=40M")
+    with Server(tmp_path, *words, "metrics=127.0.0.1:0") as server:
+        handle = server.connect()
+        for page in range(50):
+            handle.pwrite((b"page %4d " % page * 410)[:PAGE], page * PAGE)
+        (tmp_path / "place").mkdir()
+        yield Place(server, tmp_path / "place")
+
+
+def may_mount() -> bool:
+    return DEVICE.exists() and os.geteuid() == 0
+
+
+def untold(name: str) -> str | None:
+    """Why a command cannot be run here; None when it can."""
+    program = name.split()[0]
+    if program == "promtool" and not (ROOT / "build/unpacked/usr/bin/promtool").exists():
+        return "no Prometheus in build/unpacked"
+    if program == "curl" and shutil.which("curl") is None:
+        return "curl is not installed"
+    return None
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page != "vm.md"])
+def test_every_command_runs(page: str, place: Place) -> None:
+    mounted: list[subprocess.Popen[bytes]] = []
+    (place.folder / "counters").mkdir()
+    found = commands(PAGES[page])
+    try:
+        if page in ("failures.md",):
+            place.run("zcache record hour.zrec")
+        for command in found:
+            if command.startswith(IN_THE_LAB) or untold(command):
+                continue
+            if "stats-fs" in command:
+                if may_mount():
+                    mounted.append(place.mounted(command))
+            elif command == "mkdir counters":
+                assert (place.folder / "counters").is_dir()
+            elif not command.startswith(("grep -r . counters", "umount")) or mounted:
+                place.run(command)
+    finally:
+        for process in mounted:
+            if process.poll() is None and os.path.ismount(place.folder / "counters"):
+                process.send_signal(signal.SIGINT)
+            process.wait(30)
+    assert found
+
+
+def test_the_host_of_a_virtual_machine(tmp_path: Path) -> None:
+    """Its server starts as it is written, but for the address and the sizes."""
+    (command,) = [c for c in commands(PAGES["vm.md"]) if c.startswith("nbdkit")]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    for old, new in (("192.168.122.1", "127.0.0.1"), ("10809", str(port)), ("size=4G", "size=16M"),
+                     ("pool=1G", "pool=4M"), ("/run/zcache", str(tmp_path))):  # fmt: skip
+        assert old in command
+        command = command.replace(old, new)
+    process = subprocess.Popen(
+        ["bash", "-c", "exec " + command], cwd=ROOT, env=environment(tmp_path)
+    )
+    try:
+        uri = f"nbd://127.0.0.1:{port}"
+        asked = ["nbdinfo", "--size", uri]
+
+        def answers() -> bool:
+            done = subprocess.run(asked, capture_output=True, check=False, timeout=30)
+            return done.stdout == b"16777216\n"
+
+        wait_for("the server", answers)
+        wait_for("its control socket", (tmp_path / "vm.ctl").exists)
+    finally:
+        process.terminate()
+        process.wait(30)
+    wait_for("its end", lambda: not (tmp_path / "vm.ctl").exists())
+    assert not segments(process.pid)
+
+
+def test_every_other_command_is_known() -> None:
+    """What is not run here is one of those that the lab runs."""
+    known = ("zcache ", ".venv/bin/zcache ", "curl ", "promtool ", "grep ", "mkdir ", "umount ",
+             "python3 ", "nbdkit ", *IN_THE_LAB)  # fmt: skip
+    for page, text in PAGES.items():
+        for command in commands(text):
+            assert command.startswith(known), f"{page}: {command}"
+
+
+def test_every_rule_of_health_is_explained() -> None:
+    rows = re.findall(r"^\| `(\w+)` \|", PAGES["failures.md"], re.MULTILINE)
+    assert sorted(rows) == sorted(rule.__name__ for rule in health.RULES)

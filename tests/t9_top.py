@@ -1,0 +1,248 @@
+"""`zcache top`: pictures of any state in any size, and keys.  (In a terminal: t9_top_command.)"""
+
+from __future__ import annotations
+
+import pytest
+from rich.text import Text
+
+from cluster.link import RpcError
+from plugin import top, topview
+from plugin.topview import View
+from tests.top_helpers import FakeServer
+from zcache_core.counters import COUNTERS
+from zcache_core.errors import ConfigError, ControlError
+
+
+def shown(view: View, width: int = 120, height: int = 60) -> str:
+    return "\n".join(line.plain for line in topview.frame(view, width, height, "12:00:00"))
+
+
+def looked(**stats: int) -> tuple[top.Top, FakeServer]:
+    server = FakeServer(**stats)
+    live = top.Top(server, "/run/x.ctl", 2.0)
+    live.look()
+    return live, server
+
+
+def press(live: top.Top, keys: str) -> None:
+    for key in keys:
+        assert live.key(key)
+
+
+# ---- pictures ------------------------------------------------------------------------
+
+
+def test_a_picture_has_everything() -> None:
+    live, server = looked(draining=1)
+    server.stats["loads"] += 500
+    live.look()
+    text = shown(live.view)
+    for words in (
+        "zcache 1.2.3", "server 77", "up 1 h 1 min", "health degraded", "RAM", "disk", "device",
+        "58.6 MiB of 97.7 MiB", "30,000 pages", "29,000 pages", "1.93:1", "3.12:1", "zbud lz4",
+        "pages/s", "last minute", "1,500", "reserve", "writeback", "DRAINING", "90 %",
+        "! The pool is drained", "zcache drain --off", "q quit",
+    ):  # fmt: skip
+        assert words in text, words
+    assert "█" in text
+
+
+def test_every_size_fits() -> None:
+    """No size makes it fail, no line is longer than the window, the keys stay."""
+    live, _ = looked(draining=1, lost_pages=3)
+    for live.view.counters in (False, True):
+        for width in (1, 20, 40, 80, 81, 120, 300):
+            for height in (1, 2, 3, 8, 24, 25, 60):
+                lines = topview.frame(live.view, width, height, "12:00:00")
+                assert len(lines) == height
+                assert height == 1 or "q quit" in lines[-1].plain
+
+
+def test_what_does_not_fit_is_left_out_whole() -> None:
+    live, _ = looked(draining=1)
+    reason = ("! The pool is drained", "Run 'zcache drain --off'")
+    sections = [("pages/s", "from below"), ("reserve", "writeback"), reason]
+    seen = set()
+    for height in range(2, 60):
+        text = shown(live.view, 100, height)
+        for first, last in sections:
+            assert (first in text) == (last in text), height
+        seen.add(tuple(first in text for first, _ in sections))
+    assert {(False,) * 3, (True,) * 3} < seen
+
+
+def test_only_a_wide_window_has_sparklines() -> None:
+    live, server = looked()
+    for _ in range(5):
+        server.stats["loads"] += 100
+        live.look()
+
+    def out(width: int) -> str:
+        (line,) = [ln for ln in shown(live.view, width).splitlines() if ln.startswith("out")]
+        return line
+
+    assert any(mark in out(120) for mark in "▁▂▃▄▅▆▇█")
+    assert not any(mark in out(70) for mark in "▁▂▃▄▅▆▇█")
+
+
+def test_bars() -> None:
+    def drawn(used: int, also: int, limit: int, utf8: bool) -> str:
+        tier = topview.Tier("x", used, also, limit, "", "green")
+        return "".join(text for text, _ in topview.bar(tier, 10, utf8))
+
+    assert drawn(50, 0, 100, True) == "█████·····"
+    assert drawn(50, 20, 100, False) == "###++....."
+    assert drawn(1, 0, 1000, False) == "#........."
+    assert drawn(2000, 0, 1000, False) == "##########"
+    assert drawn(0, 0, 0, False) == ".........."
+
+
+def test_without_a_disk_nothing_speaks_of_one() -> None:
+    live, _ = looked(disk_limit_bytes=0, disk_bytes=0, disk_pages=0)
+    text = shown(live.view)
+    assert "written back" not in text
+    assert "writeback" not in text
+    assert "\ndisk" not in text
+
+
+def test_trouble_is_seen() -> None:
+    live, server = looked(disk_degraded=1, disk_errno=5, failed_stores=1, lost_pages=2)
+    server.stats["failed_stores"] += 7
+    live.look()
+    lines = topview.frame(live.view, 120, 60, "12:00:00")
+    (refused,) = [line for line in lines if line.plain.startswith("refused")]
+    assert any("red" in str(span.style) for span in refused.spans)
+    assert "fails: Input/output error" in shown(live.view)
+    assert "health critical" in shown(live.view)
+    assert "2 stored pages are lost" in shown(live.view).splitlines()[1]
+
+
+def test_all_counters_sorted() -> None:
+    live, server = looked()
+    server.stats["loads"] += 10**6
+    live.look()
+    press(live, "c")
+    table = shown(live.view, 120, 400)
+    assert all(counter.name in table for counter in COUNTERS)
+    firsts = []
+    for _ in topview.SORTS:
+        firsts.append(shown(live.view, 120, 400).splitlines()[2].split()[0])
+        press(live, "s")
+    assert firsts == [COUNTERS[0].name, "buddied_count", "disk_limit_bytes", "loads"]
+    assert live.view.sort == "table"
+
+
+def test_counters_scroll_and_stop_at_the_ends() -> None:
+    live, _ = looked()
+    press(live, "c")
+    for key in (top.PAGE_DOWN,) * 20:
+        live.key(key)
+        shown(live.view, 80, 24)
+    assert COUNTERS[-1].name in shown(live.view, 80, 24)
+    for key in (top.PAGE_UP,) * 20:
+        live.key(key)
+    live.key(top.UP)
+    assert COUNTERS[0].name in shown(live.view, 80, 24)
+    live.key("j")
+    assert COUNTERS[0].name not in shown(live.view, 80, 24)
+
+
+def test_long_reasons_are_broken_between_words() -> None:
+    lines = topview.wrapped(Text("a sentence of several words that is long"), 24)
+    assert [line.plain for line in lines] == ["a sentence of several", "  words that is long"]
+
+
+# ---- keys ----------------------------------------------------------------------------
+
+
+def test_a_change_is_asked_for_and_made() -> None:
+    live, server = looked()
+    press(live, "ehigh=8x\x7f5 low=70%")
+    assert "high=85 low=70%_" in shown(live.view)
+    press(live, "\n")
+    assert "set high=85 low=70 on this server? y: yes" in shown(live.view)
+    assert server.calls == []
+    press(live, "y")
+    assert server.calls == [("set", ({"high": 85, "low": 70},))]
+    assert "done: high 85" in shown(live.view)
+    press(live, "p")
+    assert "q quit" in shown(live.view)
+
+
+@pytest.mark.parametrize("keys", ["ehigh=85\nn", "ehigh=85\x1b", "e\n", "dn", "dq"])
+def test_a_change_that_is_not_confirmed_is_not_made(keys: str) -> None:
+    live, server = looked()
+    press(live, keys)
+    assert server.calls == []
+    assert not live.view.prompt
+
+
+def test_a_change_that_cannot_be_read() -> None:
+    live, server = looked()
+    press(live, "ehigh\n")
+    assert "high is no change; write KEY=VALUE" in shown(live.view)
+    assert server.calls == []
+
+
+def test_the_servers_no_is_shown() -> None:
+    live, server = looked()
+    press(live, "ehigh=3\n")
+    server.error = RpcError("bad_params", "high=3 and low=80 are no watermarks")
+    press(live, "y")
+    assert "no: high=3 and low=80 are no watermarks" in shown(live.view)
+
+
+def test_sizes_are_read_as_the_keys_read_them() -> None:
+    assert top.changes("pool=1G high=85% x=y") == {"pool": 1 << 30, "high": 85, "x": "y"}
+    with pytest.raises(ConfigError, match="pool=1X is no size"):
+        top.changes("pool=1X")
+
+
+def test_memory_pressure_is_seen() -> None:
+    live, _ = looked(memory_pressure=1, pool_target_frames=10_000, pressure_steps=3)
+    assert "pressure     memory is short: the pool goes down to 39.1 MiB" in shown(live.view)
+
+
+def test_drain_on_and_off() -> None:
+    live, server = looked()
+    press(live, "dy")
+    server.stats["draining"] = 1
+    live.look()
+    press(live, "d")
+    assert "end the drain" in shown(live.view)
+    press(live, "y")
+    assert server.calls == [("drain", (True,)), ("drain", (False,))]
+
+
+def test_interval_and_end() -> None:
+    live, _ = looked()
+    press(live, "+")
+    assert live.view.interval_s == 5
+    press(live, "--------")
+    assert live.view.interval_s == 0.5
+    press(live, "\x1b")
+    press(live, "p")
+    assert "PAUSED" in shown(live.view)
+    assert not live.key("q")
+
+
+def test_nobody_answers_for_a_while() -> None:
+    live, server = looked()
+    server.error = ControlError("nobody serves it")
+    live.look()
+    text = shown(live.view)
+    assert "no answer: nobody serves it" in text
+    assert "29,000 pages" in text  # the last picture stays
+    server.error = None
+    live.look()
+    assert "no answer" not in shown(live.view)
+    never = top.Top(server, "x", 1.0)
+    server.error = ControlError("nobody serves it")
+    never.look()
+    assert "nobody serves it" in shown(never.view)
+
+
+@pytest.mark.parametrize("text", ["0", "x", "-1", "1e9", "nan", ""])
+def test_intervals_that_cannot_be(text: str) -> None:
+    with pytest.raises(ConfigError, match="write seconds"):
+        top.interval(text)
