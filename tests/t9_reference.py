@@ -86,7 +86,7 @@ def completed(line: str, folder: Path) -> list[str]:
     ("line", "offered"),
     [
         ("zcache to", ["top"]),
-        ("zcache st", ["status", "stats-fs"]),
+        ("zcache st", ["status", "stats-fs", "stop"]),
         ("zcache top --i", ["--interval"]),
         ("zcache status --", ["--json", "--control", "--help"]),
         ("zcache top --control complet", ["complete"]),
