@@ -5,16 +5,17 @@
     share    high_percent       -> zcache_high_ratio
     gauge    buddied_count      -> zcache_buddied_frames              _count is a histogram's
     peak     pers_zpages_max    -> zcache_pers_zpages_max
+    spread   pool_wait          -> zcache_pool_wait_duration_seconds, a histogram
 
 Beside the counters: zcache_health_status (0 ok, 1 degraded, 2 critical), the numbers of
 reasons, zcache_info with version, allocator and codec, and when server and node were started.
 
-Everything is made from `counters.COUNTERS`; nothing is remembered between two scrapes.
+Everything is made from the tables of `counters.py`; nothing is remembered between scrapes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Metric
@@ -22,12 +23,13 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import (
     CounterMetricFamily,
     GaugeMetricFamily,
+    HistogramMetricFamily,
     InfoMetricFamily,
 )
 from prometheus_client.registry import Collector
 
 from cluster.health import CRITICAL, DEGRADED, OK
-from zcache_core.counters import COUNTERS, Counter
+from zcache_core.counters import BUCKETS, COUNTERS, HISTOGRAMS, Counter
 
 PREFIX = "zcache_"
 LEVELS = {OK: 0, DEGRADED: 1, CRITICAL: 2}
@@ -49,6 +51,21 @@ def sample(counter: Counter) -> str:
     return metric(counter)[0] + ("_total" if counter.kind == "counter" else "")
 
 
+def spread(name: str) -> str:
+    """The metric of a histogram of microseconds."""
+    return f"{PREFIX}{name}_duration_seconds"
+
+
+def cumulated(buckets: Sequence[int]) -> list[tuple[str, float]]:
+    """Ours (one for each power of two, in microseconds) as Prometheus has them."""
+    found, seen = [], 0
+    for at in range(BUCKETS):
+        seen += buckets[at] if at < len(buckets) else 0
+        bound = "+Inf" if at == BUCKETS - 1 else repr((1 << at) * 1e-6)
+        found.append((bound, float(seen)))
+    return found
+
+
 class Look(Collector):
     """One look at everything: the answers of ping, stats, config and health."""
 
@@ -63,6 +80,15 @@ class Look(Collector):
             family = CounterMetricFamily if counter.kind == "counter" else GaugeMetricFamily
             text = counter.help[0].upper() + counter.help[1:]
             yield family(name, text, value=stats[counter.name] * factor)
+        for histogram in HISTOGRAMS:
+            assert histogram.unit == "microseconds"
+            total_us = stats.get(f"{histogram.name}_us")
+            yield HistogramMetricFamily(
+                spread(histogram.name),
+                histogram.help[0].upper() + histogram.help[1:],
+                buckets=cumulated(stats["histograms"][histogram.name]["buckets"]),
+                sum_value=None if total_us is None else total_us * 1e-6,
+            )
         yield from self._about()
 
     def _about(self) -> Iterator[Metric]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 ASCII_BLOCKS = "_.-=+*#@"
@@ -25,12 +26,12 @@ class History:
 
     def __init__(self, keep: int = 600) -> None:
         assert keep >= 2
-        self._looks: deque[tuple[float, Mapping[str, int]]] = deque(maxlen=keep)
+        self._looks: deque[tuple[float, Mapping[str, Any]]] = deque(maxlen=keep)
 
     def __len__(self) -> int:
         return len(self._looks)
 
-    def add(self, at_s: float, stats: Mapping[str, int]) -> None:
+    def add(self, at_s: float, stats: Mapping[str, Any]) -> None:
         """A look at all counters at `at_s`, later than the last."""
         assert not self._looks or at_s >= self._looks[-1][0]
         self._looks.append((at_s, stats))
@@ -47,6 +48,11 @@ class History:
                 return self._rate(name, at)
         return None
 
+    def first_since(self, span_s: float) -> Mapping[str, Any]:
+        """All counters as they were at most `span_s` seconds ago; there has been a look."""
+        since_s = self._looks[-1][0] - span_s
+        return next(stats for at_s, stats in self._looks if at_s >= since_s)
+
     def series(self, name: str, cells: int) -> list[float | None]:
         """The last `cells` rates, or as many as there are."""
         first = max(0, len(self) - cells - 1)
@@ -58,11 +64,21 @@ class History:
 
 
 def between(
-    name: str, old: tuple[float, Mapping[str, int]], new: tuple[float, Mapping[str, int]]
+    name: str, old: tuple[float, Mapping[str, Any]], new: tuple[float, Mapping[str, Any]]
 ) -> float | None:
     """Of a counter a second, between two looks (seconds, counters); None when unknown."""
-    grown, took_s = new[1].get(name, 0) - old[1].get(name, 0), new[0] - old[0]
+    grown: int = new[1].get(name, 0) - old[1].get(name, 0)
+    took_s = new[0] - old[0]
     return grown / took_s if took_s > 0 and grown >= 0 else None
+
+
+def newer(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """What came into a histogram between two looks; all of the new one when it began anew."""
+    before = [*old["buckets"], *[0] * len(new["buckets"])]
+    grown = [n - before[at] for at, n in enumerate(new["buckets"])]
+    if min(grown, default=0) < 0 or new["count"] < old["count"]:
+        return dict(new)
+    return {**new, "count": new["count"] - old["count"], "buckets": grown}
 
 
 def sparkline(rates: Sequence[float | None], blocks: str = BLOCKS) -> str:

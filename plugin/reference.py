@@ -95,11 +95,15 @@ def counters_page() -> Iterator[str]:
             f"| `{counter.name}` | {counter.kind} | {counter.unit} | {cell(counter.help)} "
             f"| `{metrics.sample(counter)}` | {', '.join(f'`{name}`' for name in names)} |"
         )
-    yield from ("", "`histograms` of `stats` has distributions: `buckets` number *k* counts the")
-    yield "values from 2^(*k*-1) to below 2^*k*; number 0 zeros, number 31 all larger ones too."
-    yield from ("", "| histogram | unit | meaning |", "|---|---|---|")
+    yield from ("", "## Histograms", "")
+    yield "Of `histograms` in `stats`: bucket *k* counts the values from 2^(*k*-1) to below 2^*k*,"
+    yield "the first one zeros, the last one all larger ones too."
+    yield from ("", "| histogram | unit | meaning | metric |", "|---|---|---|---|")
     for histogram in HISTOGRAMS:
-        yield f"| `{histogram.name}` | {histogram.unit} | {cell(histogram.help)} |"
+        yield (
+            f"| `{histogram.name}` | {histogram.unit} | {cell(histogram.help)} "
+            f"| `{metrics.spread(histogram.name)}` |"
+        )
 
 
 def rpc_page() -> Iterator[str]:

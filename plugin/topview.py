@@ -3,7 +3,8 @@
     title, health                    always
     tiers        bar, bytes, pages   always
     traffic      rates, sparklines   when there is room, section after section;
-    behind it    background work     a section that does not fit is left out whole
+    took         half, 99 % below    a section that does not fit is left out whole
+    behind it    background work
     why          reasons of health
     keys                             the last line
 
@@ -21,7 +22,7 @@ from typing import Any, NamedTuple
 from rich.text import Text
 
 from plugin import rates, show
-from zcache_core.counters import COUNTERS
+from zcache_core.counters import COUNTERS, below
 
 PAGE_BYTES = 4096
 LABEL_CELLS = 12
@@ -57,8 +58,8 @@ class View:
     message: str = ""  # what came of the last change
 
     @property
-    def stats(self) -> Mapping[str, int]:
-        found: Mapping[str, int] = self.answers.get("stats", {})
+    def stats(self) -> Mapping[str, Any]:
+        found: Mapping[str, Any] = self.answers.get("stats", {})
         return found
 
 
@@ -82,7 +83,7 @@ def frame(view: View, width: int, height: int, clock: str | None = None) -> list
         body = [*head(view, width, clock)[:1], *counter_table(view, height - 2)]
     else:
         body = [*head(view, width, clock), *tier_lines(view, width)]
-        for section in (traffic_lines, behind_lines, reason_lines):
+        for section in (traffic_lines, latency_lines, behind_lines, reason_lines):
             found = section(view, width)
             if found and len(body) + 1 + len(found) < height:
                 body += [Text(), *found]
@@ -217,6 +218,43 @@ def number(rate: float | None) -> str:
     if rate is None:
         return "-"
     return f"{rate:,.0f}" if rate >= 10 or rate == 0 else f"{rate:.1f}"
+
+
+def latency_lines(view: View, width: int) -> list[Text]:
+    """How long what took: half of it and 99 % of it were below so much; nothing when idle."""
+    found = []
+    before = view.history.first_since(60) if len(view.history) else {}
+    for name, histogram in view.stats.get("histograms", {}).items():
+        lately = rates.newer(before["histograms"][name], histogram)
+        if histogram["count"]:
+            found.append(
+                Text(
+                    f"{name.replace('_', ' '):{LABEL_CELLS}} {lately_text(lately):>32} "
+                    f"{spread(histogram):>26}"
+                )
+            )
+    if found:
+        title = f"{'took':{LABEL_CELLS}} {'last minute: half, 99 % below':>32} {'in all':>26}"
+        found.insert(0, Text(title, "bold"))
+    return found
+
+
+def lately_text(histogram: Mapping[str, Any]) -> str:
+    return spread(histogram) if histogram["count"] else "-"
+
+
+def spread(histogram: Mapping[str, Any]) -> str:
+    """'512 us, 65.5 ms' of a histogram of microseconds."""
+    return ", ".join(time_text(below(dict(histogram), share)) for share in (0.5, 0.99))
+
+
+def time_text(time_us: float) -> str:
+    """1500 -> '1.5 ms'."""
+    for unit in ("us", "ms"):
+        if time_us < 1000:
+            return f"{time_us:.0f} {unit}" if unit == "us" else f"{time_us:.1f} {unit}"
+        time_us /= 1000
+    return f"{time_us:.1f} s"
 
 
 def behind_lines(view: View, width: int) -> list[Text]:

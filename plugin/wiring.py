@@ -161,7 +161,8 @@ def check(config: Config, supervised: bool = False) -> Checked:
     if not supervised and (config.control or where.unix or where.tcp_port):
         control = config.control or control_path(where, os.getpid())
         unixsock.claim(control, "the control socket", "control=PATH")
-    if config.metrics is not None:  # the node process will listen; who is wrong hears it now
+    # The node process will listen there; who is wrong hears it now.
+    if not supervised and config.metrics is not None:
         addresses.listen("metrics", config.metrics).close()
     disk = lower.open_checked(config)
     if (sentence := lower.refusal_warning(config, disk.disk_bytes if disk else 0)) is not None:

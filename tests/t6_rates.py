@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 import random
+from typing import Any
 
 import pytest
 
-from plugin.rates import ASCII_BLOCKS, BLOCKS, History, sparkline
+from plugin.rates import ASCII_BLOCKS, BLOCKS, History, newer, sparkline
 
 
 def test_nothing_is_known_from_one_look() -> None:
@@ -62,6 +63,25 @@ def test_against_a_list(rng: random.Random) -> None:
             assert mean is None
         else:
             assert mean == (looks[-1][1] - first[1]) / (at_s - first[0])
+
+
+def test_newer_part_of_a_histogram() -> None:
+    def made(*buckets: int) -> dict[str, Any]:
+        return {"count": sum(buckets), "buckets": list(buckets)}
+
+    assert newer(made(1, 2), made(1, 5, 7)) == made(0, 3, 7)
+    assert newer(made(), made()) == made()
+    assert newer(made(5, 5), made(1)) == made(1)  # another memory file
+    assert newer(made(1, 9), made(9, 1)) == made(9, 1)
+
+
+def test_the_first_look_of_a_span() -> None:
+    history = History()
+    for at in range(10):
+        history.add(float(at), {"a": at})
+    assert history.first_since(3)["a"] == 6
+    assert history.first_since(100)["a"] == 0
+    assert history.first_since(0)["a"] == 9
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ REFUSED = [
     (("size=8G", "siez=8G"), "did you mean size=?"),
     (("size=8G", "allocator=z3fold"), "not built yet; write allocator=zbud"),
     (("size=8G", "allocator=slub"), "there is no allocator slub; write allocator=zbud"),
-    (("size=8G", "encrypt=yes"), "encrypt= is not built yet"),
+    (("size=8G", "peers=a:1"), "peers= is not built yet"),
     (("size=8G", "disk=/dev/null", "disk_size=1G"), "neither a file nor a block device"),
     (("size=8G", "disk=/nonexistent/d", "disk_size=1G"), "cannot be opened (No such file"),
     (("size=8G", "codec=brotli"), "there is no codec brotli"),

@@ -20,7 +20,7 @@ import pytest
 
 from cluster import metrics
 from tests.plugin_helpers import ROOT, Server, wait_for
-from zcache_core.counters import COUNTERS
+from zcache_core.counters import COUNTERS, HISTOGRAMS
 
 PAGE = 4096
 BIN = ROOT / "build/unpacked/usr/bin"
@@ -74,6 +74,7 @@ def test_a_rule_test_can_fail(tmp_path: Path) -> None:
 
 def test_alerts_and_dashboard_ask_for_metrics_that_exist() -> None:
     there = {metrics.sample(counter) for counter in COUNTERS} | OWN
+    there |= {f"{metrics.spread(histogram.name)}_bucket" for histogram in HISTOGRAMS}
     expressions = re.findall(r"expr: (.*)", RULES.read_text()) + queries()
     assert len(expressions) > 30
     assert set().union(*map(names_in, expressions)) <= there

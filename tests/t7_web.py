@@ -22,7 +22,7 @@ from cluster import addresses, metrics, webserver
 from cluster.webserver import Answer, Get, WebServer
 from plugin.config import parse
 from tests.plugin_helpers import Server, run_nbdkit, wait_for
-from zcache_core.counters import COUNTERS
+from zcache_core.counters import COUNTERS, HISTOGRAMS
 from zcache_core.errors import ConfigError, InUseError
 
 PAGE = 4096
@@ -151,10 +151,15 @@ def test_one_connection_too_many_is_told_so(monkeypatch: pytest.MonkeyPatch) -> 
 # ---- metrics -------------------------------------------------------------------------
 
 
+HISTOGRAM = {
+    "histograms": {h.name: {"count": 6, "buckets": [1, 0, 2, *[0] * 28, 3]} for h in HISTOGRAMS}
+}
+
+
 def answers(**stats: int) -> dict[str, Any]:
     return {
         "ping": {"version": "1.2", "server_started_seconds": 5, "node_started_seconds": 6},
-        "stats": {counter.name: 0 for counter in COUNTERS} | stats,
+        "stats": {counter.name: 0 for counter in COUNTERS} | HISTOGRAM | stats,
         "config": {"allocator": "zbud", "codec": "lz4"},
         "health": {"status": "degraded", "reasons": [{"what": "a", "do": "b"}]},
     }
@@ -172,6 +177,17 @@ def test_every_counter_is_a_metric() -> None:
     wanted = [metrics.sample(counter) for counter in COUNTERS]
     assert len(set(wanted)) == len(COUNTERS)
     assert set(wanted) <= found.keys()
+
+
+def test_histograms() -> None:
+    body, _ = metrics.exposition(answers(pool_wait_us=4_000_000), OPENMETRICS)
+    lines = dict(line.rsplit(" ", 1) for line in body.decode().splitlines())
+    name = "zcache_pool_wait_duration_seconds"
+    bounds = (("1e-06", 1), ("2e-06", 1), ("4e-06", 3), ("1073.741824", 3), ("+Inf", 6))
+    for bound, count in bounds:
+        assert float(lines[f'{name}_bucket{{le="{bound}"}}']) == count
+    assert float(lines[f"{name}_sum"]) == 4
+    assert float(lines[f"{name}_count"]) == 6
 
 
 def test_values_and_units() -> None:

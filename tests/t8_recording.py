@@ -270,6 +270,15 @@ def test_who_was_slow(grown: dict[str, int], said: str) -> None:
     assert said in "\n".join(line.text for line in doctor.report(doctor.read(made)))
 
 
+def test_another_memory_file_takes_nothing_away() -> None:
+    made = [
+        Sample(START_S + at, STATS | {"loads": loads}, WELL, ABOUT)
+        for at, loads in enumerate((1000, 1600, 0, 400))
+    ]
+    told = "\n".join(f"{line.label} {line.text}" for line in doctor.report(doctor.read(made)))
+    assert "out 1,000 pages" in told
+
+
 def test_nothing_but_silence() -> None:
     with pytest.raises(ConfigError, match="nobody answered in all"):
         doctor.report(doctor.read([Sample(START_S, {}, {}, {}, "no")]))

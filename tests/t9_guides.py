@@ -7,6 +7,7 @@ words; here they are only recognised, so that a new one cannot slip in untested.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -19,8 +20,10 @@ from pathlib import Path
 import pytest
 
 from cluster import health
+from cluster.link import BlockingClient
 from plugin.statsfs import DEVICE
 from tests.plugin_helpers import ROOT, Server, environment, segments, wait_for
+from zcache_core.errors import ControlError
 
 GUIDES = sorted((ROOT / "docs/guide").glob("*.md"))
 IN_THE_LAB = ("modprobe nbd", "nbd-client ", "mkswap ", "swapon ", "swapoff ", "sysctl ")
@@ -45,7 +48,7 @@ class Place:
     """A folder to run commands in, beside a server, with names of the documents led there."""
 
     def __init__(self, server: Server, folder: Path) -> None:
-        self.server, self.folder = server, folder
+        self.server, self.folder, self.apart = server, folder, False
         self.metrics = wait_for("metrics", lambda: server.rpc("config")["metrics"])
         for name in (".venv", "deploy", "plugin", "cluster", "zcache_core"):
             (folder / name).symlink_to(ROOT / name)
@@ -57,6 +60,11 @@ class Place:
         command = command.replace("/run/zcache/zcache.ctl", str(self.server.control))
         command = command.replace("127.0.0.1:9469", self.metrics)
         command = command.replace(" /mnt", " counters")
+        if "--name guide" in command or self.apart:
+            self.apart = "stop" not in command  # a server of the page's own
+            if command == "zcache status":
+                command += f" --control {self.own_control()}"
+            return command.replace("size=8G pool=2G", "size=16M pool=4M")
         if re.match(r"\S*zcache (status|top|health|drain|record|stats-fs)", command):
             if "--control" not in command:
                 command += f" --control {self.server.control}"
@@ -65,6 +73,18 @@ class Place:
             if " record" in command:
                 command += " --count 3 --interval 0.1"
         return command
+
+    def own_control(self) -> Path:
+        """The control socket of the server that `zcache serve` started, once it answers."""
+        control = self.folder / "guide.ctl"
+
+        def answers() -> bool:
+            with contextlib.suppress(ControlError), BlockingClient(control) as client:
+                return bool(client.call("ping"))
+            return False
+
+        wait_for("the node process after the upgrade", answers)
+        return control
 
     def run(self, command: str) -> None:
         """It has to end well; health may say that this machine is degraded."""
@@ -130,6 +150,8 @@ def test_every_command_runs(page: str, place: Place) -> None:
             elif not command.startswith(("grep -r . counters", "umount")) or mounted:
                 place.run(command)
     finally:
+        if place.apart:
+            place.run("zcache stop --force --name guide")
         for process in mounted:
             if process.poll() is None and os.path.ismount(place.folder / "counters"):
                 process.send_signal(signal.SIGINT)

@@ -12,7 +12,7 @@ import pytest
 from plugin import reference
 from plugin.cli import build_parser
 from plugin.config import KEYS
-from zcache_core.counters import COUNTERS
+from zcache_core.counters import COUNTERS, HISTOGRAMS
 
 ROOT = Path(__file__).resolve().parents[1]
 PARSER = build_parser()
@@ -30,6 +30,8 @@ def test_nothing_is_missing_on_them() -> None:
         assert counter.help in row
         assert f"/{counter.name}`" in row
         assert "`zcache_" in row
+    for histogram in HISTOGRAMS:
+        assert f"| `{histogram.name}` |" in PAGES["docs/reference/counters.md"]
     for key in KEYS:
         assert f"| `{key.name}` |" in PAGES["docs/reference/keys.md"]
         assert f".B {key.name}=\n" in PAGES["docs/man/zcache-plugin.1"]

@@ -36,6 +36,8 @@ def test_folders_as_the_kernel_had_them() -> None:
     assert tree.names("/") == ["frontswap", "ramster", "zbud", "zcache"]
     assert tree.names("/frontswap") == ["failed_stores", "invalidates", "loads", "succ_stores"]
     assert "unbuddied_count" in tree.names("/zbud")
+    kernels = {"writtenback_pages", "failed_pers_puts", "flush_found"}
+    assert kernels < set(tree.names("/zcache"))
     assert {"pers_zpages", "eph_zpages_max", "evicted_eph_pageframes"} < set(tree.names("/zcache"))
     assert counterfiles.folder("remote_pers_pages_succ_get") == "ramster"
     for path in tree.names("/zcache"):

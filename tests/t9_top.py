@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from rich.text import Text
 
 from cluster.link import RpcError
 from plugin import top, topview
+from plugin.rates import History
 from plugin.topview import View
 from tests.top_helpers import FakeServer
 from zcache_core.counters import COUNTERS
@@ -17,7 +20,7 @@ def shown(view: View, width: int = 120, height: int = 60) -> str:
     return "\n".join(line.plain for line in topview.frame(view, width, height, "12:00:00"))
 
 
-def looked(**stats: int) -> tuple[top.Top, FakeServer]:
+def looked(**stats: Any) -> tuple[top.Top, FakeServer]:
     server = FakeServer(**stats)
     live = top.Top(server, "/run/x.ctl", 2.0)
     live.look()
@@ -103,6 +106,26 @@ def test_without_a_disk_nothing_speaks_of_one() -> None:
     assert "written back" not in text
     assert "writeback" not in text
     assert "\ndisk" not in text
+
+
+def waits(*buckets: int) -> dict[str, Any]:
+    made = {"unit": "microseconds", "count": sum(buckets), "buckets": list(buckets)}
+    return {"histograms": {"pool_wait": made}}
+
+
+def test_how_long_it_took() -> None:
+    live, server = looked()
+    assert "took" not in shown(live.view)
+    server.stats |= waits(0, 0, 98, *[0] * 12, 2)
+    live.look()
+    (line,) = [ln for ln in shown(live.view).splitlines() if ln.startswith("pool wait")]
+    assert line.split() == ["pool", "wait", "4", "us,", "32.8", "ms", "4", "us,", "32.8", "ms"]
+    live.view.history = History()
+    live.look()
+    live.look()
+    (line,) = [ln for ln in shown(live.view).splitlines() if ln.startswith("pool wait")]
+    assert line.split() == ["pool", "wait", "-", "4", "us,", "32.8", "ms"]
+    assert topview.time_text(2_500_000) == "2.5 s"
 
 
 def test_trouble_is_seen() -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from cluster.health import health
-from zcache_core.counters import COUNTERS
+from zcache_core.counters import COUNTERS, HISTOGRAMS
 from zcache_core.errors import ControlError
 
 PAGE = 4096
-STATS = {counter.name: 0 for counter in COUNTERS} | {
+SPREAD = {"unit": "microseconds", "count": 0, "buckets": list[int]()}
+STATS: dict[str, Any] = {counter.name: 0 for counter in COUNTERS} | {
+    "histograms": {histogram.name: SPREAD for histogram in HISTOGRAMS},
     "device_pages": 100_000, "pool_limit_frames": 25_000, "pers_pageframes": 10_000,
     "eph_pageframes": 5_000, "pers_zpages": 20_000, "eph_zpages": 9_000, "loads": 1000,
     "disk_limit_bytes": 1 << 30, "disk_bytes": 300 << 20, "disk_pages": 30_000,
@@ -23,7 +25,7 @@ PING = {"version": "1.2.3", "server_pid": 77, "uptime_seconds": 3700}
 class FakeServer:
     """Answers from a dict, and notes what is changed."""
 
-    def __init__(self, **stats: int) -> None:
+    def __init__(self, **stats: Any) -> None:
         self.stats = STATS | stats
         self.calls: list[tuple[str, tuple[Any, ...]]] = []
         self.error: ControlError | None = None

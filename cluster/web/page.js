@@ -95,6 +95,22 @@ function showTraffic() {
     make("span", {}, `pages ${label}`), make("span", {class: "n"}, perSecond(rate(name))), line(name))));
 }
 
+function time(us) {
+  if (us < 1000) return `${us} us`;
+  return us < 1e6 ? `${(us / 1000).toFixed(1)} ms` : `${(us / 1e6).toFixed(1)} s`;
+}
+
+// A bound (a power of two) that this share of the values is below.
+function below({count: all, buckets}, share) {
+  let seen = 0;
+  return 2 ** buckets.findIndex(number => (seen += number) >= share * all);
+}
+
+function spreads(histograms = {}) {
+  return Object.entries(histograms).filter(([, h]) => h.count).map(([name, h]) =>
+    [`${name.replaceAll("_", " ")}: half, 99 % below`, `${time(below(h, 0.5))}, ${time(below(h, 0.99))}`]);
+}
+
 function showReasons(health) {
   $("health").textContent = health.status;
   $("health").className = `badge ${health.status}`;
@@ -125,7 +141,7 @@ function show({ping, stats, config, health}) {
     ["waiting now", waited === null ? "-" : `${(waited / 1e4).toFixed(0)} %`],
     ["writeback from / to", `${stats.high_percent} / ${stats.low_percent} %`],
     ["to the disk", perSecond(rate("disk_written_bytes"), size)], ["of it cleaning", perSecond(rate("disk_cleaned_bytes"), size)],
-    ["memory pressure", stats.memory_pressure ? "yes" : "no"], ["draining", stats.draining ? "yes" : "no"], ["server beside the pool", size(stats.server_resident_bytes)]]);
+    ["memory pressure", stats.memory_pressure ? "yes" : "no"], ["draining", stats.draining ? "yes" : "no"], ["server beside the pool", size(stats.server_resident_bytes)], ...spreads(stats.histograms)]);
   showCounters();
 }
 
