@@ -56,7 +56,7 @@ def disturb(cold: Cold, rng: random.Random, workers: list[Worker]) -> None:
         fault = rng.choice(SHORT_FAULTS)
         if {"spoil", "get_fail"} & set(fault):
             for worker in workers:
-                worker.may_fail.set()
+                worker.expect_failures(True)
         cold.faulty.set(**fault)
     elif dice == 4:
         cold.cooling.drain(rng.random() < 0.5)

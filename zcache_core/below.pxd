@@ -4,11 +4,13 @@
     fullness.pyx    how full the pool is; when to cool
     eviction.pyx    down: cold pages copied, ephemeral frames dropped, the tier tidied up
     cooler.pyx      the thread that does it; writers that wait for it
+    ahead.pyx       the thread that fetches what is read in order before it is asked for
     fetching.pyx    up: pages read from below, and which of them earn a RAM copy
 """
 
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
+from zcache_core.ahead cimport Ahead
 from zcache_core.cold cimport COLD_BATCH, ColdPage, ColdTier
 from zcache_core.core cimport Core
 from zcache_core.layout cimport Entry
@@ -23,6 +25,7 @@ cdef enum:
 ctypedef struct Tiers:
     Core *core
     ColdTier *cold              # the one tier below so far
+    Ahead ahead                 # pages fetched before they are asked for
     Orders orders               # watermarks, draining: changed while the server runs
     uint64_t *cells             # counter shard of the cooling thread
     uint8_t *gathered           # GATHER_BYTES: blobs on their way down

@@ -14,6 +14,8 @@ Contract
              counted live; who does not use it must drop it.
     get      fetch one page into `blob` (4096 bytes of room) through `io` (IO_ROOM bytes,
              aligned); 0, EIO (unreadable), EILSEQ (wrong or damaged).  Many at a time.
+    get_many several pages that lie close together, each with its blob and error as by get;
+             `room` for reading them at once, at least IO_ROOM.  NULL: the tier has none.
     drop     the copy at `where` is not needed any more.  Never blocks, never fails.
     adopt    after a restart: the index knows this copy.  False: impossible address.
     adopted  all are known.
@@ -53,6 +55,7 @@ ctypedef struct ColdTier:
     uint32_t state              # of entries whose copy is here: ST_DISK or ST_PEER
     uint32_t (*put)(ColdTier *, ColdPage *, uint32_t n) noexcept nogil
     int (*get)(ColdTier *, ColdPage *, uint8_t *io) noexcept nogil
+    void (*get_many)(ColdTier *, ColdPage *, uint32_t n, uint8_t *room, uint64_t room_bytes) noexcept nogil
     void (*drop)(ColdTier *, uint64_t where, uint32_t length_bytes) noexcept nogil
     bint (*adopt)(ColdTier *, uint64_t where, uint32_t length_bytes) noexcept nogil
     void (*adopted)(ColdTier *) noexcept nogil

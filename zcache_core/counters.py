@@ -122,6 +122,10 @@ COUNTERS: tuple[Counter, ...] = (
     Counter("failed_writeback_pages", "pages", "counter", "pages that stayed: the tier failed"),
     Counter("overtaken_writeback_pages", "pages", "counter", "pages that changed while copied"),
     Counter("cold_loads", "pages", "counter", "pages read from below"),
+    Counter("ahead_pages", "pages", "counter", "pages fetched before they were asked for"),
+    Counter("ahead_useful_pages", "pages", "counter", "of those: asked for"),
+    Counter("ahead_wasted_pages", "pages", "counter", "of those: displaced before they were"),
+    Counter("ahead_failed_pages", "pages", "counter", "pages that could not be fetched so"),
     Counter("promoted_pages", "pages", "counter", "of those: given a RAM copy again"),
     Counter(
         "kept_pages", "pages", "counter", "pages whose copy below was given up: room is short there"

@@ -39,6 +39,7 @@ ctypedef struct Faulty:
     uint32_t get_fail
     uint32_t put_delay_us
     uint32_t get_delay_us
+    uint32_t many_delay_us      # before what is fetched ahead, besides
     uint32_t spoil              # per mille of gets
     uint32_t lose               # per mille of pages put
     # what was done: atomics
@@ -116,12 +117,16 @@ cdef uint32_t faulty_put(ColdTier *tier, ColdPage *pages, uint32_t n) noexcept n
 
 cdef int faulty_get(ColdTier *tier, ColdPage *page, uint8_t *io) noexcept nogil:
     cdef Faulty *f = <Faulty *>tier
-    cdef int error
     delay(f, &f.get_delay_us)
+    return worsen(f, page, f.below.get(f.below, page, io))
+
+
+cdef int worsen(Faulty *f, ColdPage *page, int error) noexcept nogil:
+    """What the page is answered with after a chance for every fault."""
     if happens(f, &f.get_fail):
         zc_add64(&f.failed_gets, 1)
+        memset(page.blob, 0xA5, length_of(page.length_codec))
         return <int>f.get_errno
-    error = f.below.get(f.below, page, io)
     if error == 0 and is_lost(f, page.version):
         zc_add64(&f.lost_gets, 1)
         error = EILSEQ
@@ -131,6 +136,17 @@ cdef int faulty_get(ColdTier *tier, ColdPage *page, uint8_t *io) noexcept nogil:
     if error:
         memset(page.blob, 0xA5, length_of(page.length_codec))
     return error
+
+
+cdef void faulty_get_many(ColdTier *tier, ColdPage *pages, uint32_t n, uint8_t *room, uint64_t room_bytes) noexcept nogil:
+    """One delay for all, and each page's own chances."""
+    cdef Faulty *f = <Faulty *>tier
+    cdef uint32_t i
+    delay(f, &f.get_delay_us)
+    delay(f, &f.many_delay_us)
+    f.below.get_many(f.below, pages, n, room, room_bytes)
+    for i in range(n):
+        pages[i].error = worsen(f, &pages[i], pages[i].error)
 
 
 cdef void faulty_drop(ColdTier *tier, uint64_t where, uint32_t length_bytes) noexcept nogil:
@@ -208,6 +224,8 @@ cdef class FaultyTier:
         f.face.state = f.below.state
         f.face.put = faulty_put
         f.face.get = faulty_get
+        if f.below.get_many != NULL:
+            f.face.get_many = faulty_get_many
         f.face.drop = faulty_drop
         f.face.adopt = faulty_adopt
         f.face.adopted = faulty_adopted
@@ -222,6 +240,7 @@ cdef class FaultyTier:
     def set(
         self, *, uint32_t put_fail=0, uint32_t put_errno=5, uint32_t get_fail=0, uint32_t get_errno=5,
         uint32_t put_delay_us=0, uint32_t get_delay_us=0, uint32_t spoil=0, uint32_t lose=0,
+        uint32_t many_delay_us=0,
     ):
         """From now on these faults and no others; chances per mille, delays before each call.
 
@@ -234,6 +253,7 @@ cdef class FaultyTier:
         zc_store32(&f.get_fail, get_fail)
         zc_store32(&f.put_delay_us, put_delay_us)
         zc_store32(&f.get_delay_us, get_delay_us)
+        zc_store32(&f.many_delay_us, many_delay_us)
         zc_store32(&f.spoil, spoil)
         zc_store32(&f.lose, lose)
 

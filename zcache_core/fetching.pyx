@@ -12,6 +12,7 @@ cost 8 to 16 bytes a frame of the pool.
 from libc.errno cimport EILSEQ, EIO
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
+from zcache_core.ahead cimport ahead_note, ahead_take
 from zcache_core.allocator cimport object_header
 from zcache_core.below cimport Tiers
 from zcache_core.codec cimport codec_decompress
@@ -83,7 +84,9 @@ cdef int read_below(Tiers *t, Slot *slot, uint64_t page, Entry e, uint64_t where
     wanted.length_codec = e.location & 0xFFFF
     wanted.blob = slot.blob
     slot_park(slot)             # a disk may stall: the committer must not wait for it
-    error = t.cold.get(t.cold, &wanted, slot.io)
+    error = 0
+    if not ahead_take(&t.ahead, slot, page, e):
+        error = t.cold.get(t.cold, &wanted, slot.io)
     slot_unpark(slot)
     if error == 0 and not codec_decompress(slot, codec_of(e.location), slot.blob, length_of(e.location), data):
         error = EILSEQ
@@ -127,6 +130,7 @@ cdef int tiers_fetch(void *tiers, void *slot_argument, uint64_t page, Entry e, u
         if now.location == e.location and now.version == e.version:
             count(slot, C_DISK_READ_ERRORS if error == EIO else C_DISK_CORRUPT_PAGES, 1)
         return EIO
+    ahead_note(&t.ahead, page)
     if earns_ram(t, page) and promote(t.core, slot, page, e, slot.blob):
         count(slot, C_PROMOTED_PAGES, 1)
     return 0

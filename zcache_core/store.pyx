@@ -9,8 +9,9 @@ Locks, in the order in which they may be taken together
     allocator.lock         frames' layout, lists, shared counter shard
     arena.lock             free and uncommitted frames (a leaf)
     index.lock             reserving versions (a leaf)
+    ahead.lock             pages read ahead (a leaf)
     crew.lock              its thread's sleep (a leaf)
-All have priority inheritance, and the last four are never held across compression,
+All have priority inheritance, and the last five are never held across compression,
 a system call that may block, or a wait.  Who reads whole pages takes none.
 """
 

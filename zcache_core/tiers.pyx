@@ -15,11 +15,13 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memset
 from posix.mman cimport MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, PROT_READ, PROT_WRITE, mmap, munmap
 
+from zcache_core.ahead cimport ahead_discard, ahead_make, ahead_start, ahead_stop
 from zcache_core.below cimport GATHER_BYTES, RESORT_PAGES, Tiers
 from zcache_core.cold cimport COLD_BATCH, COLD_CAPSULE, ColdPage, ColdTier
 from zcache_core.cooler cimport cooling_thread, tiers_wait_room
 from zcache_core.crypt cimport Crypt, Sealer
 from zcache_core.disk cimport SEGMENT_BYTES, disk_discard, disk_make
+from zcache_core.diskrun cimport disk_get_many
 from zcache_core.fetching cimport ghost_cells, tiers_fetch, tiers_mend
 from zcache_core.layout cimport COUNTER_CELLS, Entry
 from zcache_core.orders cimport orders_tell
@@ -93,6 +95,8 @@ cdef class Cooling:
             store.memory.counters + (SLOTS + 3) * COUNTER_CELLS, crypt, encrypt,
             &t.orders.writeback_limit_bytes,
         )
+        if self.disk != NULL:
+            self.disk.get_many = disk_get_many
         t.orders.cells = store.memory.counters + (SLOTS + 4) * COUNTER_CELLS
         orders_tell(&t.orders)
         t.gathered = pages_of(GATHER_BYTES)
@@ -104,6 +108,8 @@ cdef class Cooling:
         t.ghosts = <uint32_t *>pages_of(t.ghost_cells * sizeof(uint32_t))
         if not (self.disk and t.gathered and t.resort_room and t.batch and t.entries and t.resort_batch and t.ghosts):
             raise MemoryFileError("no memory for the tiers' buffers; choose a smaller pool")
+        if not ahead_make(&t.ahead, t.core, t.cold, store.memory.counters + (SLOTS + 5) * COUNTER_CELLS):
+            raise MemoryFileError("no memory for reading ahead; choose a smaller pool")
         lock_init(&t.lock)
         lock_init(&t.dropping)
         cond_init(&t.work)
@@ -117,17 +123,19 @@ cdef class Cooling:
         store.core.lower.tiers = t
 
     def start(self):
-        """Start the cooling thread; the store is started."""
-        if thread_start(&self.tiers.thread, cooling_thread, &self.tiers, b"zc-cool"):
+        """Start the threads; the store is started."""
+        self.tiers.ahead.cold = self.tiers.cold
+        if ahead_start(&self.tiers.ahead) or thread_start(&self.tiers.thread, cooling_thread, &self.tiers, b"zc-cool"):
             raise MemoryFileError("no thread could be started; raise the limit of processes")
         self.tiers.running = True
 
     def stop(self):
-        """Stop the thread; pages below stay readable until the store stops."""
+        """Stop the threads; pages below stay readable until the store stops."""
         cdef Tiers *t = &self.tiers
         if not t.running:
             return
         with nogil:
+            ahead_stop(&t.ahead)
             lock_take(&t.lock)
             t.stopping = True
             t.running = False
@@ -142,6 +150,7 @@ cdef class Cooling:
             self.store.core.lower.tiers = NULL
         if self.disk != NULL:
             disk_discard(self.disk)
+        ahead_discard(&self.tiers.ahead)
         unmap(self.tiers.gathered, GATHER_BYTES)
         unmap(self.tiers.resort_room, SEGMENT_BYTES)
         unmap(self.tiers.batch, COLD_BATCH * sizeof(ColdPage))
