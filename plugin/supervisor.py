@@ -44,7 +44,7 @@ from plugin.instance import Instance
 from plugin.leave import LEAVE
 from plugin.servestate import Kept, ServeLock, State
 from plugin.supervised import ROOT, Server, command, living_owner, spawn
-from plugin.teller import Teller, say
+from plugin.teller import Teller, flush, say, start_log
 from zcache_core import process
 from zcache_core.errors import ZcacheError
 from zcache_core.owner import start_ticks
@@ -267,6 +267,7 @@ class Supervisor:
         }  # fmt: skip
         try:
             words = [sys.executable, *sys.orig_argv[1:]]
+            flush()
             os.execve(words[0], words, os.environ | {RESUME: json.dumps(resume)})
         except OSError as error:
             os.set_inheritable(self._lock.fd, False)
@@ -385,6 +386,7 @@ def prepare(realtime: bool) -> None:
     they would hold pages of every process, and the lock until they are written."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     refused = process.prepare(realtime=realtime)
+    start_log()
     if refused:
         say(f"zcache: warning: the supervisor is not fit for swapping: {'; '.join(refused)}")
 

@@ -11,6 +11,7 @@ import os
 import random
 import signal
 from collections.abc import Iterator
+from itertools import zip_longest
 
 import pytest
 
@@ -18,7 +19,6 @@ from bench.corpus import pages_file
 from tests.survival_helpers import (
     Kills,
     assert_survived,
-    kill_server_in,
     kill_supervisor_in,
     serve_state,
 )
@@ -39,9 +39,11 @@ pytestmark = pytest.mark.skipif(
     os.geteuid() != 0, reason="; ".join(fitness.missing()) or "needs root for its network"
 )
 # Pool, server, supervisor, helper and its spare, and `zcache up` itself, before there is swap.
-SELF_SERVING = GuestConfig(mem_mib=320, sample_ms=50, sysctl=SELF_SERVING_SYSCTL)
+SELF_SERVING = GuestConfig(mem_mib=352, sample_ms=50, sysctl=SELF_SERVING_SYSCTL)
 # Smaller than twice the pool, which is there from the start: see t8_swaplab.
 SETTINGS = ("--size", "288M", "--pool", "150M", "commit=all", "--priority", "7")
+# With the commands that run meanwhile, less than memory and device hold: else it is OOM by right.
+HOG_MIB = 250
 UP_STEPS = ("up:serve", "up:attach", "up:mkswap", "up:swapon")
 DOWN_STEPS = ("down:swapoff", "down:detach", "down:stop")
 
@@ -71,7 +73,7 @@ def guest() -> Iterator[Guest]:
 
 
 @pytest.mark.timeout(300)
-def test_up_a_workload_with_kills_and_down(rng: random.Random) -> None:
+def test_up_a_workload_and_down(rng: random.Random) -> None:
     corpus = pages_file(64)
     with Lab(limit_s=280) as lab:
         guest = lab.boot(SELF_SERVING)
@@ -92,28 +94,23 @@ def test_up_a_workload_with_kills_and_down(rng: random.Random) -> None:
             kill_supervisor_in(guest)
             kill_mender(guest)
 
-        def server_and_helper() -> None:
-            kill_server_in(guest)
-            kill_mender(guest)
-
         def while_running(job: Job) -> None:
             kills.append(Kills(guest, job, rng))
-            kills[0].run(2, lambda: kill_server_in(guest))
             kills[0].run(1, supervisor_and_helper)
+            kills[0].run(1, lambda: kill_mender(guest))
             refusals.append(zcache_in(guest, "down", expect=7))
-            assert "running" in zcache_in(guest, "up", *SETTINGS)  # a new supervisor
-            kills[0].run(1, server_and_helper)
+            assert "is running:" in zcache_in(guest, "up", *SETTINGS)  # a new supervisor
 
         result = lab.watch(
-            lambda: hog(guest, 300, corpus, 25, 25, audit_s=40, seed=rng.getrandbits(30)),
+            lambda: hog(guest, HOG_MIB, corpus, 30, 30, audit_s=30, seed=rng.getrandbits(30)),
             while_running=while_running,
         )
-        print(kills[0].report("server inside"))
+        print(kills[0].report("supervisor and helper, helper"))
         assert result.exit.code == 0, result.stdout + result.stderr
         assert read_hog(result.stdout).bad == 0
         assert_survived(guest, result)
         assert "Swap is still on" in refusals[0]
-        assert state(guest)["takeovers"] >= 1
+        assert state(guest)["takeovers"] == 2
         assert len(swaps(guest)) == 1
 
         assert "no swap any more" in zcache_in(guest, "down")
@@ -123,22 +120,18 @@ def test_up_a_workload_with_kills_and_down(rng: random.Random) -> None:
 
 @pytest.mark.timeout(300)
 def test_up_and_down_are_cut_off_after_every_step(guest: Guest) -> None:
-    for step in UP_STEPS:
-        crash(guest, step, "up", *SETTINGS)
+    """Either command goes on from wherever either was killed."""
+    for up_step, down_step in zip_longest(UP_STEPS, DOWN_STEPS, fillvalue=DOWN_STEPS[0]):
+        crash(guest, up_step, "up", *SETTINGS)
+        zcache_in(guest, "down")
+        assert all_gone(guest), up_step
+        crash(guest, up_step, "up", *SETTINGS)
         zcache_in(guest, "up", *SETTINGS)
         assert len(swaps(guest)) == 1
         assert serve_state(guest)["phase"] == "serving"
+        crash(guest, down_step, "down")
         zcache_in(guest, "down")
-        assert all_gone(guest), step
-    for step in DOWN_STEPS:
-        zcache_in(guest, "up", *SETTINGS)
-        crash(guest, step, "down")
-        zcache_in(guest, "down")
-        assert all_gone(guest), step
-    for step in UP_STEPS:
-        crash(guest, step, "up", *SETTINGS)
-        zcache_in(guest, "down")
-        assert all_gone(guest), step
+        assert all_gone(guest), down_step
     assert trouble(guest.log, expected=["nbd"]) == []
 
 
