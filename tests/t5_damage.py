@@ -8,6 +8,7 @@ EIO for exactly those, everything else right, go on storing, and end without a l
     flipped                          what it costs
     an entry (1 to 3 bits)           that page, known at the takeover: lost_pages
     a blob, or its header            that page, found by the read: corrupt_loads
+    an ephemeral page's blob         nothing: the copy below is read (mended_loads)
     a header's lower place or check  nothing; an ephemeral page is then in RAM only
     room that no entry points to, counters, owner, reserved versions, generations   nothing
     geometry, device table           the file is refused, with a sentence
@@ -36,7 +37,8 @@ from zcache_core.store import Store
 
 PAGES = 500
 HEADER_BYTES = 24
-IN_RAM = (2, 3)
+EPHEMERAL = 3
+IN_RAM = (2, EPHEMERAL)
 DISK_BYTES = 16 << 20
 # Superblock words without a checksum whose damage must cost nothing (docs/memory-format.md).
 UNCOVERED = {
@@ -77,6 +79,7 @@ class Damage:
         self.memory, self.rng = memory, rng
         self.lost: set[int] = set()  # known by the entry alone
         self.corrupt: set[int] = set()  # found by reading
+        self.mended: set[int] = set()  # found by reading, and whole below
         self.offsets = memory.offsets()
         self.entries = [self._entry(page) for page in range(PAGES)]
 
@@ -110,7 +113,7 @@ class Damage:
         first = 0 if entry.length == PAGE else HEADER_BYTES
         bit = self.rng.randrange(entry.length * 8)
         self.flip_bit(self.offsets["arena"] + entry.where + first, bit)
-        self.corrupt.add(page)
+        (self.mended if entry.state == EPHEMERAL else self.corrupt).add(page)
 
     def header(self, page: int) -> None:
         """One bit of 24 bytes; that of the lower place and of the check bits cost nothing."""
@@ -120,7 +123,9 @@ class Damage:
             at = self.offsets["frame_headers"] + entry.where // PAGE * HEADER_BYTES
         bit = self.rng.randrange(HEADER_BYTES * 8)
         self.flip_bit(at, bit)
-        if not (4 <= bit < 12 or bit >= 128 + 16):
+        if 64 <= bit < 96 and entry.state == EPHEMERAL:
+            self.mended.add(page)  # the checksum: what says where it also is, is whole
+        elif not (4 <= bit < 12 or bit >= 128 + 16):
             self.corrupt.add(page)
 
     def free_room(self) -> None:
@@ -217,6 +222,7 @@ def test_damage_over_a_disk(small: str, tmp_path: Path, rng: random.Random) -> N
     cold = Cold(memory, fd, DISK_BYTES, 70, 50)
     content = rewrite(cold.store, rng)
     hit_states: dict[str, int] = {}
+    mended = 0
     for _ in range(5):
         cold.settle()
         states = {page: cold.state(page) for page in range(PAGES)}
@@ -225,13 +231,15 @@ def test_damage_over_a_disk(small: str, tmp_path: Path, rng: random.Random) -> N
         memory.close()
         done = damage(small, rng, rng.randint(10, 60))
         hit = done.lost | done.corrupt
-        for page in hit:
+        for page in hit | done.mended:
             hit_states[states[page]] = hit_states.get(states[page], 0) + 1
         memory = MemoryFile.open(small)
         cold = Cold(memory, fd, DISK_BYTES, 100, 99)
         cold.store.wait_ready()
         assert_only(cold.store, content, hit)
-        assert cold.counters()["lost_pages"] == len(done.lost)
+        now = cold.counters()
+        mended += len(done.mended)
+        assert (now["lost_pages"], now["mended_loads"]) == (len(done.lost), mended)
         cold.cooling.drain()
         wait_for_ram(cold, 2 * len(done.corrupt))  # each may keep its frame, and a neighbour in it
         cold.cooling.drain(False)
@@ -252,6 +260,7 @@ def test_damage_over_a_disk(small: str, tmp_path: Path, rng: random.Random) -> N
     os.close(fd)
     print(f"states of the pages that were hit: {hit_states}")
     assert min(hit_states[state] for state in ("ram", "ephemeral", "disk")) > 3
+    assert mended > 3
 
 
 def test_many_damaged_frames_do_not_hold_the_thread(
