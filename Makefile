@@ -7,7 +7,7 @@
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: setup run test lint soak demo bench reference clean help \
+.PHONY: setup run test lint soak demo bench reference install uninstall deb clean help \
         run-packages packages bench-packages prometheus venv core strict-core
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 
@@ -27,6 +27,9 @@ BENCH_PACKAGES := fio nodejs redis-tools
 SIZE ?= 4G
 POOL ?= 20%
 OPTIONS ?=
+# make install PREFIX=/usr DESTDIR=/tmp/package
+PREFIX ?= /usr/local
+DESTDIR ?=
 # make test TESTS="tests/t1_arena.py -k frames"
 TESTS ?= tests
 # Bounds a hang that a single test's own limit cannot end.
@@ -56,6 +59,15 @@ bench: setup bench-packages ## measure side by side with other systems; table, J
 
 reference: setup ## write the reference and man pages anew, from the code
 	$(PYTHON) -m plugin.writepages
+
+install: run-packages venv core ## install below PREFIX=/usr/local (DESTDIR= for packagers), with systemd units
+	@DESTDIR='$(DESTDIR)' PREFIX='$(PREFIX)' deploy/install.sh install
+
+uninstall: ## take away what install put there; /etc/zcache stays
+	@DESTDIR='$(DESTDIR)' PREFIX='$(PREFIX)' deploy/install.sh uninstall
+
+deb: run-packages venv core ## make a Debian package in build/
+	@deploy/deb.sh
 
 clean: ## remove everything that setup and tests made, but no Debian package
 	rm -rf .venv build .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -41,7 +41,7 @@ from typing import Any
 
 import zcache_core
 from cluster.link import BlockingClient
-from plugin import attachcli, drain, fitness, serve, show, watching
+from plugin import attachcli, drain, fitness, fitswap, serve, show, watching
 from plugin.instance import DEFAULT_NAME, Instance
 from zcache_core.errors import ControlError, ZcacheError
 
@@ -175,7 +175,7 @@ def _drain(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> int:
-    found = [look() for look in fitness.LOOKS]
+    found = [look() for look in (*fitness.LOOKS, *fitswap.LOOKS)]
     if all(f.level == fitness.OK for f in found if f.subject == "compiled core"):
         found += fitness.remove_leftovers() if args.remove_leftovers else fitness.leftover_memory()
     rows = []

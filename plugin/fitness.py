@@ -13,6 +13,7 @@ import os
 import resource
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -53,6 +54,14 @@ def nbdkit_present() -> Finding:
     if done.returncode != 0 or "python_version" not in fields:
         return Finding(TODO, "nbdkit", "has no python plugin", "apt install nbdkit-plugin-python")
     python = fields["python_version"]
+    ours = f"{sys.version_info.major}.{sys.version_info.minor}"
+    if python.split(".")[:2] != ours.split("."):
+        return Finding(
+            TODO,
+            "nbdkit",
+            f"embeds Python {python}, the core is built for {ours}",
+            "use Debian's nbdkit and /usr/bin/python3: 'make clean', then 'make setup'",
+        )
     return Finding(OK, "nbdkit", f"{fields.get('version', '?')} with Python {python}")
 
 
@@ -70,23 +79,35 @@ def lockable_memory() -> Finding:
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     if soft == resource.RLIM_INFINITY or soft >= LOCK_BYTES_MIN:
         what = "no limit" if soft == resource.RLIM_INFINITY else f"{soft >> 20} MiB"
-        return Finding(NOTE, "memory lock", what, "the pool counts too: run the server as root")
+        return Finding(
+            NOTE, "memory lock", what, f"the pool counts too: {grant('CAP_IPC_LOCK', 'the server')}"
+        )
     return Finding(
         TODO,
         "memory lock",
         f"only {soft >> 10} KiB may be locked, the server would be swapped onto itself",
-        "run the server as root, or raise LimitMEMLOCK= (ulimit -l)",
+        f"raise LimitMEMLOCK= (ulimit -l), or {grant('CAP_IPC_LOCK', 'the server')}",
     )
 
 
 def capabilities() -> Finding:
-    missing = [f"{name} ({what})" for name, (bit, what) in CAPABILITIES.items()
-               if not has_capability(bit)]  # fmt: skip
+    missing = [name for name, (bit, _) in CAPABILITIES.items() if not has_capability(bit)]
     if missing:
+        what = ", ".join(f"{name} ({CAPABILITIES[name][1]})" for name in missing)
         return Finding(
-            TODO, "capabilities", f"without {', '.join(missing)}", "run the server as root"
+            TODO, "capabilities", f"without {what}", grant(", ".join(missing), "the server")
         )
     return Finding(OK, "capabilities", "all that the server wants")
+
+
+def grant(names: str, what: str) -> str:
+    """What to do about missing capabilities: root without them is root in a container."""
+    if os.geteuid() != 0:
+        return f"run {what} as root, or grant {names}"
+    return (
+        f"root lacks {names} here (a container, or a unit's CapabilityBoundingSet=): grant it "
+        f"there (docker: --cap-add), or run {what} outside"
+    )
 
 
 def nbd_module() -> Finding:
@@ -109,14 +130,6 @@ def nbd_client_present() -> Finding:
     if shutil.which("nbd-client", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"):
         return Finding(OK, "nbd-client", "installed")
     return Finding(TODO, "nbd-client", "not installed", "apt install nbd-client")
-
-
-def may_swapon() -> Finding:
-    if has_capability(CAP_SYS_ADMIN):
-        return Finding(OK, "swapon", "permitted")
-    return Finding(
-        NOTE, "swapon", "not permitted to this user", "run swapon and nbd-client as root"
-    )
 
 
 def pressure_information() -> Finding:
@@ -185,7 +198,6 @@ LOOKS: tuple[Callable[[], Finding], ...] = (
     core_built,
     nbd_module,
     nbd_client_present,
-    may_swapon,
     lockable_memory,
     capabilities,
     pressure_information,

@@ -43,7 +43,7 @@ FLOORS = {
         "nbdnetlink swaparea upfile rates terminal reach counterfiles recording",
         8: "control drain supervisor serve mender attach swapping topview top statsfs record "
         "plot doctor watching",
-        9: "zcache_plugin attachcli reference cli writepages",
+        9: "zcache_plugin attachcli reference fitswap cli writepages",
     },
 }
 PACKAGES = list(FLOORS)

@@ -11,15 +11,16 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
 import zcache_core
-from plugin import cli, fitness, show
+from plugin import cli, fitness, fitswap, show, swaparea
 from tests.plugin_helpers import ROOT, Server, environment, node_processes, segments, wait_for
 from zcache_core import memfile
 from zcache_core.counters import COUNTERS
-from zcache_core.errors import ControlError
+from zcache_core.errors import AttachError, ControlError
 
 PAGE = 4096
 
@@ -148,7 +149,8 @@ def test_check_tells_what_to_do(tmp_path: Path) -> None:
     assert code == (cli.UNFIT if "todo:" in out else 0)
     for subject in (
         "nbdkit", "compiled core", "kernel nbd", "nbd-client", "swapon", "memory lock",
-        "capabilities", "pressure (PSI)", "reclaim settings",
+        "capabilities", "pressure (PSI)", "reclaim settings", "nbd netlink", "disk space",
+        "other swap",
     ):  # fmt: skip
         assert f"\n{subject} " in f"\n{out}"
     lines = out.splitlines()
@@ -169,6 +171,64 @@ def test_check_of_an_unfit_machine(monkeypatch: pytest.MonkeyPatch) -> None:
         assert found[look].level == fitness.TODO
         assert found[look].do
     assert "apt install nbdkit" in found[fitness.nbdkit_present].do
+
+
+def test_root_is_not_told_to_be_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A root that lacks a capability is one in a container: other advice than for a user."""
+    monkeypatch.setattr(fitness, "has_capability", lambda bit: bit != 24)
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    found = fitness.capabilities()
+    assert found.what == "without CAP_SYS_RESOURCE (the OOM exemption and PR_SET_IO_FLUSHER)"
+    assert "as root" not in found.do
+    assert "root lacks CAP_SYS_RESOURCE" in found.do
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert fitness.capabilities().do == "run the server as root, or grant CAP_SYS_RESOURCE"
+
+
+def test_another_python_in_nbdkit(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = subprocess.CompletedProcess([], 0, "version=1.32.5\npython_version=3.99.1\n", "")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: answer)
+    monkeypatch.setattr(shutil, "which", lambda *_, **__: "/usr/bin/nbdkit")
+    found = fitness.nbdkit_present()
+    assert found.level == fitness.TODO
+    assert "embeds Python 3.99.1" in found.what
+
+
+@pytest.mark.parametrize(
+    ("swaps", "zswap", "level", "says"),
+    [
+        ("", "N", fitness.OK, "none"),
+        ("/dev/sda2 partition 8 0 -2", "N", fitness.OK, "/dev/sda2, after zcache"),
+        ("/dev/zram0 partition 8 0 200", "N", fitness.NOTE, "--priority 201"),
+        ("/dev/nbd0 partition 8 0 100", "N", fitness.OK, "none"),
+        ("", "Y", fitness.NOTE, "compressed twice"),
+    ],
+)
+def test_other_swap(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, swaps: str, zswap: str, level: str, says: str
+) -> None:
+    (tmp_path / "swaps").write_text(f"Filename Type Size Used Priority\n{swaps}\n".rstrip() + "\n")
+    (tmp_path / "zswap").write_text(f"{zswap}\n")
+    monkeypatch.setattr(swaparea, "SWAPS", tmp_path / "swaps")
+    monkeypatch.setattr(fitswap, "ZSWAP", tmp_path / "zswap")
+    found = fitswap.other_swap()
+    assert found.level == level
+    assert says in found.what + found.do
+
+
+def test_netlink_family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked only where the module is there; what the kernel says is told."""
+    monkeypatch.setattr(fitswap, "MODULE", tmp_path / "nbd")
+    assert fitswap.netlink_family().level == fitness.NOTE
+    (tmp_path / "nbd").mkdir()
+
+    def refuse() -> NoReturn:
+        raise AttachError("no interface")
+
+    monkeypatch.setattr("plugin.nbdnetlink.family", refuse)
+    found = fitswap.netlink_family()
+    assert (found.level, found.what) == (fitness.TODO, "no interface")
+    assert found.do
 
 
 def test_leftovers_of_killed_servers(

@@ -1,0 +1,85 @@
+"""Looks of `zcache check` at what swapping needs beside the server.
+
+As in `fitness`: one small look at one thing each, nothing is changed; not even the nbd
+module is loaded, so its netlink family can be asked for only where it is loaded.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from plugin import swaparea
+from plugin.attachcli import SWAP_PRIORITY
+from plugin.fitness import CAP_SYS_ADMIN, NOTE, OK, TODO, Finding, grant, has_capability
+from zcache_core.errors import AttachError
+
+MODULE = Path("/sys/module/nbd")
+ZSWAP = Path("/sys/module/zswap/parameters/enabled")
+DISK_FOLDER = "/var/lib"  # where the documents put `disk=`
+DISK_BYTES_MIN = 1 << 30
+
+
+def netlink_family() -> Finding:
+    """What `attach` speaks with the kernel; without it a dead server cannot be replaced."""
+    subject = "nbd netlink"
+    if not MODULE.exists():
+        return Finding(NOTE, subject, "unknown: nbd is not loaded", "modprobe nbd; check again")
+    from plugin import nbdnetlink  # pyroute2 takes a third of a second
+
+    try:
+        found = nbdnetlink.family()
+    except (AttachError, OSError) as error:
+        return Finding(TODO, subject, str(error), "use kernel 4.12 or later, in no container")
+    return Finding(OK, subject, f"family {found.family}")
+
+
+def may_swapon() -> Finding:
+    if has_capability(CAP_SYS_ADMIN):
+        return Finding(OK, "swapon", "permitted")
+    return Finding(
+        NOTE, "swapon", "not permitted here", grant("CAP_SYS_ADMIN", "zcache up, attach and swapon")
+    )
+
+
+def disk_space() -> Finding:
+    """Only told: a disk tier is a choice."""
+    try:
+        free = shutil.disk_usage(DISK_FOLDER).free
+    except OSError as error:
+        return Finding(NOTE, "disk space", f"{DISK_FOLDER}: {error.strerror}", "name another disk=")
+    what = f"{free >> 20} MiB free in {DISK_FOLDER}"
+    if free < DISK_BYTES_MIN:
+        return Finding(
+            NOTE, "disk space", what, "for disk= choose a place with 1.05 times size= and 16 MiB"
+        )
+    return Finding(OK, "disk space", what)
+
+
+def other_swap() -> Finding:
+    """Who is used first, and what compresses twice."""
+    subject = "other swap"
+    try:
+        areas = [area for area in swaparea.areas() if not area.path.startswith("/dev/nbd")]
+        zswap = ZSWAP.exists() and ZSWAP.read_text().strip() == "Y"
+    except OSError as error:
+        return Finding(NOTE, subject, f"cannot be seen ({error.strerror})", "look with 'swapon'")
+    if zswap:
+        return Finding(
+            NOTE, subject, "zswap is on: every page would be compressed twice", f"echo 0 >{ZSWAP}"
+        )
+    first = [area for area in areas if area.priority >= SWAP_PRIORITY]
+    if first:
+        return Finding(
+            NOTE,
+            subject,
+            f"{first[0].path} (priority {first[0].priority}) is filled before zcache",
+            f"zcache up --priority {min(32767, max(area.priority for area in first) + 1)}, "
+            f"unless you want it so",
+        )
+    if areas:
+        return Finding(OK, subject, f"{', '.join(area.path for area in areas)}, after zcache")
+    return Finding(OK, subject, "none: pages that a full pool refuses stay in RAM")
+
+
+LOOKS = (netlink_family, may_swapon, disk_space, other_swap)
