@@ -240,7 +240,8 @@ def test_a_long_failure_is_waited_for_once(tmp_path: Path, rng: random.Random) -
 def test_page_overwritten_while_it_is_promoted(tmp_path: Path, rng: random.Random) -> None:
     """The RAM copy that nobody needs any more is given back, or it would be lost room."""
     with cold_store(tmp_path, 1000 * PAGE, 4 * MIB, 16 * MIB) as cold:
-        model = fill(cold, rng, 40)
+        model = fill(cold, rng, 80)
+        pages = range(0, 80, 10)  # in no order that is read ahead
         cold.drain()
         assert_holds(cold, model)  # once: the next read earns a RAM copy
         cold.faulty.set(get_delay_us=300_000)
@@ -249,12 +250,12 @@ def test_page_overwritten_while_it_is_promoted(tmp_path: Path, rng: random.Rando
         def read(page: int) -> None:
             found[page] = cold.store.get(page)
 
-        readers = [threading.Thread(target=read, args=(page,)) for page in range(8)]
+        readers = [threading.Thread(target=read, args=(page,)) for page in pages]
         loads = cold.counters()["cold_loads"]
         for reader in readers:
             reader.start()
         wait_for(lambda: cold.counters()["cold_loads"] == loads + 8)
-        for page in range(4):
+        for page in pages[:4]:
             model[page] = noise(rng)
             cold.store.put(page, model[page])
         for reader in readers:
@@ -263,7 +264,7 @@ def test_page_overwritten_while_it_is_promoted(tmp_path: Path, rng: random.Rando
         stats = cold.counters()
         assert stats["promoted_pages"] == 4
         assert stats["read_retries"] >= 4
-        assert found == {page: model[page] for page in range(8)}
+        assert found == {page: model[page] for page in pages}
         cold.assert_sound()
         cold.store.invalidate(0, 1000)
         stats = cold.counters()
