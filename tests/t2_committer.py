@@ -109,13 +109,13 @@ def test_no_memory_is_asked_for_that_the_system_does_not_have(
     assert len(take_all(probe)) == RESERVE, "what was there at the start, and no more"
     assert count(memory, "commit_pauses") > 0
     assert count(memory, "commit_failures") == 0
-    for free, other_free in [(1000, 0), (1062, 0), (1079, 0), (1062, 5106), (0, 5100)]:
+    for free, other_free in [(1000, 0), (1125, 0), (1141, 0), (1125, 5111), (0, 5100)]:
         system.has(free, other_free)
         looked_again(memory)
         assert probe.committed_frames == RESERVE, (free, other_free)
-    system.has(free=1062 + 18)  # min, a sixteenth of it for others, 16 frames and their headers
+    system.has(free=1125 + 18)  # min, an eighth of it for others, 16 frames and their headers
     wait_for("it", lambda: probe.committed_frames > RESERVE)
-    system.has(free=0, other_free=5000 + 106 + 18)  # beyond what is protected from us
+    system.has(free=0, other_free=5000 + 112 + 18)  # beyond what is protected from us
     wait_for("it", lambda: probe.free_frames == RESERVE)
     assert len(take_all(probe)) == FRAMES - RESERVE, "then all of the pool"
 

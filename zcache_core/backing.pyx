@@ -84,7 +84,7 @@ cdef bint backing_may(Backing *b, uint64_t bytes) noexcept nogil:
     """Whether so much can be taken now without reclaim."""
     if b.short:
         sched_yield()           # a request that has come meanwhile
-    return headroom_bytes(&b.headroom, bytes, b.short and b.policy != SCHED_OTHER) >= bytes
+    return headroom_bytes(&b.headroom, bytes) >= bytes
 
 
 cdef void backing_round_ends(Backing *b) noexcept nogil:

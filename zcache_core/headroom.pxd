@@ -14,4 +14,4 @@ ctypedef struct Headroom:
 cdef void headroom_open(Headroom *h, const char *zoneinfo) noexcept nogil
 cdef void headroom_close(Headroom *h) noexcept nogil
 cdef bint headroom_is_plenty(Headroom *h, uint64_t bytes) noexcept nogil
-cdef uint64_t headroom_bytes(Headroom *h, uint64_t enough_bytes, bint realtime) noexcept nogil
+cdef uint64_t headroom_bytes(Headroom *h, uint64_t enough_bytes) noexcept nogil

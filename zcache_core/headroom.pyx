@@ -4,16 +4,14 @@ On a machine that swaps onto us, an allocation that has to wait for reclaim may 
 for a swap write that only we can complete.  Whoever allocates while serving asks here
 first:
 
-    a zone    0 ... 3/4 min ... min ..... low ..... high ............ free
-              | kernel's |      |<----------- may be taken ----------->|
-              |   own    |<-------- may be taken, real-time ---------->|
+    a zone    0 ..... min ..... low ..... high ............ free
+              | kernel's own |<------- may be taken ------->|
+              | + what is kept from us for lower zones' users |
 
 The kernel gives a page without any wait from a zone whose free pages stay above its min
-watermark plus what it protects from allocations like ours, and to a real-time thread
-down to three quarters of min (mm/page_alloc.c, Linux 6.1: __zone_watermark_ok; later ones
-go deeper).  That quarter decides: whoever makes a machine swap takes all it gets down to
-min, and a pool that may only have what is left above it never grows (a guest of 256 MiB,
-300 MiB of real pages: writes refused for minutes).
+watermark plus what it protects from allocations like ours (mm/page_alloc.c, Linux 6.1:
+__zone_watermark_ok).  It would let a real-time thread go a quarter of min deeper, but
+that is what the sockets of swap itself live on: tried, and two guests stood still.
 The sum over zones of what is above that can be taken.  With far more free than all
 watermarks together, sysinfo(2) alone says so, in 0.3 us; /proc/zoneinfo takes 50 us.
 
@@ -46,8 +44,7 @@ cdef extern from "<sys/sysinfo.h>" nogil:
 cdef enum:
     LOOK_AGAIN_US = 1000000     # the watermarks are settings, and may be changed
     PLENTY = 2                  # times the high watermark: as much as others take in a few time slices
-    MARGIN_SHARE = 16           # of min: for what others take meanwhile, and counts that lag
-    DEEPER_SHARE = 4            # of min: open to real-time threads besides
+    MARGIN_SHARE = 8           # of min: for what others take meanwhile, and counts that lag
 
 
 ctypedef struct Zone:
@@ -59,7 +56,6 @@ ctypedef struct Zones:
     uint64_t usable             # pages above all that is not ours
     uint64_t plenty             # free pages with which no zone can be short
     uint64_t zones
-    bint realtime
 
 
 # ---- reading /proc/zoneinfo ---------------------------------------------------------------
@@ -73,8 +69,6 @@ cdef inline const char *after(const char *line, const char *word) noexcept nogil
 
 cdef void zone_ends(Zones *sum, Zone *zone) noexcept nogil:
     cdef uint64_t kept = zone.min + zone.min // MARGIN_SHARE + zone.protection
-    if sum.realtime:
-        kept -= zone.min // DEEPER_SHARE
     if zone.known:
         sum.zones += 1
         sum.usable += zone.free - kept if zone.free > kept else 0
@@ -108,7 +102,7 @@ cdef void hear_line(Zones *sum, Zone *zone, const char *line) noexcept nogil:
         zone.protection = largest_number(rest)
 
 
-cdef bint read_zones(Headroom *h, Zones *sum, bint realtime) noexcept nogil:
+cdef bint read_zones(Headroom *h, Zones *sum) noexcept nogil:
     """Sum the zones up; False when the file cannot be read."""
     cdef Zone zone
     cdef ssize_t n
@@ -117,7 +111,6 @@ cdef bint read_zones(Headroom *h, Zones *sum, bint realtime) noexcept nogil:
     cdef char *line
     cdef char *end
     memset(sum, 0, sizeof(Zones))
-    sum.realtime = realtime
     memset(&zone, 0, sizeof(Zone))
     while True:
         n = pread(h.fd, h.text + kept, ZONE_TEXT_BYTES - 1 - kept, at)
@@ -149,7 +142,7 @@ cdef void headroom_open(Headroom *h, const char *zoneinfo) noexcept nogil:
     """
     memset(h, 0, sizeof(Headroom))
     h.fd = open(zoneinfo, O_RDONLY | O_CLOEXEC)
-    headroom_bytes(h, 0, False)
+    headroom_bytes(h, 0)
 
 
 cdef void headroom_close(Headroom *h) noexcept nogil:
@@ -168,13 +161,10 @@ cdef bint headroom_is_plenty(Headroom *h, uint64_t bytes) noexcept nogil:
     return <uint64_t>now.freeram * now.mem_unit > h.plenty_bytes + bytes
 
 
-cdef uint64_t headroom_bytes(Headroom *h, uint64_t enough_bytes, bint realtime) noexcept nogil:
-    """Bytes that can be taken now without reclaim; of plenty, `enough_bytes`.
-
-    `realtime`: by a thread of such a class.
-    """
+cdef uint64_t headroom_bytes(Headroom *h, uint64_t enough_bytes) noexcept nogil:
+    """Bytes that can be taken now without reclaim; of plenty, `enough_bytes`."""
     cdef Zones sum
-    if headroom_is_plenty(h, enough_bytes) or not read_zones(h, &sum, realtime):
+    if headroom_is_plenty(h, enough_bytes) or not read_zones(h, &sum):
         return enough_bytes
     h.plenty_bytes = sum.plenty * PAGE_BYTES
     h.looked_us = now_us()
