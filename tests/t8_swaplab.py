@@ -302,8 +302,8 @@ def test_a_guest_survives_its_own_full_pool_for_long(run: int) -> None:
 def test_a_guest_survives_what_fits_nowhere(commit: str) -> None:
     """300 MiB of random bytes, with a pool in the guest's own memory: there is no room at all.
 
-    With commit=ahead the pool would have to grow when there is no memory: two of five guests stood
-    still before the committer looked at what is left.
+    With commit=ahead the pool would have to grow when there is no memory: one run of five
+    did not end before the committer looked at what is left.
     The kernel does not give up for minutes (it writes again what was refused).  PID 1 answers all
     the while, and once the hog is killed, everything is as before.
     """
