@@ -74,7 +74,9 @@ cat <<END
 
 zcache serves a swap device of $((size / 1048576)) MiB on $socket
 
-  Swap onto it ($looking):
+  Swap onto it ($looking; if this machine itself is short of memory,
+  serve with OPTIONS="commit=all"):
+      sysctl -w vm.watermark_boost_factor=0 vm.min_free_kbytes=16384
       modprobe nbd
       nbd-client -unix $socket /dev/nbd0 -b 4096 -swap
       mkswap /dev/nbd0

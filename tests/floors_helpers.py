@@ -23,7 +23,7 @@ from typing import NamedTuple
 FLOORS = {
     "zcache_core": {
         0: "native pthread layout counter_ids errors counters commands owner process",
-        1: "memfile arena samefill slots codec crypt crew",
+        1: "memfile headroom backing arena committer samefill slots codec crypt crew",
         2: "allocator zbud z3fold zsmalloc index",
         3: "cold core ramtier cooling takeover store probe",
         5: "diskfile diskobject quota disk diskrun orders ahead below fullness eviction cooler "

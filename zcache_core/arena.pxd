@@ -1,12 +1,14 @@
-"""C face of the arena: frames, their table, and the thread that commits ahead."""
+"""C face of the arena: frames, their table, who takes and gives them."""
 
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
+from zcache_core.backing cimport Backing
 from zcache_core.layout cimport BlobHeader
 from zcache_core.pthread cimport pthread_cond_t, pthread_mutex_t, pthread_t
 
 cdef enum:
     NO_FRAME = 0xFFFFFFFF
+    BATCH = 256                 # frames committed or punched under one round: 1 MiB
 
 cdef enum FrameState:
     FRAME_UNCOMMITTED = 0       # no memory behind it
@@ -44,29 +46,34 @@ ctypedef struct Arena:
     uint32_t committed
     uint32_t moving             # of them, being committed or punched at this moment
     bint stopping
-    bint failing                # the last commit failed
+    bint failing                # no memory is to be had: who needs some is refused at once
+    int64_t short_since_us      # memory is short: nothing was committed since; 0: it is not
+    int64_t punch_after_us      # the kernel refused to take memory back: try again then
     bint held                   # a taken-over file: nothing is known to be free yet
     bint keep_all               # commit=all: the reserve is the whole pool
     bint squeezed               # memory is short: give back what is not in use
     uint32_t over_waiting       # takers that may take the pool above its target
     uint64_t *cells             # counter shard, written under `lock`
+    Backing backing             # the committer's own
+    const char *zoneinfo        # where it learns how much memory is left
     pthread_t thread
     bint running
     void (*quiesce)(void *) noexcept nogil
     void *quiesce_argument
 
 cdef int arena_init(Arena *arena, uint8_t *base, BlobHeader *headers, uint32_t total, uint64_t *cells) noexcept nogil
-cdef void arena_free(Arena *arena) noexcept nogil
-cdef int arena_start(Arena *arena) noexcept nogil
-cdef void arena_stop(Arena *arena) noexcept nogil
-cdef int arena_commit_now(Arena *arena, uint32_t frames) noexcept nogil
 cdef uint32_t arena_take(Arena *arena) noexcept nogil
 cdef bint arena_wait(Arena *arena, int64_t deadline_us, bint over) noexcept nogil
 cdef void arena_give(Arena *arena, uint32_t frame) noexcept nogil
-cdef void arena_adopt(Arena *arena) noexcept nogil
 cdef bint arena_set_goal(Arena *arena, uint32_t frames, bint can_move) noexcept nogil
 cdef void arena_keep_all(Arena *arena) noexcept nogil
 cdef void arena_squeeze(Arena *arena, uint32_t target, bint squeezed) noexcept nogil
+
+# for the committer; `lock` held
+cdef void publish(Arena *arena) noexcept nogil
+cdef uint32_t wanted(Arena *arena) noexcept nogil
+cdef uint32_t surplus(Arena *arena) noexcept nogil
+cdef void push_free(Arena *arena, uint32_t frame) noexcept nogil
 
 cdef inline uint8_t *frame_address(Arena *arena, uint32_t frame) noexcept nogil:
     return arena.base + (<uint64_t>frame << 12)

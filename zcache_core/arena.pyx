@@ -6,15 +6,15 @@
 
 A serving thread must never take a page fault: on a machine that swaps onto us the
 fault may have to wait for a swap write that only we can complete.  So one
-background thread keeps `reserve` frames committed (MADV_POPULATE_WRITE fills the
-page tables too) and gives memory back in batches when far more is free:
+background thread keeps `reserve` frames committed (backing.pyx), as long as that needs
+no reclaim, and gives memory back in batches when far more is free:
 
     taken off the free list -> every request inside now has left (quiesce)
       -> punched (MADV_REMOVE) -> back as uncommitted
 
 A taker that finds the reserve empty below the limit waits for the thread, bounded
 by the caller's deadline (arena_wait); at the limit, or while the kernel gives no
-memory, it is refused at once.
+memory or has had too little for 0.1 s, it is refused at once.
 
     0 ........ target .......... goal ......... limit ........ total
       ahead of use | only for a taker that says so | shrinking: given back as it is freed
@@ -32,73 +32,36 @@ Lock: `lock` guards lists, counts and flags.  It is a leaf: an allocator may hol
 its own lock when it takes or gives a frame; nothing is taken under this one.
 """
 
-from libc.errno cimport EAGAIN, EINVAL, ENOMEM, errno
+from libc.errno cimport ENOMEM
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
-from libc.stdlib cimport qsort
 from libc.string cimport memset
 from posix.mman cimport (
-    MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, PROT_READ, PROT_WRITE, mmap, munmap,
+    MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, PROT_READ, PROT_WRITE, mmap,
 )
 from posix.time cimport timespec
 
 from zcache_core.counter_ids cimport (
-    C_COMMIT_FAILURES, C_COMMITTED_FRAMES, C_COMMITTED_FRAMES_MAX, C_FREE_FRAMES,
-    C_POOL_LIMIT_FRAMES, C_POOL_SET_FRAMES, C_POOL_TARGET_FRAMES, C_PUNCHED_FRAMES,
+    C_COMMITTED_FRAMES, C_COMMITTED_FRAMES_MAX, C_FREE_FRAMES,
+    C_POOL_LIMIT_FRAMES, C_POOL_SET_FRAMES, C_POOL_TARGET_FRAMES,
 )
-from zcache_core.layout cimport HEADER_BYTES, PAGE_BYTES, PAGE_SHIFT, BlobHeader
+from zcache_core.layout cimport BlobHeader
 from zcache_core.pthread cimport (
-    at_us, cond_init, lock_init, now_us, pthread_cond_broadcast, pthread_cond_signal,
-    pthread_cond_timedwait, pthread_cond_wait, pthread_join, lock_take,
-    pthread_mutex_unlock, thread_start,
+    at_us, cond_init, lock_init, lock_take, pthread_cond_broadcast, pthread_cond_signal,
+    pthread_cond_timedwait, pthread_mutex_unlock,
 )
-
-cdef extern from *:
-    """
-    #ifndef MADV_POPULATE_WRITE
-    #define MADV_POPULATE_WRITE 23      /* Linux 5.14 */
-    #endif
-    static void zc_touch(volatile unsigned char *p) { __atomic_fetch_or(p, 0, __ATOMIC_RELAXED); }
-    """
-    void zc_touch(uint8_t *p) nogil
 
 cdef extern from "<sys/mman.h>" nogil:
-    enum: MADV_REMOVE, MADV_POPULATE_WRITE, MAP_POPULATE
-    int madvise(void *addr, size_t length, int advice)
+    enum: MAP_POPULATE
 
 cdef enum:
-    BATCH = 256                 # frames committed or punched under one round: 1 MiB
     # 1/64 of the pool: at 160 MB/s of compressed data coming in, 2 GiB has 0.2 s of reserve
     RESERVE_SHARE = 64
     RESERVE_LEAST = 1024        # 4 MiB
     RESERVE_MOST = 16384        # 64 MiB
-    RETRY_US = 100000           # after the kernel refused memory
     OVER_BATCH = 64             # frames committed at once above the target: two requests of 128 KiB
     # Free frames left while memory is short: punching waits for every request inside, so
     # not for each frame; and a request of 128 KiB must not need the committer.
     SQUEEZE_SLACK = 64
-
-
-cdef int populate(uint8_t *start, uint64_t length_bytes) noexcept nogil:
-    """Back a range with memory, writable, in this process's page tables; 0 or an errno."""
-    cdef uint64_t at = 0
-    if madvise(start, length_bytes, MADV_POPULATE_WRITE) == 0:
-        return 0
-    if errno != EINVAL:
-        return errno
-    while at < length_bytes:
-        zc_touch(start + at)
-        at += PAGE_BYTES
-    return 0
-
-
-cdef int commit_range(Arena *arena, uint32_t first, uint32_t n) noexcept nogil:
-    """Back frames [first, first + n) and their headers with memory; 0 or an errno."""
-    cdef uint64_t head = <uint64_t>first * HEADER_BYTES // PAGE_BYTES * PAGE_BYTES
-    cdef uint64_t tail = (<uint64_t>(first + n) * HEADER_BYTES + PAGE_BYTES - 1) // PAGE_BYTES * PAGE_BYTES
-    cdef int error = populate(<uint8_t *>arena.headers + head, tail - head)
-    if error:
-        return error
-    return populate(frame_address(arena, first), <uint64_t>n << PAGE_SHIFT)
 
 
 cdef inline uint32_t reserve_for(uint32_t frames) noexcept nogil:
@@ -116,6 +79,7 @@ cdef int arena_init(Arena *arena, uint8_t *base, BlobHeader *headers, uint32_t t
     arena.free_head = NO_FRAME
     arena.bare_head = NO_FRAME
     arena.cells = cells
+    arena.zoneinfo = b"/proc/zoneinfo"
     arena.frames = <Frame *>mmap(
         NULL, <size_t>total * sizeof(Frame), PROT_READ | PROT_WRITE,
         MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0,
@@ -129,16 +93,9 @@ cdef int arena_init(Arena *arena, uint8_t *base, BlobHeader *headers, uint32_t t
     return 0
 
 
-cdef void arena_free(Arena *arena) noexcept nogil:
-    arena_stop(arena)
-    if arena.frames != NULL and <void *>arena.frames != MAP_FAILED:
-        munmap(arena.frames, <size_t>arena.total * sizeof(Frame))
-    arena.frames = NULL
-
-
 # ---- taking and giving, by allocators -------------------------------------------
 
-cdef inline void publish(Arena *arena) noexcept nogil:
+cdef void publish(Arena *arena) noexcept nogil:
     arena.limit = max(arena.goal, arena.committed)
     arena.cells[C_POOL_LIMIT_FRAMES] = arena.limit
     arena.cells[C_FREE_FRAMES] = arena.free_count
@@ -186,7 +143,7 @@ cdef uint32_t arena_take(Arena *arena) noexcept nogil:
         arena.cells[C_FREE_FRAMES] = arena.free_count
     # half empty: enough left while the thread wakes, and not a system call for each frame;
     # after a failure it wakes by itself, or each refused write would make the kernel look for memory
-    if arena.free_count * 2 < arena.reserve and arena.committed < arena.target and not arena.failing:
+    if arena.free_count * 2 < arena.reserve and arena.committed < arena.target and not arena.failing and not arena.short_since_us:
         pthread_cond_signal(&arena.work)
     pthread_mutex_unlock(&arena.lock)
     return frame
@@ -228,7 +185,8 @@ cdef bint arena_wait(Arena *arena, int64_t deadline_us, bint over) noexcept nogi
         if arena.committed >= (arena.goal if over else arena.target) and arena.moving == 0:
             break
         arena.over_waiting += over
-        pthread_cond_signal(&arena.work)
+        if not arena.short_since_us:    # else it looks again by itself
+            pthread_cond_signal(&arena.work)
         late = pthread_cond_timedwait(&arena.room, &arena.lock, &until) != 0
         arena.over_waiting -= over
         if late:
@@ -236,132 +194,6 @@ cdef bint arena_wait(Arena *arena, int64_t deadline_us, bint over) noexcept nogi
     again = arena.free_count > 0
     pthread_mutex_unlock(&arena.lock)
     return again
-
-
-# ---- the committer ----------------------------------------------------------------
-
-cdef uint32_t claim_bare(Arena *arena, uint32_t *batch, uint32_t most) noexcept nogil:
-    """Take up to `most` uncommitted frames off their lists; how many.  Lock held."""
-    cdef uint32_t n = 0
-    most = min(most, arena.goal - arena.committed) if arena.committed < arena.goal else 0
-    while n < most and arena.bare_head != NO_FRAME:
-        batch[n] = arena.bare_head
-        arena.bare_head = arena.frames[batch[n]].next
-        n += 1
-    while n < most and arena.bare_from < arena.total:
-        batch[n] = arena.bare_from
-        arena.bare_from += 1
-        n += 1
-    arena.committed += n            # claimed: nobody commits past the limit meanwhile
-    arena.moving += n
-    return n
-
-
-cdef int by_number(const void *a, const void *b) noexcept nogil:
-    cdef uint32_t x = (<const uint32_t *>a)[0]
-    cdef uint32_t y = (<const uint32_t *>b)[0]
-    return (x > y) - (x < y)
-
-
-cdef void return_bare(Arena *arena, const uint32_t *batch, uint32_t n) noexcept nogil:
-    """Frames without memory go on the uncommitted list.  Lock held."""
-    cdef uint32_t i
-    cdef Frame *f
-    for i in range(n):
-        f = &arena.frames[batch[n - 1 - i]]
-        f.state = FRAME_UNCOMMITTED
-        f.next = arena.bare_head
-        arena.bare_head = batch[n - 1 - i]
-    arena.committed -= n
-
-
-cdef bint commit_batch(Arena *arena, uint32_t most) noexcept nogil:
-    """One round of committing; False when the kernel refused.  Lock held, and dropped inside."""
-    cdef uint32_t batch[BATCH]
-    cdef uint32_t n, i, run
-    cdef uint32_t done = 0
-    cdef int error = 0
-    n = claim_bare(arena, batch, min(most, BATCH))
-    pthread_mutex_unlock(&arena.lock)
-    qsort(batch, n, sizeof(uint32_t), by_number)
-    while done < n and error == 0:
-        run = 1
-        while done + run < n and batch[done + run] == batch[done] + run:
-            run += 1
-        error = commit_range(arena, batch[done], run)
-        if error == 0:
-            done += run
-    lock_take(&arena.lock)
-    arena.moving -= n
-    for i in range(done):
-        push_free(arena, batch[done - 1 - i])
-    if done < n:
-        return_bare(arena, batch + done, n - done)
-        arena.cells[C_COMMIT_FAILURES] += 1
-    arena.failing = done < n
-    publish(arena)
-    pthread_cond_broadcast(&arena.room)
-    return done == n
-
-
-cdef void punch_batch(Arena *arena, uint32_t most) noexcept nogil:
-    """Give up to `most` free frames back, and up to one batch.  Lock held, and dropped inside."""
-    cdef uint32_t batch[BATCH]
-    cdef uint32_t n = 0
-    cdef uint32_t run
-    cdef uint32_t at = 0
-    while n < min(most, <uint32_t>BATCH) and arena.free_head != NO_FRAME:
-        batch[n] = arena.free_head
-        arena.free_head = arena.frames[batch[n]].next
-        arena.frames[batch[n]].state = FRAME_UNCOMMITTED
-        n += 1
-    arena.free_count -= n
-    arena.moving += n
-    pthread_mutex_unlock(&arena.lock)
-    if arena.quiesce != NULL:
-        arena.quiesce(arena.quiesce_argument)
-    qsort(batch, n, sizeof(uint32_t), by_number)
-    while at < n:
-        run = 1
-        while at + run < n and batch[at + run] == batch[at] + run:
-            run += 1
-        madvise(frame_address(arena, batch[at]), <size_t>run << PAGE_SHIFT, MADV_REMOVE)
-        at += run
-    lock_take(&arena.lock)
-    arena.moving -= n
-    return_bare(arena, batch, n)
-    arena.cells[C_PUNCHED_FRAMES] += n
-    publish(arena)
-    pthread_cond_broadcast(&arena.room)     # who waits may now ask for these to be committed
-
-
-cdef void *committer(void *argument) noexcept nogil:
-    cdef Arena *arena = <Arena *>argument
-    cdef timespec until
-    lock_take(&arena.lock)
-    while not arena.stopping:
-        if wanted(arena):
-            if not commit_batch(arena, wanted(arena)):
-                until = at_us(now_us() + RETRY_US)
-                pthread_cond_timedwait(&arena.work, &arena.lock, &until)
-        elif surplus(arena):
-            punch_batch(arena, surplus(arena))
-        else:
-            pthread_cond_wait(&arena.work, &arena.lock)
-    pthread_mutex_unlock(&arena.lock)
-    return NULL
-
-
-cdef int arena_commit_now(Arena *arena, uint32_t frames) noexcept nogil:
-    """Commit that many frames before returning; 0 or ENOMEM."""
-    cdef uint32_t goal
-    cdef bint good = True
-    lock_take(&arena.lock)
-    goal = min(arena.goal, arena.committed + frames)
-    while good and arena.committed < goal:
-        good = commit_batch(arena, goal - arena.committed)
-    pthread_mutex_unlock(&arena.lock)
-    return 0 if good else ENOMEM
 
 
 # ---- another limit, and memory pressure ---------------------------------------------
@@ -406,62 +238,4 @@ cdef void arena_squeeze(Arena *arena, uint32_t target, bint squeezed) noexcept n
     arena.cells[C_POOL_TARGET_FRAMES] = arena.target
     pthread_cond_signal(&arena.work)
     pthread_cond_broadcast(&arena.room)
-    pthread_mutex_unlock(&arena.lock)
-
-
-cdef int arena_start(Arena *arena) noexcept nogil:
-    """Start the committer; 0 or an errno."""
-    arena.stopping = False
-    if thread_start(&arena.thread, committer, arena, b"zc-commit") != 0:
-        return EAGAIN
-    arena.running = True
-    return 0
-
-
-cdef void arena_stop(Arena *arena) noexcept nogil:
-    if not arena.running:
-        return
-    lock_take(&arena.lock)
-    arena.stopping = True
-    arena.running = False
-    pthread_cond_broadcast(&arena.work)
-    pthread_cond_broadcast(&arena.room)
-    pthread_mutex_unlock(&arena.lock)
-    pthread_join(arena.thread, NULL)
-
-
-cdef void arena_adopt(Arena *arena) noexcept nogil:
-    """After a rebuild marked the taken frames: all others lose their memory.
-
-    The predecessor's reserve and whatever it was writing when it died lie there.  Those
-    that are taken have memory, but this process has no page tables for them yet.
-    """
-    cdef uint32_t i = 0
-    cdef uint32_t start
-    cdef uint32_t taken = 0
-    lock_take(&arena.lock)
-    arena.bare_from = arena.total
-    arena.bare_head = NO_FRAME
-    while i < arena.total:
-        start = i
-        while i < arena.total and arena.frames[i].state != FRAME_TAKEN:
-            i += 1
-        if i > start:
-            madvise(frame_address(arena, start), <size_t>(i - start) << PAGE_SHIFT, MADV_REMOVE)
-        start = i
-        while i < arena.total and arena.frames[i].state == FRAME_TAKEN:
-            taken += 1
-            i += 1
-        if i > start and commit_range(arena, start, i - start):
-            arena.cells[C_COMMIT_FAILURES] += 1
-    for i in range(arena.total):
-        start = arena.total - 1 - i
-        if arena.frames[start].state != FRAME_TAKEN:
-            arena.frames[start].state = FRAME_UNCOMMITTED
-            arena.frames[start].next = arena.bare_head
-            arena.bare_head = start
-    arena.committed = taken
-    arena.held = False
-    publish(arena)
-    pthread_cond_signal(&arena.work)
     pthread_mutex_unlock(&arena.lock)

@@ -57,12 +57,38 @@ static void zc_drop_state(void *kept)
 
 static void zc_make_key(void) { pthread_key_create(&zc_state_key, zc_drop_state); }
 
+/* The server's memory is locked when it is touched.  A stack that grew only when an error is
+ * reported, under pressure, would ask for memory then: touch what a request needs at the first. */
+enum { ZC_STACK_NEEDED = 48 * 1024 };
+
+static __attribute__((noinline)) void zc_touch_needed(void)
+{
+    volatile char room[ZC_STACK_NEEDED];
+    for (size_t i = sizeof room; i >= 1024; i -= 1024)
+        room[i - 1024] = 0;
+}
+
+static void zc_settle_stack(void)
+{
+    pthread_attr_t attributes;
+    void *lowest;
+    size_t size_bytes;
+    char here;
+    if (pthread_getattr_np(pthread_self(), &attributes))
+        return;
+    if (pthread_attr_getstack(&attributes, &lowest, &size_bytes) == 0
+        && (size_t)(&here - (char *)lowest) > 2 * ZC_STACK_NEEDED)
+        zc_touch_needed();
+    pthread_attr_destroy(&attributes);
+}
+
 static inline void zc_keep_state(void)
 {
     static __thread int known;
     if (known)
         return;
     known = 1;
+    zc_settle_stack();
     pthread_once(&zc_state_once, zc_make_key);
     PyGILState_Ensure();
     pthread_setspecific(zc_state_key, PyGILState_GetThisThreadState());

@@ -74,6 +74,9 @@ COUNTERS: tuple[Counter, ...] = (
     Counter("commit_waits", "events", "counter", "writes that waited for committed memory"),
     Counter("commit_wait_us", "microseconds", "counter", "time writes waited for committed memory"),
     Counter("commit_failures", "events", "counter", "times the kernel gave no memory to the pool"),
+    Counter(
+        "commit_pauses", "events", "counter", "looks that found too little memory to let it grow"
+    ),
     # what is stored
     Counter("same_filled_pages", "pages", "gauge", "pages stored as one repeated word"),
     Counter("same_filled_pages_max", "pages", "max", "most same-filled pages so far"),
@@ -155,7 +158,8 @@ COUNTERS: tuple[Counter, ...] = (
     Counter("committed_frames_max", "frames", "max", "most of those so far"),
     Counter("free_frames", "frames", "gauge", "committed frames waiting for use: the reserve"),
     Counter("punched_frames", "frames", "counter", "frames given back to the system"),
-    Counter("private_table_bytes", "bytes", "gauge", "server's own tables: frames and slots"),
+    Counter("punch_failures", "events", "counter", "times the system did not take them back"),
+    Counter("private_table_bytes", "bytes", "gauge", "server's own tables and buffers"),
     # the device
     Counter("device_pages", "pages", "gauge", "size of the swap device"),
     Counter("rebuilt_pages", "pages", "counter", "pages found again by a restarted server"),

@@ -29,6 +29,7 @@ ctypedef struct Crew:
     pthread_t thread
 
 cdef int crew_start(Crew *crew, Slots *slots, CodecChoice choice, uint32_t room_bytes) noexcept nogil
+cdef uint64_t crew_memory_bytes(Crew *crew) noexcept nogil
 cdef void crew_stop(Crew *crew) noexcept nogil
 cdef uint32_t crew_offer(Crew *crew, const uint8_t *data, uint64_t pages) noexcept nogil
 cdef void crew_collect(Crew *crew, Slot *slot, uint32_t i) noexcept nogil

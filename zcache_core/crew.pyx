@@ -88,6 +88,10 @@ cdef int crew_start(Crew *crew, Slots *slots, CodecChoice choice, uint32_t room_
     return 0
 
 
+cdef uint64_t crew_memory_bytes(Crew *crew) noexcept nogil:
+    return BLOBS_BYTES if crew.running else 0
+
+
 cdef void crew_stop(Crew *crew) noexcept nogil:
     """No request is inside any more, nor comes."""
     if not crew.running:

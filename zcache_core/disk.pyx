@@ -412,6 +412,10 @@ cdef int disk_reason(ColdTier *tier) noexcept nogil:
     return d.failing or (EDQUOT if zc_load32(&d.quota.used_up) else 0)
 
 
+cdef uint64_t disk_memory_bytes(ColdTier *tier) noexcept nogil:
+    return SEGMENT_BYTES + (<Disk *>tier).segments * <uint64_t>sizeof(Segment)
+
+
 cdef void disk_discard(ColdTier *tier) noexcept nogil:
     cdef Disk *d = <Disk *>tier
     if d.buffer != NULL and <void *>d.buffer != MAP_FAILED:

@@ -3,7 +3,13 @@ from zcache_core.memfile import MemoryFile
 MAKERS: tuple[str, ...]
 
 class Probe:
-    def __init__(self, memory: MemoryFile, name: str = "zbud", reserve_frames: int = 0) -> None: ...
+    def __init__(
+        self,
+        memory: MemoryFile,
+        name: str = "zbud",
+        reserve_frames: int = 0,
+        zoneinfo: str = "/proc/zoneinfo",
+    ) -> None: ...
     def start(self) -> None: ...
     @property
     def largest_bytes(self) -> int: ...

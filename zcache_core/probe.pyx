@@ -4,13 +4,16 @@ The conformance suite of all allocators (tests/t2_allocators.py) and the density
 measurements hold an allocator by this handle; the store does not.
 """
 
+import os
+
 from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memset
 
 from zcache_core.allocator cimport Allocator, object_header
 from zcache_core.arena cimport (
-    Arena, arena_commit_now, arena_free, arena_init, arena_start, arena_wait,
+    Arena, arena_init, arena_wait,
 )
+from zcache_core.committer cimport arena_commit_now, arena_free, arena_start
 from zcache_core.layout cimport COUNTER_CELLS, PAGE_BYTES, BlobHeader
 from zcache_core.memfile cimport MemoryFile
 from zcache_core.pthread cimport now_us
@@ -22,14 +25,18 @@ MAKERS = ("zbud",)
 cdef class Probe:
     """Allocator `name` over the whole arena of `memory`; its index is not looked at.
 
-    The counters are the memory file's, so `counters.read(memory)` tells them.
+    The counters are the memory file's, so `counters.read(memory)` tells them.  `zoneinfo`: where
+    it learns how much memory the system has left.
     """
 
     cdef Arena arena
     cdef Allocator *allocator
     cdef MemoryFile memory
+    cdef bytes zoneinfo
 
-    def __cinit__(self, MemoryFile memory not None, str name="zbud", uint32_t reserve_frames=0):
+    def __cinit__(
+        self, MemoryFile memory not None, str name="zbud", uint32_t reserve_frames=0, str zoneinfo="/proc/zoneinfo"
+    ):
         cdef uint64_t *cells = memory.counters
         memset(&self.arena, 0, sizeof(Arena))
         self.memory = memory
@@ -37,6 +44,8 @@ cdef class Probe:
             raise ValueError(f"unknown allocator {name!r}")
         if arena_init(&self.arena, memory.arena, memory.frame_headers, <uint32_t>memory.super.pool_frames, cells):
             raise MemoryError("no memory for the frame table")
+        self.zoneinfo = os.fsencode(zoneinfo)
+        self.arena.zoneinfo = self.zoneinfo
         if reserve_frames:
             self.arena.reserve = reserve_frames
         self.allocator = zbud_make(&self.arena, cells + COUNTER_CELLS)

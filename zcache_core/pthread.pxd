@@ -33,7 +33,6 @@ cdef extern from "<pthread.h>" nogil:
     int pthread_attr_setschedpolicy(pthread_attr_t *, int)
     int pthread_attr_setschedparam(pthread_attr_t *, const sched_param *)
     enum: PTHREAD_EXPLICIT_SCHED
-    int pthread_create(pthread_t *, const pthread_attr_t *, void *(*)(void *) noexcept nogil, void *)
     int pthread_setname_np(pthread_t, const char *)
     int pthread_join(pthread_t, void **)
     int pthread_mutexattr_init(pthread_mutexattr_t *)
@@ -108,6 +107,50 @@ cdef inline timespec at_us(int64_t deadline_us) noexcept nogil:
     t.tv_nsec = (deadline_us % 1000000) * 1000
     return t
 
+cdef extern from *:
+    """
+    #ifndef ZC_STARTED
+    #define ZC_STARTED
+    #include <pthread.h>
+    #include <stdlib.h>
+    #include <string.h>
+
+    /* Memory is locked when it is touched (MCL_ONFAULT).  A stack that grows while a machine
+     * swaps onto us would ask for memory then: so as much of it as our threads use (the
+     * cooling thread most, 20 KiB) is touched when a thread begins. */
+    enum { ZC_STACK_TOUCHED = 96 * 1024 };
+    static __attribute__((noinline)) void zc_touch_stack(void)
+    {
+        volatile char room[ZC_STACK_TOUCHED];
+        for (size_t i = sizeof room; i >= 1024; i -= 1024)
+            room[i - 1024] = 0;
+    }
+
+    struct zc_started { void *(*run)(void *); void *argument; };
+    static void *zc_thread(void *made)
+    {
+        struct zc_started what = *(struct zc_started *)made;
+        free(made);
+        zc_touch_stack();
+        return what.run(what.argument);
+    }
+    static int zc_thread_create(pthread_t *thread, const pthread_attr_t *attributes,
+                                void *(*run)(void *), void *argument)
+    {
+        struct zc_started *what = malloc(sizeof *what);
+        if (what == NULL)
+            return 12;      /* ENOMEM */
+        what->run = run;
+        what->argument = argument;
+        int error = pthread_create(thread, attributes, zc_thread, what);
+        if (error)
+            free(what);
+        return error;
+    }
+    #endif
+    """
+    int zc_thread_create(pthread_t *, const pthread_attr_t *, void *(*)(void *) noexcept nogil, void *) nogil
+
 cdef inline int thread_start_alike(
     pthread_t *thread, void *(*run)(void *) noexcept nogil, void *argument, const char *name
 ) noexcept nogil:
@@ -116,7 +159,7 @@ cdef inline int thread_start_alike(
     cdef int error
     pthread_attr_init(&attributes)
     pthread_attr_setstacksize(&attributes, 256 * 1024)
-    error = pthread_create(thread, &attributes, run, argument)
+    error = zc_thread_create(thread, &attributes, run, argument)
     if error == 0:
         pthread_setname_np(thread[0], name)
     return error
@@ -124,7 +167,7 @@ cdef inline int thread_start_alike(
 cdef inline int thread_start(
     pthread_t *thread, void *(*run)(void *) noexcept nogil, void *argument, const char *name
 ) noexcept nogil:
-    """A background thread called `name` (15 letters, as top -H shows it), with a small stack (256 KiB: compression states live elsewhere).
+    """A background thread called `name` (15 letters, as top -H shows it), with a small stack (256 KiB: compression states live elsewhere), resident from the start.
 
     Of the ordinary class, also where serving threads are SCHED_FIFO: on one CPU they
     come first, and lend their priority to whoever holds a lock they want.
@@ -138,7 +181,7 @@ cdef inline int thread_start(
     pthread_attr_setschedpolicy(&attributes, SCHED_OTHER)
     pthread_attr_setschedparam(&attributes, &ordinary)
     pthread_attr_setstacksize(&attributes, 256 * 1024)
-    error = pthread_create(thread, &attributes, run, argument)
+    error = zc_thread_create(thread, &attributes, run, argument)
     if error == 0:
         pthread_setname_np(thread[0], name)
     return error

@@ -21,12 +21,14 @@ from libc.string cimport memset
 
 from zcache_core.allocator cimport object_header
 from zcache_core.arena cimport (
-    Frame, arena_commit_now, arena_free, arena_init, arena_keep_all, arena_set_goal, arena_start,
+    Frame, arena_init, arena_keep_all, arena_set_goal,
 )
+from zcache_core.backing cimport back_range
 from zcache_core.codec cimport codec_discard, codec_memory_bytes, codec_prepare
+from zcache_core.committer cimport arena_commit_now, arena_free, arena_start
 from zcache_core.core cimport PAGE_LOCKS, Core
 from zcache_core.counter_ids cimport C_DEVICE_PAGES, C_PRIVATE_TABLE_BYTES
-from zcache_core.crew cimport crew_start, crew_stop
+from zcache_core.crew cimport crew_memory_bytes, crew_start, crew_stop
 from zcache_core.index cimport entry_load, index_init, versions_take
 from zcache_core.layout cimport (
     COUNTER_CELLS, COUNTER_SHARDS, HEADER_BYTES, PAGE_BYTES, ST_SAME, Entry, entry_is_sound, state_of, where_of,
@@ -46,17 +48,6 @@ from zcache_core.zbud cimport zbud_make
 from zcache_core import codec as codec_names
 from zcache_core.counters import STORED
 from zcache_core.errors import ConfigError, MemoryFileError
-
-cdef extern from "<sys/mman.h>" nogil:
-    int madvise(void *addr, size_t length, int advice)
-
-cdef extern from *:
-    """
-    #ifndef MADV_POPULATE_WRITE
-    #define MADV_POPULATE_WRITE 23
-    #endif
-    """
-    enum: MADV_POPULATE_WRITE
 
 
 @cython.no_gc_clear         # its threads use the memory file until it is stopped
@@ -115,10 +106,13 @@ cdef class Store:
         """Commit the index and the reserve, start the threads; serve from now on."""
         self._require_open()
         cdef Core *core = &self.core
+        cdef int error
         if self.started:
             return
         with nogil:
-            madvise(self.memory.base, self.memory.super.frame_headers_offset, MADV_POPULATE_WRITE)
+            error = back_range(<uint8_t *>self.memory.base, self.memory.super.frame_headers_offset)
+        if error:
+            raise MemoryFileError("there is not enough memory for the index; choose a smaller device")
         if self.commit == "all":
             arena_keep_all(&core.arena)
         if not self.memory.fresh:
@@ -134,6 +128,7 @@ cdef class Store:
             &core.crew, &core.slots, core.codec, core.allocator.largest_bytes - HEADER_BYTES
         ):
             raise MemoryFileError("no thread could be started; raise the limit of processes")
+        core.slots.background[C_PRIVATE_TABLE_BYTES] += crew_memory_bytes(&core.crew)
         self.memory.fresh = False       # the next store on this file takes it over
         zc_store32(&core.serving, 1)
         self.started = True

@@ -19,8 +19,9 @@ from zcache_core.ahead cimport ahead_discard, ahead_make, ahead_start, ahead_sto
 from zcache_core.below cimport GATHER_BYTES, RESORT_PAGES, Tiers
 from zcache_core.cold cimport COLD_BATCH, COLD_CAPSULE, ColdPage, ColdTier
 from zcache_core.cooler cimport cooling_thread, tiers_wait_room
+from zcache_core.counter_ids cimport C_PRIVATE_TABLE_BYTES
 from zcache_core.crypt cimport Crypt, Sealer
-from zcache_core.disk cimport SEGMENT_BYTES, disk_discard, disk_make
+from zcache_core.disk cimport SEGMENT_BYTES, disk_discard, disk_make, disk_memory_bytes
 from zcache_core.diskrun cimport disk_get_many
 from zcache_core.fetching cimport ghost_cells, tiers_fetch, tiers_mend
 from zcache_core.layout cimport COUNTER_CELLS, Entry
@@ -110,6 +111,10 @@ cdef class Cooling:
             raise MemoryFileError("no memory for the tiers' buffers; choose a smaller pool")
         if not ahead_make(&t.ahead, t.core, t.cold, store.memory.counters + (SLOTS + 5) * COUNTER_CELLS):
             raise MemoryFileError("no memory for reading ahead; choose a smaller pool")
+        t.cells[C_PRIVATE_TABLE_BYTES] = (
+            disk_memory_bytes(self.disk) + GATHER_BYTES + SEGMENT_BYTES + t.ghost_cells * sizeof(uint32_t)
+            + COLD_BATCH * (sizeof(ColdPage) + sizeof(Entry)) + RESORT_PAGES * sizeof(ColdPage)
+        )
         lock_init(&t.lock)
         lock_init(&t.dropping)
         cond_init(&t.work)

@@ -25,8 +25,9 @@ from libc.stdlib cimport calloc, free
 
 from zcache_core.allocator cimport Allocator
 from zcache_core.arena cimport (
-    FRAME_TAKEN, NO_FRAME, Arena, Frame, arena_adopt, arena_give, arena_take,
+    FRAME_TAKEN, NO_FRAME, Arena, Frame, arena_give, arena_take,
 )
+from zcache_core.committer cimport arena_adopt
 from zcache_core.counter_ids cimport (
     C_BUDDIED_COUNT, C_EPH_PAGEFRAMES, C_EPH_PAGEFRAMES_MAX, C_EPH_ZBYTES, C_EPH_ZPAGES,
     C_EPH_ZPAGES_MAX, C_PERS_PAGEFRAMES, C_PERS_PAGEFRAMES_MAX, C_PERS_ZBYTES, C_PERS_ZBYTES_MAX,
