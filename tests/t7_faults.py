@@ -214,7 +214,8 @@ def test_a_stalled_disk_stops_only_who_needs_it(
         assert server.ping()
         more = write_until_refused(handle, rng, range(8192, 8192 + 1200))
         assert_holds(handle, recent | more)
-        assert waiting.is_alive()
+        # It waits, unless what it asks for was still in a cache between us and the disk.
+        assert waiting.is_alive() or read == [written[0]]
     waiting.join()
     assert read == [written[0]]
     assert_holds(handle, written | recent | more)

@@ -44,7 +44,7 @@ from zcache_core.diskobject cimport (
 from zcache_core.layout cimport ST_DISK, Superblock, length_of
 from zcache_core.native cimport zc_add32, zc_add64, zc_load32
 from zcache_core.pthread cimport lock_init, lock_take, now_us, pthread_mutex_unlock
-from zcache_core.quota cimport quota_allows, quota_count, quota_init
+from zcache_core.quota cimport quota_allows, quota_count, quota_init, quota_is_used_up
 from zcache_core.slots cimport IO_ROOM
 
 cdef extern from "<fcntl.h>" nogil:
@@ -409,7 +409,7 @@ cdef void disk_resorted(ColdTier *tier) noexcept nogil:
 
 cdef int disk_reason(ColdTier *tier) noexcept nogil:
     cdef Disk *d = <Disk *>tier
-    return d.failing or (EDQUOT if zc_load32(&d.quota.used_up) else 0)
+    return d.failing or (EDQUOT if quota_is_used_up(&d.quota) else 0)
 
 
 cdef uint64_t disk_memory_bytes(ColdTier *tier) noexcept nogil:

@@ -17,7 +17,7 @@ from posix.time cimport timespec
 
 from zcache_core.counter_ids cimport C_WRITEBACK_DAY_BYTES, C_WRITEBACK_LIMIT_REACHED
 from zcache_core.layout cimport Superblock
-from zcache_core.native cimport zc_load64, zc_store32
+from zcache_core.native cimport zc_load32, zc_load64, zc_store32, zc_store64
 
 cdef extern from "<time.h>" nogil:
     enum: CLOCK_REALTIME
@@ -55,8 +55,14 @@ cdef bint quota_allows(Quota *q, uint64_t bytes) noexcept nogil:
     allowed = limit == 0 or q.super.write_day_bytes + bytes <= limit
     q.cells[C_WRITEBACK_DAY_BYTES] = q.super.write_day_bytes
     q.cells[C_WRITEBACK_LIMIT_REACHED] = not allowed
+    zc_store64(&q.judged_limit_bytes, limit)
     zc_store32(&q.used_up, not allowed)
     return allowed
+
+
+cdef bint quota_is_used_up(Quota *q) noexcept nogil:
+    """Whether nothing is written any more today, as far as was tried with the limit of now."""
+    return zc_load32(&q.used_up) and zc_load64(&q.judged_limit_bytes) == zc_load64(<uint64_t *>q.limit_bytes)
 
 
 cdef void quota_count(Quota *q, uint64_t bytes) noexcept nogil:
