@@ -36,12 +36,11 @@ from pathlib import Path
 from typing import Any
 
 import zcache_core
-from cluster import addresses, unixsock, webserver
+from cluster import addresses, unixsock
 from cluster.health import health
 from cluster.link import RpcError, Server
 from cluster.logrelay import LogRelay
 from cluster.steering import Steering
-from cluster.webpages import WebPages
 from zcache_core import counters
 from zcache_core.errors import ConfigError, ZcacheError
 from zcache_core.memfile import MemoryFile
@@ -208,6 +207,10 @@ async def serve_web(node: Node, address: str) -> None:
 
     Who else listens there is waited for: the control socket matters more than this.
     """
+    # Only here: a node without metrics is 4 MiB smaller, which a small guest needs.
+    from cluster import webserver
+    from cluster.webpages import WebPages
+
     wait_s = WEB_RETRY_FIRST_S
     while True:
         try:

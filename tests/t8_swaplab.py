@@ -216,11 +216,11 @@ def self_serving(lab: Lab, size: str, pool: str, commit: str = "all") -> tuple[G
 def own_memory_run(corpus: Path, seconds: float, seed: int, limit_s: float) -> None:
     """300 MiB of real pages in a guest of 256 MiB that keeps them compressed itself.
 
-    The device is smaller than twice the pool, so that a zbud pool cannot fill with pages that
+    The device is twice the pool, so that a zbud pool cannot fill with pages that
     compress: the kernel discards whole clusters only, and what it has read back stays stored.
     """
     with Lab(limit_s) as lab:
-        guest, server = self_serving(lab, size="288M", pool="150M")
+        guest, server = self_serving(lab, size="288M", pool="144M")
         fourth = seconds / 4
         result = lab.watch(
             lambda: hog(guest, 300, corpus, fourth, fourth, audit_s=2 * fourth, seed=seed)
@@ -257,8 +257,10 @@ def test_a_server_with_every_permission_is_fit_for_swap() -> None:
             line[line.index("(") + 1 : line.rindex(")")]: int(line.rsplit(")", 1)[1].split()[38])
             for line in stats
         }
-        assert policies.pop("zc-commit") == os.SCHED_OTHER
-        assert set(policies.values()) == {os.SCHED_FIFO}
+        crew = policies.pop("zc-crew", os.SCHED_FIFO)  # there is none on one CPU
+        own = {policies.pop(name) for name in list(policies) if name.startswith("zc-")}
+        assert own == {os.SCHED_OTHER}
+        assert {crew, *policies.values()} == {os.SCHED_FIFO}
         assert guest.read(f"/proc/{pid}/oom_score_adj").strip() == "-1000"
         assert int(server.status()["VmLck"].split()[0]) > 0
         assert "not fit" not in server.job.stderr()
