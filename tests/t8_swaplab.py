@@ -300,7 +300,7 @@ def test_a_guest_survives_its_own_full_pool_for_long(run: int) -> None:
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("commit", ["all", "ahead"])
+@pytest.mark.parametrize("commit", ["all", pytest.param("ahead", marks=pytest.mark.soak)])
 def test_a_guest_survives_what_fits_nowhere(commit: str) -> None:
     """300 MiB of random bytes, with a pool in the guest's own memory: there is no room at all.
 
