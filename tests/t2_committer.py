@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -79,9 +78,9 @@ class System:
 
 
 @pytest.fixture
-def memory() -> Iterator[MemoryFile]:
+def memory() -> MemoryFile:
     # Not closed here: the probe of a test that failed still works on it, and keeps it.
-    yield MemoryFile.create(None, PAGE, FRAMES * PAGE)
+    return MemoryFile.create(None, PAGE, FRAMES * PAGE)
 
 
 def count(memory: MemoryFile, name: str) -> int:
@@ -94,9 +93,14 @@ def take_all(probe: Probe) -> list[int]:
 
 
 def take_exactly(probe: Probe, frames: int) -> list[int]:
-    """So many raw pages and no more; who waits for one on a busy machine may be refused at first."""
+    """So many raw pages and no more; on a busy machine one may be refused at first."""
     taken: list[int] = []
-    wait_for("the frames", lambda: taken.extend(take_all(probe)) or len(taken) >= frames)
+
+    def enough() -> bool:
+        taken.extend(take_all(probe))
+        return len(taken) >= frames
+
+    wait_for("the frames", enough)
     assert len(taken) == frames
     return taken
 
