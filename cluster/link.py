@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cluster.connections import Connections
 from cluster.session import DONE, PAUSED, Session
 from cluster.wire import (
     DEFAULT_LIMITS,
@@ -77,28 +78,19 @@ class LinkOptions:
 Dispatch = Callable[[str, list[Any]], Awaitable[Any]]
 
 
-class Server:
+class Server(Connections):
     """Answers RPC on a listening socket; `dispatch(method, params)` gives the result."""
 
     def __init__(self, dispatch: Dispatch, options: LinkOptions | None = None) -> None:
+        super().__init__()
         self._dispatch = dispatch
         self._options = options or LinkOptions()
-        self._server: asyncio.Server | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
         self.refused_connections = 0
         self.dropped_connections = 0  # for a broken rule or a missed deadline
 
     async def start(self, sock: socket.socket) -> None:
         """Serve on this listening socket until `stop`."""
         self._server = await asyncio.start_unix_server(self._accept, sock=sock, limit=READ_BYTES)
-
-    async def stop(self) -> None:
-        """Close the socket and every connection; answers under way are lost."""
-        if self._server is not None:
-            self._server.close()
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     @property
     def connections(self) -> int:
@@ -109,9 +101,7 @@ class Server:
             self.refused_connections += 1
             writer.close()
             return
-        task = asyncio.get_running_loop().create_task(self._serve(reader, writer))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._run(self._serve(reader, writer))
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:

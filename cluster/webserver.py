@@ -22,6 +22,8 @@ import socket
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 
+from cluster.connections import Connections
+
 CONNECTIONS = 32
 HEAD_BYTES = 8192
 HEAD_S, ANSWER_S, WRITE_S = 5.0, 10.0, 10.0
@@ -56,31 +58,20 @@ class Answer:
 Answerer = Callable[[Get], Awaitable[Answer | None]]  # None: there is nothing at that path
 
 
-class WebServer:
+class WebServer(Connections):
     """Answers on one listening socket, through `answer`."""
 
     def __init__(self, answer: Answerer) -> None:
+        super().__init__()
         self._answer = answer
-        self._server: asyncio.Server | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self, sock: socket.socket) -> None:
         """Serve on this socket until `stop`."""
         self._server = await asyncio.start_server(self._accept, sock=sock, limit=HEAD_BYTES)
 
-    async def stop(self) -> None:
-        """Close the socket and every connection."""
-        if self._server is not None:
-            self._server.close()
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         serve = self._serve if len(self._tasks) < CONNECTIONS else self._turn_away
-        task = asyncio.get_running_loop().create_task(serve(reader, writer))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._run(serve(reader, writer))
 
     async def _turn_away(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await _write(writer, _error(503), False)

@@ -15,12 +15,12 @@ import contextlib
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from types import FrameType
+from collections.abc import Callable, Mapping
 from typing import Any, TextIO
 
 from cluster.link import RpcError
 from plugin import show
+from plugin.interrupts import as_ctrl_c
 from zcache_core.errors import ControlError
 
 Call = Callable[..., Any]  # (method, *params) -> the answer
@@ -35,7 +35,7 @@ def run(call: Call, keep: bool, out: TextIO | None = None) -> int:
     """Drain until RAM is empty; the exit code.  Raises ControlError."""
     out = out or sys.stdout
     try:
-        with _sigterm_as_ctrl_c():
+        with as_ctrl_c(signal.SIGTERM):
             call("drain")
             _watch(call, out)
     except KeyboardInterrupt:
@@ -115,15 +115,3 @@ def _progress(out: TextIO, share: float, stats: Mapping[str, int], rate: float) 
 def _say(out: TextIO, sentence: str) -> None:
     lead = "\r\x1b[K" if out.isatty() else ""
     print(f"{lead}{sentence}", file=out, flush=True)
-
-
-@contextlib.contextmanager
-def _sigterm_as_ctrl_c() -> Iterator[None]:
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

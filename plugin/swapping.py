@@ -17,10 +17,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any, TextIO
 from urllib.parse import quote
 
@@ -30,6 +28,7 @@ from plugin import attach, serve, servestate, show, statepage, swaparea
 from plugin.attach import Attached, Wish
 from plugin.config import parse
 from plugin.instance import Instance
+from plugin.interrupts import as_ctrl_c
 from plugin.nbdnetlink import Timeouts
 from plugin.swaparea import Area
 from zcache_core.errors import AttachError, InUseError
@@ -158,7 +157,7 @@ def _take_back(
         uri = str(state.get("uri") or uri_of(instance))
         attach.attach(instance, Wish(uri, None, limits, bool(state.get("plain"))), say)
     _wait_for_server(instance, found)
-    with sigterm_as_ctrl_c(), Progress(area.used_bytes, out) as progress:
+    with as_ctrl_c(signal.SIGTERM), Progress(area.used_bytes, out) as progress:
         try:
             swaparea.disable(found.device, progress.look)
         except KeyboardInterrupt:
@@ -231,20 +230,6 @@ class Progress:
             self._said_s = time.monotonic()
             share = show.percent(back, self._total_bytes)
             print(f"{share} back, {show.size(left_bytes)} still out", file=self._out, flush=True)
-
-
-@contextmanager
-def sigterm_as_ctrl_c() -> Iterator[None]:
-    """SIGTERM ends the block as Ctrl-C does: in order."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _reached(step: str) -> None:

@@ -27,6 +27,8 @@ from typing import Self
 from rich.console import Console
 from rich.text import Text
 
+from plugin.interrupts import as_ctrl_c
+
 ENTER, LEAVE = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"
 HOME, REST_OF_LINE, REST_OF_SCREEN = "\x1b[H", "\x1b[K", "\x1b[J"
 ESCAPE = b"\x1b"
@@ -37,19 +39,9 @@ def is_terminal() -> bool:
     return sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb"
 
 
-@contextlib.contextmanager
-def ending_signals_as_ctrl_c() -> Iterator[None]:
+def ending_signals_as_ctrl_c() -> contextlib.AbstractContextManager[None]:
     """SIGTERM and SIGHUP raise KeyboardInterrupt in the block."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = {n: signal.signal(n, interrupt) for n in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    return as_ctrl_c(signal.SIGTERM, signal.SIGHUP)
 
 
 class Screen:

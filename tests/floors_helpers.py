@@ -31,14 +31,15 @@ FLOORS = {
         6: "device",
     },
     "cluster": {
-        1: "wire unixsock logrelay addresses",
+        1: "wire unixsock logrelay addresses connections",
         2: "session",
         3: "link webserver",
         4: "health steering metrics webpages",
         5: "node",
     },
     "plugin": {
-        6: "messages logpipe instance config liaison teller handshake dialer statepage spare",
+        6: "interrupts messages logpipe instance config liaison teller handshake dialer statepage "
+        "spare",
         7: "spawn keeper leave places fitness show lower wiring servestate supervised "
         "nbdnetlink swaparea upfile rates terminal reach counterfiles recording",
         8: "control drain supervisor serve mender attach swapping topview top statsfs record "

@@ -25,6 +25,7 @@ from typing import Any, Self
 import nbd
 
 from cluster.link import BlockingClient
+from zcache_core import memfile
 from zcache_core.errors import ControlError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -209,3 +210,10 @@ def swap_like(handle: Any, between: Callable[[], object], rounds: int = 25) -> N
                     handle.pread(4096, (page * 7 % 3600) * 4096)
                 handle.trim(5 * 4096, first * 4096)
         between()
+
+
+def remove_memory(name: str) -> None:
+    """Remove the memory files of that name, when nobody has them any more."""
+    for row in memfile.leftovers():
+        if row.name == name:
+            memfile.remove(row.shmid)

@@ -15,7 +15,8 @@ import signal
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,29 @@ class Notes:
         struct.pack_into("<I", self.memory, page * 8, turn)
 
 
+def write(store: Store, notes: Notes, page: int, turn: int) -> None:
+    """What the turn says, noted before and after."""
+    acknowledged, _ = notes.get(page)
+    notes.begin(page, turn)
+    try:
+        if turn:
+            store.put(page, content(page, turn))
+        else:
+            store.invalidate(page)
+    except OSError:  # full: the old content stays
+        notes.begin(page, acknowledged)
+    else:
+        notes.acknowledge(page, turn)
+
+
+def in_two_halves(work: Callable[[int, random.Random], None], seed: int, ready_fd: int) -> None:
+    """In the child, for ever: a thread for the even pages and one for the odd."""
+    for half in range(2):
+        threading.Thread(target=work, args=(half, random.Random(seed + half)), daemon=True).start()
+    os.write(ready_fd, b"r")
+    signal.pause()
+
+
 def child_works(name: str, notes: Notes, seed: int, ready_fd: int) -> None:
     """Puts and trims for ever, each thread on its own half of the pages."""
     store = Store(MemoryFile.open(name))
@@ -69,23 +93,10 @@ def child_works(name: str, notes: Notes, seed: int, ready_fd: int) -> None:
     def work(first: int, own: random.Random) -> None:
         while True:
             page = own.randrange(first, PAGES, 2)
-            acknowledged, _ = notes.get(page)
             turn = 0 if own.random() < 0.25 else own.getrandbits(31) | 1
-            notes.begin(page, turn)
-            try:
-                if turn:
-                    store.put(page, content(page, turn))
-                else:
-                    store.invalidate(page)
-            except OSError:  # full: the old content stays
-                notes.begin(page, acknowledged)
-            else:
-                notes.acknowledge(page, turn)
+            write(store, notes, page, turn)
 
-    for half in range(2):
-        threading.Thread(target=work, args=(half, random.Random(seed + half)), daemon=True).start()
-    os.write(ready_fd, b"r")
-    signal.pause()
+    in_two_halves(work, seed, ready_fd)
 
 
 @pytest.fixture
@@ -96,22 +107,27 @@ def name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     MemoryFile.open("killed").destroy()
 
 
-def kill_at_random(name: str, notes: Notes, rng: random.Random) -> None:
-    """One life of a child: from fork to SIGKILL at a random moment of its work."""
+def kill_at_random(
+    child_lives: Callable[[int, int], None], rng: random.Random, most_s: float
+) -> None:
+    """One life of a child: from fork to SIGKILL at a random moment of its work.
+
+    It is given a seed, and the descriptor to write to when it has begun.
+    """
     ready, ready_fd = os.pipe()
     child = os.fork()
     if child == 0:
         try:
-            child_works(name, notes, rng.getrandbits(32), ready_fd)
+            child_lives(rng.getrandbits(32), ready_fd)
         finally:
             os._exit(1)
     os.close(ready_fd)
     assert os.read(ready, 1) == b"r", "the child could not take the file over"
     os.close(ready)
-    time.sleep(rng.random() ** 2 * 0.03)
+    time.sleep(rng.random() ** 2 * most_s)
     os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
-    assert os.WTERMSIG(status) == signal.SIGKILL
+    assert os.WTERMSIG(status) == signal.SIGKILL, "the child found a page wrong"
 
 
 def assert_nothing_lost(name: str, notes: Notes) -> int:
@@ -143,7 +159,7 @@ def test_killed_at_any_instant(name: str, rng: random.Random) -> None:
     notes = Notes()
     stored = 0
     for _ in range(ROUNDS):
-        kill_at_random(name, notes, rng)
+        kill_at_random(partial(child_works, name, notes), rng, 0.03)
         stored = max(stored, assert_nothing_lost(name, notes))
     assert stored > PAGES // 4, "the children did real work"
 
@@ -152,7 +168,7 @@ def test_versions_are_never_used_again(name: str, rng: random.Random) -> None:
     """A successor starts above every version that its predecessor may have used."""
     highest = 0
     for _ in range(5):
-        kill_at_random(name, Notes(), rng)
+        kill_at_random(partial(child_works, name, Notes()), rng, 0.03)
         memory = MemoryFile.open(name)
         store = Store(memory)
         store.start()

@@ -11,16 +11,14 @@ from __future__ import annotations
 
 import os
 import random
-import signal
-import threading
-import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from tests.core_helpers import PAGE
-from tests.t3_takeover import PAGES, Notes, content
+from tests.t3_takeover import PAGES, Notes, content, in_two_halves, kill_at_random, write
 from tests.tiers_helpers import Cold, open_file, wait_for
 from zcache_core import counters
 from zcache_core.device import Device
@@ -42,27 +40,14 @@ def child_works(name: str, disk: Path, notes: Notes, seed: int, ready_fd: int) -
     def work(first: int, own: random.Random) -> None:
         while True:
             page = own.randrange(first, PAGES, 2)
-            acknowledged, _ = notes.get(page)
             if own.random() < 0.4:  # promotes what is read again
                 page = first + 2 * own.randrange(40)
                 assert cold.store.get(page) == content(page, notes.get(page)[0])
                 continue
             turn = 0 if own.random() < 0.15 else own.getrandbits(31) | 1
-            notes.begin(page, turn)
-            try:
-                if turn:
-                    cold.store.put(page, content(page, turn))
-                else:
-                    cold.store.invalidate(page)
-            except OSError:  # full: the old content stays
-                notes.begin(page, acknowledged)
-            else:
-                notes.acknowledge(page, turn)
+            write(cold.store, notes, page, turn)
 
-    for half in range(2):
-        threading.Thread(target=work, args=(half, random.Random(seed + half)), daemon=True).start()
-    os.write(ready_fd, b"r")
-    signal.pause()
+    in_two_halves(work, seed, ready_fd)
 
 
 @pytest.fixture
@@ -71,24 +56,6 @@ def name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     MemoryFile.create("killed", PAGES * PAGE, POOL).close()
     yield "killed"
     MemoryFile.open("killed").destroy()
-
-
-def kill_at_random(name: str, disk: Path, notes: Notes, rng: random.Random) -> None:
-    """One life of a child: from fork to SIGKILL at a random moment of its work."""
-    ready, ready_fd = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            child_works(name, disk, notes, rng.getrandbits(32), ready_fd)
-        finally:
-            os._exit(1)
-    os.close(ready_fd)
-    assert os.read(ready, 1) == b"r", "the child could not take the file over"
-    os.close(ready)
-    time.sleep(rng.random() ** 2 * 0.1)
-    os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
-    assert os.WTERMSIG(status) == signal.SIGKILL, "the child found a page wrong"
 
 
 def assert_nothing_lost(name: str, disk: Path, notes: Notes, seen: dict[str, int]) -> None:
@@ -123,7 +90,7 @@ def test_killed_at_any_instant(name: str, tmp_path: Path, rng: random.Random) ->
     notes = Notes()
     seen: dict[str, int] = {}
     for _ in range(ROUNDS):
-        kill_at_random(name, tmp_path / "disk", notes, rng)
+        kill_at_random(partial(child_works, name, tmp_path / "disk", notes), rng, 0.1)
         assert_nothing_lost(name, tmp_path / "disk", notes, seen)
     print(f"states over {ROUNDS} lives: {seen}")
     assert seen["disk"] > seen["ram"] > 0

@@ -22,10 +22,10 @@ from tests.plugin_helpers import (
     Server,
     environment,
     node_processes,
+    remove_memory,
     run_nbdkit,
     wait_for,
 )
-from zcache_core import memfile
 
 PAGE = 4096
 PIECE = 64 * PAGE
@@ -83,14 +83,7 @@ def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder of our own for lock files, and no memory file left at the end."""
     monkeypatch.setenv("ZCACHE_RUNTIME_DIR", str(tmp_path))
     yield tmp_path
-    remove_memory()
-
-
-def remove_memory() -> None:
-    """Remove the memory files of this test, when nobody has them any more."""
-    for row in memfile.leftovers():
-        if row.name == NAME:
-            memfile.remove(row.shmid)
+    remove_memory(NAME)
 
 
 def kill(server: Server) -> None:
@@ -168,7 +161,7 @@ def test_killed_server_finds_everything(runtime: Path, rng: random.Random) -> No
             assert stats["lost_pages"] == stats["disk_corrupt_pages"] == 0
             handle.pwrite(b"x" * PAGE, 0)
             assert handle.pread(PAGE, 0) == b"x" * PAGE
-        remove_memory()
+        remove_memory(NAME)
 
 
 def test_memory_file_is_refused_without_its_disk(runtime: Path, rng: random.Random) -> None:
@@ -198,7 +191,7 @@ def test_memory_file_is_refused_without_its_disk(runtime: Path, rng: random.Rand
         larger = ("size=32M", "pool=4M", "disk_size=96M", words[3])
         with Server(runtime, *larger, f"disk={disk}") as successor:
             assert_holds(successor.connect(), written)
-        remove_memory()
+        remove_memory(NAME)
 
 
 # ---- disks that are refused ------------------------------------------------------------------

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.plugin_helpers import Server, run_nbdkit, wait_for
+from tests.plugin_helpers import Server, remove_memory, run_nbdkit, wait_for
 from tests.t7_disk import broken_pages, in_ram, kill
 from zcache_core import memfile
 from zcache_core.memfile import MemoryFile
@@ -51,13 +51,7 @@ def readable(disk: Path) -> int:
 def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("ZCACHE_RUNTIME_DIR", str(tmp_path))
     yield tmp_path
-    remove_memory()
-
-
-def remove_memory() -> None:
-    for row in memfile.leftovers():
-        if row.name == NAME:
-            memfile.remove(row.shmid)
+    remove_memory(NAME)
 
 
 def test_nothing_readable_on_the_disk(tmp_path: Path, rng: random.Random) -> None:
@@ -118,7 +112,7 @@ def test_key_is_in_the_memory_file_alone(runtime: Path, rng: random.Random) -> N
         number = next(i for i, part in enumerate(maps) if "/SYSV" in part)
         assert "dd" in maps[number + 1].splitlines()[0].split(), "left out of core dumps"
         kill(server)
-        remove_memory()
+        remove_memory(NAME)
 
 
 def test_encrypt_changed_at_a_restart(runtime: Path, rng: random.Random) -> None:
@@ -140,7 +134,7 @@ def test_encrypt_changed_at_a_restart(runtime: Path, rng: random.Random) -> None
                 assert broken_pages(third.connect(), first | second) == 0
                 assert third.rpc("stats")["lost_pages"] == 0
                 kill(third)
-        remove_memory()
+        remove_memory(NAME)
 
 
 def test_refused_words(tmp_path: Path) -> None:
