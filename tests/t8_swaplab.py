@@ -39,6 +39,7 @@ from tests.swaplab import (
     read_hog,
     read_stress,
     serve_inside,
+    stored_bytes,
     stress_ng,
     swap_off,
     swap_on,
@@ -61,11 +62,6 @@ def on_the_host(size: str, pool: str) -> Recipe:
     if os.environ.get("ZCACHE_LAB_SERVER") == "memory":
         return nbdkit_memory(size)
     return zcache(size=size, pool=pool)
-
-
-def stored_bytes(stats: dict[str, int]) -> int:
-    """Bytes of pages that the server holds, whichever server it is."""
-    return stats["logical_bytes"] if "logical_bytes" in stats else stats["stored_bytes"]
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from .guest_link import Exit
 from .host_server import HostServer
 from .kernel_log import trouble
 from .lab import Lab, Result
-from .servers import Recipe, nbdkit_memory, zcache
+from .servers import Recipe, nbdkit_memory, stored_bytes, zcache
 from .swap import (
     DEVICE,
     OTHER_DEVICE,
@@ -69,6 +69,7 @@ __all__ = [
     "read_hog",
     "read_stress",
     "serve_inside",
+    "stored_bytes",
     "stress_ng",
     "swap_off",
     "swap_on",

@@ -38,7 +38,7 @@ from .guest_link import Exit
 from .host_server import HostServer
 from .kernel_log import LogLine
 from .network import Network
-from .servers import Recipe, tcp_place
+from .servers import Recipe, stored_bytes, tcp_place
 from .swap import InsideServer
 from .vmstat import Progress, Sample, progress
 
@@ -196,7 +196,7 @@ class Lab:
 
         while_running: called once after the start; it may kill servers, cut links, poll numbers,
         and returns before or after the job's end.  stats of a server on the host: "before",
-        "peak" (where most was swapped out, asked about once a second) and "after".
+        "peak" (when it held the most, asked about once a second) and "after".
         """
         guest = self.guests[-1]
         before = self._stats(server)
@@ -250,15 +250,18 @@ class Lab:
     def _peak_stats(
         self, job: Job, server: HostServer | InsideServer | None, limit_s: float | None
     ) -> dict[str, int]:
-        """The server's numbers when the most swap was in use."""
+        """The server's numbers when it held the most.
+
+        Not when the guest used the most swap: its last sample is up to a second old, and by the
+        time the server answers, the job may have ended and its pages been discarded.
+        """
         peak: dict[str, int] = {}
-        most_kb = -1
         deadline = self.deadline.nearer(limit_s)
         while isinstance(server, HostServer) and not job.done() and not deadline.passed():
-            used_kb = job.guest.samples[-1].swap_used_kb if job.guest.samples else 0
-            if used_kb > most_kb:
-                with suppress(LabError):
-                    peak, most_kb = server.stats(), used_kb
+            with suppress(LabError):
+                stats = server.stats()
+                if not peak or stored_bytes(stats) > stored_bytes(peak):
+                    peak = stats
             job.done_within(STATS_EVERY_S)
         return peak
 

@@ -117,6 +117,11 @@ def zcache(threads: int | None = None, nbdkit_words: tuple[str, ...] = (), **key
     return recipe
 
 
+def stored_bytes(stats: dict[str, int]) -> int:
+    """Bytes of pages that the server holds, whichever server it is."""
+    return stats["logical_bytes"] if "logical_bytes" in stats else stats["stored_bytes"]
+
+
 def _python() -> str:
     """The interpreter that has what the project needs: the one of `make setup`, else ours."""
     installed = REPOSITORY / ".venv" / "bin" / "python"
