@@ -16,6 +16,7 @@ from zcache_core.memfile import MemoryFile
 
 PAGE = 4096
 MIB = 1 << 20
+SEGMENT = 1 << 18
 NAME = f"t7-encrypt-{os.getpid()}"
 SMALL = ("size=16M", "pool=4M", "disk_size=64M", "codec=none")
 SECRET = b"correct horse battery staple "
@@ -85,7 +86,7 @@ def test_every_kind_of_tampering_is_one_page(tmp_path: Path, rng: random.Random)
         size = PAGE + 48
         with open(disk, "r+b", buffering=0) as file:
             for part in (0, 10, 20, 24, 31, 32, 47, 48, 2000, size - 1):  # header ... last byte
-                at = MIB + rng.randrange(200) * size + part
+                at = SEGMENT + rng.randrange(60) * size + part
                 before = os.pread(file.fileno(), 1, at)
                 os.pwrite(file.fileno(), bytes([before[0] ^ 1 << rng.randrange(8)]), at)
                 os.fsync(file.fileno())

@@ -41,7 +41,7 @@ from tests.t7_disk import (
 pytestmark = pytest.mark.skipif(bool(faulty_disk.missing()), reason=faulty_disk.missing())
 
 DISK_BYTES = 64 * MIB
-SEGMENT = 1 << 20
+SEGMENT = 1 << 18
 HEADER = struct.Struct("<QIIQ")
 # A disk too small to promise anything: no room is taken ahead, and a write may be refused.
 SMALL = ("size=64M", "pool=4M", "disk_size=64M")
@@ -216,6 +216,8 @@ def test_a_stalled_disk_stops_only_who_needs_it(
         assert_holds(handle, recent | more)
         # It waits, unless what it asks for was still in a cache between us and the disk.
         assert waiting.is_alive() or read == [written[0]]
+        wait_for("a stall", lambda: server.rpc("stats")["disk_stalled_us"] > 2_000_000)
+        assert any("not finished its writes" in r["what"] for r in server.rpc("health")["reasons"])
     waiting.join()
     assert read == [written[0]]
     assert_holds(handle, written | recent | more)
