@@ -135,7 +135,7 @@ cdef void look_at_done(Disk *d, Batch *b) noexcept nogil:
         if w.state != WRITE_DONE:
             continue
         w.state = WRITE_IDLE
-        if w.error or b.refused == 0:
+        if b.refused == 0:          # one failure of a batch is one, however many of its writes fail
             note_failure(d, w.error)
         if w.error:
             d.cells[C_DISK_WRITE_ERRORS] += 1
