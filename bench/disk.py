@@ -344,5 +344,5 @@ def measure(setup: Setup) -> Section:
     measure_reads(setup, size_bytes, section)
     measure_company(setup, size_bytes, section)
     measure_giving_back(setup, size_bytes, section)
-    section.notes.append(f"{size_bytes >> 20} MiB of pages in {setup.folder.parent}'s file system")
+    section.notes.append(f"{size_bytes >> 20} MiB of pages in the temporary folder's file system")
     return section

@@ -10,7 +10,6 @@ ctypedef struct Quota:
     uint64_t *cells
 
 cdef void quota_init(Quota *q, Superblock *super, const uint64_t *limit_bytes, uint64_t *cells) noexcept nogil
-cdef bint quota_is_used_up(Quota *q) noexcept nogil
 cdef bint quota_allows(Quota *q, uint64_t bytes) noexcept nogil
 cdef bint quota_is_used_up(const Quota *q, uint64_t bytes) noexcept nogil
 cdef void quota_count(Quota *q, uint64_t bytes) noexcept nogil

@@ -62,11 +62,6 @@ cdef bint quota_allows(Quota *q, uint64_t bytes) noexcept nogil:
     return allowed
 
 
-cdef bint quota_is_used_up(Quota *q) noexcept nogil:
-    """Whether nothing is written any more today, as far as was tried with the limit of now."""
-    return zc_load32(&q.used_up) and zc_load64(&q.judged_limit_bytes) == zc_load64(<uint64_t *>q.limit_bytes)
-
-
 cdef void quota_count(Quota *q, uint64_t bytes) noexcept nogil:
     """So much was written, or may have been: a write that failed counts too."""
     begin_day(q)
