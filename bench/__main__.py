@@ -9,6 +9,7 @@ Parts:
     threads   nbdkit thread counts
     polling   latency while the control RPC is polled
     disk      writeback, reads and company of the disk tier, against the disk itself
+    disk-full cleaning: bytes written for each new one while 80 % of the disk is alive
     memory    resident size, index, density
     lab       a real Linux with more to hold than it has, against kernel zram and others
     lab-threads   (only when asked for) the same guest, zcache with other thread counts
@@ -34,6 +35,7 @@ from rich.console import Console
 from bench import (
     corpus,
     disk,
+    disk_full,
     footprint,
     nbd_goals,
     overcommit,
@@ -55,6 +57,7 @@ PARTS: dict[str, Callable[[Setup], Section]] = {
     "threads": thread_study.measure,
     "polling": polling.measure,
     "disk": disk.measure,
+    "disk-full": disk_full.measure,
     "memory": footprint.measure,
     "lab": overcommit.measure,
 }

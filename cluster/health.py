@@ -14,6 +14,7 @@ metrics' work.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ _ORDER = (OK, DEGRADED, CRITICAL)
 
 PAGE_BYTES = 4096
 NEARLY_FULL, FULL = 0.80, 0.99  # shares of the pool's frames in use
+STALLED_US = 2_000_000  # of writes of 1 MiB, two at a time
 DISK_NEARLY_FULL = 0.90  # share of the disk that is alive; cleaning gets expensive above
 
 
@@ -101,10 +103,37 @@ def disk_copies_bad(stats: Stats, config: Config) -> Reason | None:
     )
 
 
+def disk_stalls(stats: Stats, config: Config) -> Reason | None:
+    """It neither takes what is written nor says that it fails; reads may hang as well."""
+    if stats["disk_stalled_us"] < STALLED_US:
+        return None
+    return Reason(
+        DEGRADED,
+        f"The disk has not finished its writes for {stats['disk_stalled_us'] // 10**6} s: pages "
+        f"stay in RAM meanwhile.",
+        "See to the disk (kernel log, what else keeps it busy); writeback goes on by itself.",
+    )
+
+
 def disk_fails(stats: Stats, config: Config) -> Reason | None:
     """Writes to the disk fail now; the pages stay in RAM."""
     if not stats["disk_degraded"]:
         return None
+    if stats["disk_errno"] == errno.ENOENT:
+        return Reason(
+            DEGRADED,
+            "The file of the disk was removed: what lies there can be read until the server stops, "
+            "nothing more is written to it, pages stay in RAM.",
+            "Take the device out of use (swapoff) before the server stops, and start it with "
+            "another disk=.",
+        )
+    if stats["disk_errno"] == errno.ENODATA:
+        return Reason(
+            DEGRADED,
+            "The file of the disk was cut short: what was cut off answers with an I/O error, and "
+            "the file cannot be made as long as it was.",
+            "Free some room where it lies; writeback goes on by itself.",
+        )
     why = os.strerror(stats["disk_errno"])
     return Reason(
         DEGRADED,
@@ -317,6 +346,7 @@ RULES: tuple[Rule, ...] = (
     copies_mended,
     pool_full,
     disk_fails,
+    disk_stalls,
     write_limit_reached,
     writes_refused,
     disk_nearly_full,

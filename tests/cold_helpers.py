@@ -14,8 +14,8 @@ from zcache_core.coldprobe import BATCH_MOST, ColdProbe
 from zcache_core.faulty import FaultyTier
 from zcache_core.memfile import MemoryFile
 
-SEGMENT = 1 << 20
-DISK_BYTES = 16 * SEGMENT
+SEGMENT = 1 << 18
+DISK_BYTES = 32 * SEGMENT
 HEADER = 24
 EPOCH = 0xFEDC_BA98_7654_3210
 
@@ -67,20 +67,36 @@ class Model:
         self.probe, self.memory, self.rng = probe, memory, rng
         self.alive: dict[int, tuple[Object, int]] = {}
         self.next_version = 1
+        self.is_full = False  # as the last put found
 
     def put(self, n: int, length: int = 0) -> int:
-        """A batch of n new objects; how many found room."""
+        """A batch of n new objects; how many were taken.
+
+        The last of a large batch may be held back, not to make a small write.
+        """
         batch = []
         for _ in range(n):
             batch.append(make_object(self.rng, self.rng.randrange(5000), self.next_version, length))
             self.next_version += 1
         good = 0
-        for thing, (where, error) in zip(batch, self.probe.put(batch), strict=True):
-            assert error in (0, errno.ENOSPC)
+        answers = self.probe.put(batch)
+        for thing, (where, error) in zip(batch, answers, strict=True):
+            assert error in (0, errno.ENOSPC, errno.EAGAIN)
             if not error:
                 self.alive[thing[1]] = thing, where
                 good += 1
+        errors = [error for _, error in answers]
+        held_back = errors.count(errno.EAGAIN)
+        assert errors[good:] == [errno.EAGAIN] * held_back + [errno.ENOSPC] * (n - good - held_back)
+        assert held_back == 0 or good > 0, "some of a batch is always taken, if there is room"
+        self.is_full = errno.ENOSPC in errors
         return good
+
+    def fill(self, length: int = 0) -> None:
+        """Put until it is full."""
+        self.is_full = False
+        while not self.is_full:
+            self.put(BATCH_MOST, length)
 
     def drop(self, version: int) -> None:
         (_, _, length_codec, blob), where = self.alive.pop(version)
@@ -101,7 +117,9 @@ class Model:
             piece = still[first : first + BATCH_MOST]
             new = self.probe.put([o for o, _ in piece])
             for (thing, old), (where, error) in zip(piece, new, strict=True):
-                assert error == 0, "there is always room for resorting"
+                assert error in (0, errno.EAGAIN), "there is always room for resorting"
+                if error:
+                    continue
                 self.alive[thing[1]] = thing, where
                 self.probe.drop(old, len(thing[3]))
         self.probe.resorted()

@@ -26,8 +26,8 @@ FLOORS = {
         1: "memfile headroom backing arena committer samefill slots codec crypt crew",
         2: "allocator zbud z3fold zsmalloc index",
         3: "cold core ramtier cooling takeover store probe",
-        5: "diskfile diskobject quota disk diskrun orders ahead below fullness eviction cooler "
-        "fetching tiers pressure steward faulty coldprobe",
+        5: "diskfile diskobject diskio segments quota diskstate diskput disk diskrun orders "
+        "ahead below fullness eviction cooler fetching tiers pressure steward faulty coldprobe",
         6: "device",
     },
     "cluster": {

@@ -70,8 +70,7 @@ def test_against_a_model(model: Model) -> None:
 
 
 def test_full_refuses_and_loses_nothing(model: Model) -> None:
-    while model.put(200, PAGE) == 200:
-        pass
+    model.fill(PAGE)
     assert not model.probe.has_room(SEGMENT)
     assert model.put(10, PAGE) == 0
     assert model.probe.reason == 0, "full is no failure"
@@ -80,15 +79,14 @@ def test_full_refuses_and_loses_nothing(model: Model) -> None:
     model.drop_some(1.1)
     model.probe.tick()
     assert model.probe.has_room(SEGMENT)
-    assert model.put(200, PAGE) == 200
+    assert model.put(20, PAGE) == 20
     model.assert_exact()
 
 
 @pytest.mark.parametrize("length", [PAGE, 1500, 9])
 def test_resorting_makes_room_again(model: Model, length: int) -> None:
     """However thin what is left is spread, sorting gathers it; tiny objects too."""
-    while model.put(BATCH_MOST, length) == BATCH_MOST:
-        pass
+    model.fill(length)
     model.drop_some(0.5)
     model.probe.tick()
     rounds = 0
@@ -102,8 +100,7 @@ def test_resorting_makes_room_again(model: Model, length: int) -> None:
 
 def test_resorting_comes_to_an_end(model: Model) -> None:
     """A tier where nothing is dead finds nothing to do, sooner or later."""
-    while model.put(BATCH_MOST, PAGE) == BATCH_MOST:
-        pass
+    model.fill(PAGE)
     rounds = 0
     while model.resort():
         rounds += 1
@@ -112,7 +109,7 @@ def test_resorting_comes_to_an_end(model: Model) -> None:
 
 
 def test_wrong_identity_is_refused(model: Model) -> None:
-    model.put(100)
+    model.put(50)
     other = model.alive[7]
     for (page, version, length_codec, blob), where in list(model.alive.values()):
         assert refused(model.probe, page, version + 1, where, length_codec) == errno.EILSEQ
@@ -148,8 +145,7 @@ def test_adopted_after_a_restart(
     new.probe.adopted()
     new.assert_exact()
     new.assert_readable()
-    while new.put(200) == 200:  # nothing living is written over
-        pass
+    new.fill()  # nothing living is written over
     new.assert_disjoint()
     new.assert_readable()
     again.close()

@@ -35,6 +35,7 @@ from zcache_core.crypt import CIPHER_NAMES, aead
 from zcache_core.diskfile import open_disk
 from zcache_core.memfile import MemoryFile
 
+MIB = 1 << 20
 GOLDEN_CHECK = 0x62  # of the golden object's header, from docs/disk-format.md
 
 
@@ -121,8 +122,7 @@ def test_truncated_file(disk: Model, fd: int) -> None:
 
 def test_damage_does_not_stop_cleaning(disk: Model, plain_fd: int) -> None:
     """A segment that cannot be emptied waits; the others get their turn."""
-    while disk.put(200, PAGE) == 200:
-        pass
+    disk.fill(PAGE)
     hit, where = disk.alive[disk.rng.choice(sorted(disk.alive))]
     number = where // SEGMENT
     os.pwrite(plain_fd, b"\xff" * 16, where & ~7)
@@ -144,13 +144,17 @@ def test_damage_does_not_stop_cleaning(disk: Model, plain_fd: int) -> None:
 def test_damage_hides_no_neighbours(disk: Model, plain_fd: int) -> None:
     """Sorting finds all other objects of a segment with a damaged one."""
     disk.put(BATCH_MOST, 200)
-    disk.put(300, PAGE)  # closes the first segment
-    hit = disk.alive[disk.rng.randrange(1, BATCH_MOST)]
+    small = sorted(disk.alive)
+    disk.put(300, PAGE)
+    hit = disk.alive[disk.rng.choice(small)]
+    for version in small:
+        if version != hit[0][1] and disk.rng.random() < 0.5:
+            disk.drop(version)
     os.pwrite(plain_fd, b"\xff" * 30, (hit[1] & ~7) + 4)
     os.fdatasync(plain_fd)
     number = hit[1] // SEGMENT
     for version in list(disk.alive):
-        if version > BATCH_MOST:
+        if version not in small:
             disk.drop(version)
     told = {o[1] for o, _ in disk.probe.resort()}
     inside = {v for v, (_, where) in disk.alive.items() if where // SEGMENT == number}
@@ -174,7 +178,8 @@ def test_write_failure_degrades_and_recovers(memory: MemoryFile, tmp_path: Path)
     first = probe.segments()
     os.dup2(read_only, swap)
     answers = probe.put([make_object(rng, 2, 2 + i) for i in range(300)])
-    assert {error for _, error in answers} == {errno.EBADF} == {probe.reason}
+    assert {errno.EBADF} <= {error for _, error in answers} <= {errno.EBADF, errno.EAGAIN}
+    assert probe.reason == errno.EBADF
     assert counters.read(memory)["disk_degraded"] == 1
     assert [live for live, _ in probe.segments()] == [live for live, _ in first]
     began_s = time.monotonic()
@@ -200,26 +205,23 @@ def test_write_failure_degrades_and_recovers(memory: MemoryFile, tmp_path: Path)
 
 def test_the_days_limit_is_never_exceeded(disk: Model, memory: MemoryFile) -> None:
     """What would go beyond it is not begun; all counts, cleaning too; the next day begins anew."""
-    limit = disk.probe.limit_bytes = 3 * SEGMENT
+    limit = disk.probe.limit_bytes = 3 * MIB
     assert disk.probe.takes()
     for _ in range(40):
-        disk.rng.random()
         batch = [make_object(disk.rng, 1, disk.next_version + i, 2000) for i in range(200)]
         answers = disk.probe.put(batch)
         for thing, (where, error) in zip(batch, answers, strict=True):
-            assert error in (0, errno.EDQUOT)
+            assert error in (0, errno.EDQUOT, errno.EAGAIN)
             if not error:
                 disk.alive[thing[1]] = thing, where
         disk.next_version += 200
     now = counters.read(memory)
-    assert limit - SEGMENT < now["disk_written_bytes"] == now["writeback_day_bytes"] <= limit
+    assert limit - MIB < now["disk_written_bytes"] == now["writeback_day_bytes"] <= limit
     assert now["disk_degraded"] == now["disk_write_errors"] == 0, "no failure of the disk"
     disk.assert_exact()
     disk.assert_readable()
     disk.drop_some(0.8)
     disk.probe.tick()
-    while disk.probe.takes():
-        disk.put(1, PAGE)
     assert not disk.resort(), "cleaning writes too"
     assert disk.probe.reason == errno.EDQUOT
     assert counters.read(memory)["writeback_limit_reached"] == 1
@@ -231,7 +233,7 @@ def test_the_days_limit_is_never_exceeded(disk: Model, memory: MemoryFile) -> No
     written = counters.read(memory)["disk_written_bytes"] - now["disk_written_bytes"]
     assert 0 < counters.read(memory)["writeback_day_bytes"] <= written
     disk.probe.limit_bytes = 0
-    assert disk.put(200) == 200
+    assert disk.put(200) > 100
 
 
 def golden_identity(version: int, device: int, place: int) -> int:
@@ -311,15 +313,44 @@ def test_both_kinds_on_one_disk(
 
 
 def test_golden_header_block(tmp_path: Path) -> None:
-    disk = open_disk(str(tmp_path / "disk"), 17 * SEGMENT + 5)
-    disk.take(0x1122334455667788, 64 * SEGMENT)
+    disk = open_disk(str(tmp_path / "disk"), 17 * MIB + 5)
+    disk.take(0x1122334455667788, 64 * MIB)
     assert not disk.ours
     disk.close()
     with open(tmp_path / "disk", "rb") as file:
         block = file.read(PAGE)
-    golden = b"ZCACHEDK" + bytes.fromhex("02000000 00001000 8877665544332211 0000100100000000")
+    golden = b"ZCACHEDK" + bytes.fromhex("02000000 00000400 8877665544332211 0000100100000000")
     assert block == golden + bytes(PAGE - len(golden))
-    again = open_disk(str(tmp_path / "disk"), 17 * SEGMENT)
-    again.take(0x1122334455667788, 64 * SEGMENT)
+    again = open_disk(str(tmp_path / "disk"), 17 * MIB)
+    again.take(0x1122334455667788, 64 * MIB)
     assert again.ours
     again.close()
+
+
+def test_large_batches_make_large_writes(disk: Model, memory: MemoryFile) -> None:
+    """Whole segments, neighbours together; what is left of a batch is held back."""
+    for length, n in ((PAGE, 400), (1400, 400), (300, 1000)):
+        before = counters.read(memory)
+        taken = sum(disk.put(n, length) for _ in range(3))
+        now = counters.read(memory)
+        written = now["disk_written_bytes"] - before["disk_written_bytes"]
+        assert written % SEGMENT == 0
+        where = next(iter(disk.alive.values()))[1]
+        assert taken * room(where, length) <= written < taken * room(where, length) * 1.02
+        assert now["disk_writes"] - before["disk_writes"] <= -(-written // MIB) + 3
+        disk.drop_some(1.1)
+        disk.probe.tick()
+    disk.put(3, PAGE)
+    assert counters.read(memory)["disk_written_bytes"] % SEGMENT == 4 * PAGE, "less than a segment"
+
+
+def test_small_batches_share_a_segment(disk: Model) -> None:
+    """Each is written at once, behind the one before; a segment is filled before the next."""
+    for _ in range(40):
+        disk.put(5, 1500)
+    wheres = sorted(where for _, where in disk.alive.values())
+    assert wheres[0] // SEGMENT == 1
+    assert {where // SEGMENT for where in wheres} == {1, 2}
+    disk.assert_exact()
+    disk.assert_disjoint()
+    disk.assert_readable()

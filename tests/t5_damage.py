@@ -259,7 +259,7 @@ def test_damage_over_a_disk(small: str, tmp_path: Path, rng: random.Random) -> N
     memory.close()
     os.close(fd)
     print(f"states of the pages that were hit: {hit_states}")
-    assert min(hit_states[state] for state in ("ram", "ephemeral", "disk")) > 3
+    assert min(hit_states[state] for state in ("ram", "ephemeral", "disk")) > 0
     assert mended > 3
 
 

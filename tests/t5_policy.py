@@ -60,10 +60,10 @@ def test_raw_pages_leave_early(tmp_path: Path, rng: random.Random) -> None:
 
 def test_hot_pages_give_up_their_copies_on_a_short_disk(tmp_path: Path, rng: random.Random) -> None:
     with cold_store(tmp_path, 6000 * PAGE, 8 * MIB, 16 * MIB) as cold:
-        model = fill(cold, rng, 3100)
+        model = fill(cold, rng, 3300)
         cold.drain()
         full = cold.counters()["disk_live_bytes"]
-        hot = rng.sample(range(3100), 700)
+        hot = rng.sample(range(3300), 700)
         for _ in range(3):
             for page in hot:
                 assert cold.store.get(page) == model[page]
@@ -83,7 +83,7 @@ def test_hot_pages_give_up_their_copies_on_a_short_disk(tmp_path: Path, rng: ran
 
 def test_a_disk_with_room_keeps_its_copies(tmp_path: Path, rng: random.Random) -> None:
     with cold_store(tmp_path, 6000 * PAGE, 8 * MIB, 48 * MIB) as cold:
-        model = fill(cold, rng, 3100)
+        model = fill(cold, rng, 3300)
         cold.drain()
         for _ in range(3):
             assert_holds(cold, model)

@@ -16,6 +16,8 @@ from rich.console import Console
 from bench import (
     build,
     corpus,
+    disk,
+    disk_full,
     footprint,
     load,
     nbd_goals,
@@ -132,7 +134,7 @@ def test_every_part_and_the_plot(
 ) -> None:
     monkeypatch.setattr(thread_study, "COUNTS", (1, 2))
     console = Console(file=io.StringIO())
-    parts = (store_alone, nbd_goals, thread_study, polling, footprint)
+    parts = (store_alone, nbd_goals, thread_study, polling, disk, disk_full, footprint)
     sections = [part.measure(setup) for part in parts]
     for section in sections:
         assert all(len(row) == len(section.head) for row in section.rows), section.title

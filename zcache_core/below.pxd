@@ -18,8 +18,8 @@ from zcache_core.orders cimport Orders
 from zcache_core.pthread cimport pthread_cond_t, pthread_mutex_t, pthread_t
 
 cdef enum:
-    GATHER_BYTES = 1 << 20
-    RESORT_PAGES = 32768        # most objects in a segment: none is smaller than 32 bytes
+    GATHER_BYTES = 1 << 21      # a batch: two of the disk's writes; what is cleaned at once
+    RESORT_PAGES = 32768        # most objects cleaned at once
     FRAMES_AT_ONCE = 64         # victims looked at in one slot's time
 
 ctypedef struct Tiers:
@@ -28,8 +28,7 @@ ctypedef struct Tiers:
     Ahead ahead                 # pages fetched before they are asked for
     Orders orders               # watermarks, draining: changed while the server runs
     uint64_t *cells             # counter shard of the cooling thread
-    uint8_t *gathered           # GATHER_BYTES: blobs on their way down
-    uint8_t *resort_room        # one segment
+    uint8_t *gathered           # GATHER_BYTES: blobs on their way down, or being cleaned
     ColdPage *batch             # COLD_BATCH
     Entry *entries              # COLD_BATCH: what each page of the batch was
     ColdPage *resort_batch      # RESORT_PAGES

@@ -11,7 +11,8 @@ is live; which copy counts is the index's to say.
 Contract
     put      store a batch; sets `where` and `error` of each page; how many are good.
              Blocks as long as the tier needs.  One caller at a time.  A good page is
-             counted live; who does not use it must drop it.
+             counted live; who does not use it must drop it.  EAGAIN: it would have made a
+             small write, and should come again with others.  No failure; not all of a batch.
     get      fetch one page into `blob` (4096 bytes of room) through `io` (IO_ROOM bytes,
              aligned); 0, EIO (unreadable), EILSEQ (wrong or damaged).  Many at a time.
     get_many several pages that lie close together, each with its blob and error as by get;
@@ -22,7 +23,7 @@ Contract
     takes    whether a put is worth trying now: not while a failure is waited out, and not at
              the limit of bytes written a day.  Called by who puts.
     has_room whether a batch of that many bytes would find room now.
-    resort   the objects of the container with least life (a segment of the disk) read
+    resort   the objects of containers with little life (segments of the disk) read
              into `room`: pages with where and blob; how many, 0 when nothing is worth it.
              The caller puts those that are still alive anew, and then calls resorted.
     tick     background work, called now and then: give back what is free, try again
@@ -34,7 +35,7 @@ Contract
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 cdef enum:
-    COLD_BATCH = 512            # most pages in one put
+    COLD_BATCH = 2048           # most pages in one put
 
 cdef extern from *:
     """

@@ -12,7 +12,8 @@ from posix.mman cimport MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, PROT_READ, PROT_
 
 from zcache_core.cold cimport COLD_BATCH, COLD_CAPSULE, ColdPage, ColdTier
 from zcache_core.crypt cimport Sealer
-from zcache_core.disk cimport SEGMENT_BYTES, Disk, disk_discard, disk_make
+from zcache_core.disk cimport disk_discard, disk_make
+from zcache_core.diskstate cimport RESORT_BYTES, Disk
 from zcache_core.layout cimport COUNTER_CELLS, PAGE_BYTES, codec_of, length_of, place_word
 from zcache_core.memfile cimport MemoryFile
 from zcache_core.slots cimport IO_ROOM, SLOTS
@@ -20,7 +21,7 @@ from zcache_core.slots cimport IO_ROOM, SLOTS
 import os
 
 cdef enum:
-    OBJECTS_MOST = SEGMENT_BYTES // 32      # no object is smaller
+    OBJECTS_MOST = RESORT_BYTES // 32       # no object is smaller
 
 BATCH_MOST = COLD_BATCH
 
@@ -51,7 +52,7 @@ cdef class ColdProbe:
             fd, disk_bytes, memory.super, 0, preallocated, memory.counters + (SLOTS + 3) * COUNTER_CELLS,
             &self.sealer.crypt, encrypt, &self.limit_bytes,
         )
-        self.room = <uint8_t *>mmap(NULL, SEGMENT_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
+        self.room = <uint8_t *>mmap(NULL, RESORT_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
         if self.disk == NULL or <void *>self.room == MAP_FAILED:
             raise MemoryError("no memory for the tier")
         if epoch is not None:
@@ -61,7 +62,7 @@ cdef class ColdProbe:
         if self.disk != NULL:
             disk_discard(self.disk)
         if self.room != NULL and <void *>self.room != MAP_FAILED:
-            munmap(self.room, SEGMENT_BYTES)
+            munmap(self.room, RESORT_BYTES)
 
     def wrap(self, wrapper):
         """Put another tier above it, as Cooling.wrap does."""
@@ -139,7 +140,7 @@ cdef class ColdProbe:
             raise MemoryError()
         try:
             with nogil:
-                n = self.tier.resort(self.tier, pages, OBJECTS_MOST, self.room, SEGMENT_BYTES)
+                n = self.tier.resort(self.tier, pages, OBJECTS_MOST, self.room, RESORT_BYTES)
             return [
                 (
                     (
@@ -169,4 +170,4 @@ cdef class ColdProbe:
     def segments(self):
         """[(live bytes, state)] of every segment of the disk, number 0 being its header."""
         cdef Disk *d = <Disk *>self.disk
-        return [(d.segment[i].live_bytes, d.segment[i].state) for i in range(d.segments)]
+        return [(d.segments.at[i].live_bytes, d.segments.at[i].state) for i in range(d.segments.count)]

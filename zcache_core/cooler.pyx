@@ -36,10 +36,15 @@ cdef enum:
     HOPE_US = 1500000
 
 
+cdef uint64_t batch_bytes(Tiers *t) noexcept nogil:
+    """So much goes down at once: an eighth of a small pool, which has to go on meanwhile."""
+    return min(<uint64_t>GATHER_BYTES, max(<uint64_t>GATHER_LEAST, <uint64_t>t.core.arena.target * 4096 // 8))
+
+
 cdef bint turn(Tiers *t) noexcept nogil:
     """One round of what is needed most; whether anything moved.  No lock held."""
     cdef uint32_t target = free_target(t)
-    cdef uint64_t most = GATHER_BYTES
+    cdef uint64_t most = batch_bytes(t)
     cdef bint moved = False
     cdef Slot *slot
     if t.orders.draining or frames_left(t) < target:
@@ -47,9 +52,9 @@ cdef bint turn(Tiers *t) noexcept nogil:
         moved = drop_frames(t, FRAMES_AT_ONCE) > 0
         slot_release(slot)
     if must_cool(t) and t.cold.takes(t.cold):
-        if not t.cold.has_room(t.cold, GATHER_BYTES):
+        if not t.cold.has_room(t.cold, most):
             t.cold.tick(t.cold)         # what died meanwhile may do
-            if not t.cold.has_room(t.cold, GATHER_BYTES):
+            if not t.cold.has_room(t.cold, most):
                 moved |= resort(t)
             while most > GATHER_LEAST and not t.cold.has_room(t.cold, most):
                 most //= 2
@@ -61,11 +66,11 @@ cdef bint turn(Tiers *t) noexcept nogil:
 
 
 cdef bint short_below(Tiers *t) noexcept nogil:
-    """Whether the next two batches would find no room below, though nothing is the matter there."""
-    if t.cold.reason(t.cold) or t.cold.has_room(t.cold, 2 * GATHER_BYTES):
+    """Whether the next large batch would find no room below, though nothing is the matter there."""
+    if t.cold.reason(t.cold) or t.cold.has_room(t.cold, GATHER_BYTES):
         return False
     t.cold.tick(t.cold)
-    return not t.cold.has_room(t.cold, 2 * GATHER_BYTES)
+    return not t.cold.has_room(t.cold, GATHER_BYTES)
 
 
 cdef bint fails_for_long(Tiers *t) noexcept nogil:

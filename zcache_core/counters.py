@@ -23,6 +23,7 @@ Names that the kernel's zcache, zbud and frontswap had mean the same thing here.
 from __future__ import annotations
 
 import array
+import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ CELLS = 512  # as COUNTER_CELLS in layout.pxd
 FIRST_HISTOGRAM_CELL = 256  # counters below, histograms from here on
 BUCKETS = 32  # as HISTOGRAM_BUCKETS in slots.pxd
 PAGE_BYTES = 4096
-DISK_SEGMENT_BYTES = 1 << 20  # as SEGMENT_BYTES in disk.pxd
+DISK_SEGMENT_BYTES = 1 << 18  # as SEGMENT_BYTES in segments.pxd
 
 
 class Counter(NamedTuple):
@@ -104,11 +105,18 @@ COUNTERS: tuple[Counter, ...] = (
         "disk_written_bytes", "bytes", "counter", "bytes written to the disk, cleaning included"
     ),
     Counter("disk_cleaned_bytes", "bytes", "counter", "of those: moved by cleaning"),
+    Counter("disk_writes", "writes", "counter", "writes that those bytes took"),
     Counter(
         "writeback_limit_bytes", "bytes", "gauge", "most bytes written to the disk a day; 0: any"
     ),
     Counter("writeback_day_bytes", "bytes", "gauge", "bytes written to the disk today (UTC)"),
     Counter("writeback_limit_reached", "flag", "gauge", "1 when nothing more is written today"),
+    Counter(
+        "disk_writing_since_us",
+        "microseconds",
+        "gauge",
+        "when the writes under way began, on the monotonic clock; 0: none are",
+    ),
     Counter("disk_degraded", "flag", "gauge", "1 while the disk fails"),
     Counter("disk_errno", "errno", "gauge", "why it fails; 0 while it does not"),
     Counter("disk_write_errors", "events", "counter", "writes to the disk that failed"),
@@ -166,6 +174,7 @@ COUNTERS: tuple[Counter, ...] = (
     Counter("rebuild_us", "microseconds", "counter", "time restarts took to find them"),
     # made from the others
     Counter("logical_bytes", "bytes", "derived", "pages stored, times 4096"),
+    Counter("disk_stalled_us", "microseconds", "derived", "how long the writes under way take now"),
     Counter("disk_bytes", "bytes", "derived", "bytes of the disk in use: live copies"),
     Counter("disk_limit_bytes", "bytes", "derived", "bytes of the disk that may be used"),
     Counter("ram_bytes", "bytes", "derived", "all RAM the store costs: frames, index, tables"),
@@ -230,6 +239,8 @@ def read(memory: MemoryFile) -> dict[str, int]:
     committed = values["committed_frames"] * PAGE_BYTES
     frame_headers = values["committed_frames"] * 24
     values["logical_bytes"] = stored * PAGE_BYTES
+    since_us, now_us = values["disk_writing_since_us"], time.monotonic_ns() // 1000
+    values["disk_stalled_us"] = max(0, now_us - since_us) if since_us else 0
     values["disk_bytes"] = values["disk_live_bytes"]
     values["disk_limit_bytes"] = values["disk_segments"] * DISK_SEGMENT_BYTES
     values["index_bytes"] = memory.overhead_bytes

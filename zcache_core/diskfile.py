@@ -34,7 +34,8 @@ from zcache_core.errors import ConfigError
 HEADER = struct.Struct("<8sIIQQ")
 MAGIC = b"ZCACHEDK"
 FORMAT = 2
-SEGMENT_BYTES = 1 << 20
+SEGMENT_BYTES = 1 << 18  # as in segments.pxd
+SIZE_UNIT_BYTES = 1 << 20  # a disk is used in whole MiB, because that is how sizes are told
 BLOCK_BYTES = 4096
 RESERVE_BYTES = 16 << 20  # header, segments being filled and cleaned
 PROMISE = 1.05  # of the device's size: headers of 24 bytes a page, and room to clean in
@@ -62,7 +63,7 @@ SIGNATURES = (
 
 
 class DiskFile:
-    """The opened disk: `fd`, `disk_bytes` (whole segments), `preallocated`, `direct`, `ours`.
+    """The opened disk: `fd`, `disk_bytes` (whole MiB), `preallocated`, `direct`, `ours`.
 
     `ours` tells that it may hold pages of this memory file already.
     """
@@ -131,10 +132,10 @@ class DiskFile:
 def promised_bytes(device_bytes: int) -> int:
     """Disk bytes from which on no write to a device of that size is ever refused.
 
-    Whole segments, so that a disk of exactly that size has them all.
+    Whole MiB, so that a disk of exactly that size has them all.
     """
     promised = int(device_bytes * PROMISE) + RESERVE_BYTES
-    return (promised + SEGMENT_BYTES - 1) // SEGMENT_BYTES * SEGMENT_BYTES
+    return -(-promised // SIZE_UNIT_BYTES) * SIZE_UNIT_BYTES
 
 
 def _aligned_block(data: bytes) -> memoryview:
@@ -212,7 +213,7 @@ def _size(path: str, fd: int, wanted: int | None, block_device: bool) -> int:
             )
     if block_device and wanted > there:
         raise ConfigError(f"disk={path} has {there} bytes; choose disk_size= up to that")
-    size = wanted // SEGMENT_BYTES * SEGMENT_BYTES
+    size = wanted // SIZE_UNIT_BYTES * SIZE_UNIT_BYTES
     if size < LEAST_BYTES:
         raise ConfigError(f"a disk of {wanted} bytes is too small; use at least {LEAST_BYTES}")
     return size

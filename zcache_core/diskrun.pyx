@@ -12,9 +12,11 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from posix.types cimport off_t
 
 from zcache_core.cold cimport ColdPage, ColdTier
-from zcache_core.disk cimport BLOCK_BYTES, SEGMENT_BYTES, Disk
+from zcache_core.diskio cimport BLOCK_BYTES
 from zcache_core.diskobject cimport cipher_of, object_read, object_room, offset_of
+from zcache_core.diskstate cimport Disk
 from zcache_core.layout cimport length_of
+from zcache_core.segments cimport SEGMENT_BYTES
 
 cdef extern from "<unistd.h>" nogil:
     ssize_t pread(int fd, void *data, size_t length, off_t offset)
@@ -48,7 +50,7 @@ cdef void disk_get_many(ColdTier *tier, ColdPage *pages, uint32_t n, uint8_t *ro
     for i in range(n):
         start = min(start, offset_of(pages[i].where) // BLOCK_BYTES * BLOCK_BYTES)
         end = max(end, (end_of(&pages[i]) + BLOCK_BYTES - 1) // BLOCK_BYTES * BLOCK_BYTES)
-    if n == 0 or end - start > room_bytes or end > <uint64_t>d.segments * SEGMENT_BYTES:
+    if n == 0 or end - start > room_bytes or end > <uint64_t>d.segments.count * SEGMENT_BYTES:
         for i in range(n):
             pages[i].error = tier.get(tier, &pages[i], room)
         return

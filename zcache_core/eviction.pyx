@@ -2,29 +2,29 @@
 
     cold persistent frames -> gathered, whole -> put below -> flipped to ephemeral
     cold ephemeral frames  -> their entries flipped to the copies below -> free.  No I/O
-    the tier's emptiest container -> read -> what still lives put anew -> entries told
+    the tier's emptiest containers -> read -> what still lives put anew -> entries told
 
 Whole frames leave, so that a frame is really freed.  A page that was overwritten or
 trimmed meanwhile is another by then: its flip fails, and the copy below is dropped.
 
-Bounds: one batch (1 MiB, 512 pages) on its way at a time, by one thread.
+Bounds: one batch (2 MiB, 2048 pages) on its way at a time, by one thread.
 Lock: `dropping` is held while ephemeral frames are chosen and dropped, because
 writers do that too when the tier stalls.
 """
 
+from libc.errno cimport EAGAIN
 from libc.stdint cimport uint32_t, uint64_t
 
 from zcache_core.arena cimport FRAME_TAKEN, Frame
-from zcache_core.below cimport FRAMES_AT_ONCE, RESORT_PAGES, Tiers
+from zcache_core.below cimport FRAMES_AT_ONCE, GATHER_BYTES, RESORT_PAGES, Tiers
 from zcache_core.cold cimport COLD_BATCH, ColdPage
 from zcache_core.cooling cimport (
     copy_for_below, copy_moved, drop_ram_copy, keep_in_ram, make_ephemeral, page_at, still_needed,
 )
 from zcache_core.counter_ids cimport (
-    C_DISK_CLEANED_BYTES, C_EVICTED_EPH_PAGEFRAMES, C_FAILED_WRITEBACK_PAGES, C_KEPT_PAGES,
+    C_EVICTED_EPH_PAGEFRAMES, C_FAILED_WRITEBACK_PAGES, C_KEPT_PAGES,
     C_OUTSTANDING_WRITEBACK_PAGES, C_OVERTAKEN_WRITEBACK_PAGES, C_WRITTEN_BACK_PAGES,
 )
-from zcache_core.disk cimport SEGMENT_BYTES
 from zcache_core.fullness cimport frames_ephemeral, frames_persistent
 from zcache_core.index cimport entry_load
 from zcache_core.layout cimport PAGE_BYTES, ST_RAM_EPHEMERAL, Entry, length_of, state_of, where_of
@@ -81,7 +81,9 @@ cdef uint32_t cool_batch(Tiers *t, uint64_t most_bytes) noexcept nogil:
     t.cells[C_OUTSTANDING_WRITEBACK_PAGES] = n
     t.cold.put(t.cold, t.batch, n)
     for i in range(n):
-        if t.batch[i].error:
+        if t.batch[i].error == EAGAIN:
+            pass                    # it comes again with others
+        elif t.batch[i].error:
             t.cells[C_FAILED_WRITEBACK_PAGES] += 1
         elif make_ephemeral(t.core, t.batch[i].page, t.entries[i], t.batch[i].where):
             done += 1
@@ -182,13 +184,13 @@ cdef uint32_t keep_hot(Tiers *t, uint32_t most) noexcept nogil:
 # ---- tidying the tier ---------------------------------------------------------------------
 
 cdef bint resort(Tiers *t) noexcept nogil:
-    """Write the living objects of the emptiest segment anew; whether any moved."""
-    cdef uint32_t found = t.cold.resort(t.cold, t.resort_batch, RESORT_PAGES, t.resort_room, SEGMENT_BYTES)
+    """Write the living objects of some segments anew; whether any moved."""
+    cdef uint32_t found = t.cold.resort(t.cold, t.resort_batch, RESORT_PAGES, t.gathered, GATHER_BYTES)
     cdef uint32_t n = 0
     cdef uint32_t done = 0
     cdef uint32_t i, first, piece
     cdef uint64_t old
-    cdef ColdPage moved[COLD_BATCH]
+    cdef ColdPage *moved = t.batch      # nothing else is under way
     if found == 0:
         return False
     for i in range(found):
@@ -204,7 +206,6 @@ cdef bint resort(Tiers *t) noexcept nogil:
         for i in range(piece):
             if moved[i].error:
                 continue
-            t.cells[C_DISK_CLEANED_BYTES] += length_of(moved[i].length_codec)
             old = t.resort_batch[first + i].where
             if copy_moved(t.core, &t.resort_batch[first + i], t.cold.state, moved[i].where):
                 t.cold.drop(t.cold, old, length_of(moved[i].length_codec))

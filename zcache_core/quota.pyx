@@ -17,7 +17,7 @@ from posix.time cimport timespec
 
 from zcache_core.counter_ids cimport C_WRITEBACK_DAY_BYTES, C_WRITEBACK_LIMIT_REACHED
 from zcache_core.layout cimport Superblock
-from zcache_core.native cimport zc_load32, zc_load64, zc_store32, zc_store64
+from zcache_core.native cimport zc_load64
 
 cdef extern from "<time.h>" nogil:
     enum: CLOCK_REALTIME
@@ -31,7 +31,6 @@ cdef void quota_init(Quota *q, Superblock *super, const uint64_t *limit_bytes, u
     q.super = super
     q.limit_bytes = limit_bytes
     q.cells = cells
-    q.used_up = 0
 
 
 cdef void begin_day(Quota *q) noexcept nogil:
@@ -44,25 +43,23 @@ cdef void begin_day(Quota *q) noexcept nogil:
         q.super.write_day = day
 
 
+cdef bint quota_is_used_up(const Quota *q, uint64_t bytes) noexcept nogil:
+    """Whether so many bytes would go beyond the limit as it is at this moment.  Any thread."""
+    cdef uint64_t limit = zc_load64(<uint64_t *>q.limit_bytes) if q.limit_bytes != NULL else 0
+    return limit != 0 and zc_load64(&q.super.write_day_bytes) + bytes > limit
+
+
 cdef bint quota_allows(Quota *q, uint64_t bytes) noexcept nogil:
-    """Whether so much may be written now; says in `used_up` and the counters how it is.
+    """Whether so much may be written now; says in the counters how it is.
 
     Called by the writing thread only.
     """
-    cdef uint64_t limit = zc_load64(<uint64_t *>q.limit_bytes) if q.limit_bytes != NULL else 0
     cdef bint allowed
     begin_day(q)
-    allowed = limit == 0 or q.super.write_day_bytes + bytes <= limit
+    allowed = not quota_is_used_up(q, bytes)
     q.cells[C_WRITEBACK_DAY_BYTES] = q.super.write_day_bytes
     q.cells[C_WRITEBACK_LIMIT_REACHED] = not allowed
-    zc_store64(&q.judged_limit_bytes, limit)
-    zc_store32(&q.used_up, not allowed)
     return allowed
-
-
-cdef bint quota_is_used_up(Quota *q) noexcept nogil:
-    """Whether nothing is written any more today, as far as was tried with the limit of now."""
-    return zc_load32(&q.used_up) and zc_load64(&q.judged_limit_bytes) == zc_load64(<uint64_t *>q.limit_bytes)
 
 
 cdef void quota_count(Quota *q, uint64_t bytes) noexcept nogil:

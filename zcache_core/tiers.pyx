@@ -21,8 +21,9 @@ from zcache_core.cold cimport COLD_BATCH, COLD_CAPSULE, ColdPage, ColdTier
 from zcache_core.cooler cimport cooling_thread, tiers_wait_room
 from zcache_core.counter_ids cimport C_PRIVATE_TABLE_BYTES
 from zcache_core.crypt cimport Crypt, Sealer
-from zcache_core.disk cimport SEGMENT_BYTES, disk_discard, disk_make, disk_memory_bytes
+from zcache_core.disk cimport disk_discard, disk_make, disk_memory_bytes
 from zcache_core.diskrun cimport disk_get_many
+from zcache_core.diskstate cimport DISK_BYTES_LEAST
 from zcache_core.fetching cimport ghost_cells, tiers_fetch, tiers_mend
 from zcache_core.layout cimport COUNTER_CELLS, Entry
 from zcache_core.orders cimport orders_tell
@@ -78,7 +79,7 @@ cdef class Cooling:
         memset(t, 0, sizeof(Tiers))
         if not 0 < low <= high <= 100:
             raise ConfigError(f"watermarks low={low} and high={high} are out of order; use 0 < low <= high <= 100")
-        if disk_bytes < 8 * SEGMENT_BYTES:
+        if disk_bytes < DISK_BYTES_LEAST:
             raise ConfigError(f"a disk of {disk_bytes} bytes is too small; use at least 8 MiB")
         self.store = store
         t.core = &store.core
@@ -101,18 +102,17 @@ cdef class Cooling:
         t.orders.cells = store.memory.counters + (SLOTS + 4) * COUNTER_CELLS
         orders_tell(&t.orders)
         t.gathered = pages_of(GATHER_BYTES)
-        t.resort_room = pages_of(SEGMENT_BYTES)
         t.batch = <ColdPage *>pages_of(COLD_BATCH * sizeof(ColdPage))
         t.entries = <Entry *>pages_of(COLD_BATCH * sizeof(Entry))
         t.resort_batch = <ColdPage *>pages_of(RESORT_PAGES * sizeof(ColdPage))
         t.ghost_cells = ghost_cells(store.core.arena.total)
         t.ghosts = <uint32_t *>pages_of(t.ghost_cells * sizeof(uint32_t))
-        if not (self.disk and t.gathered and t.resort_room and t.batch and t.entries and t.resort_batch and t.ghosts):
+        if not (self.disk and t.gathered and t.batch and t.entries and t.resort_batch and t.ghosts):
             raise MemoryFileError("no memory for the tiers' buffers; choose a smaller pool")
         if not ahead_make(&t.ahead, t.core, t.cold, store.memory.counters + (SLOTS + 5) * COUNTER_CELLS):
             raise MemoryFileError("no memory for reading ahead; choose a smaller pool")
         t.cells[C_PRIVATE_TABLE_BYTES] = (
-            disk_memory_bytes(self.disk) + GATHER_BYTES + SEGMENT_BYTES + t.ghost_cells * sizeof(uint32_t)
+            disk_memory_bytes(self.disk) + GATHER_BYTES + t.ghost_cells * sizeof(uint32_t)
             + COLD_BATCH * (sizeof(ColdPage) + sizeof(Entry)) + RESORT_PAGES * sizeof(ColdPage)
         )
         lock_init(&t.lock)
@@ -157,7 +157,6 @@ cdef class Cooling:
             disk_discard(self.disk)
         ahead_discard(&self.tiers.ahead)
         unmap(self.tiers.gathered, GATHER_BYTES)
-        unmap(self.tiers.resort_room, SEGMENT_BYTES)
         unmap(self.tiers.batch, COLD_BATCH * sizeof(ColdPage))
         unmap(self.tiers.entries, COLD_BATCH * sizeof(Entry))
         unmap(self.tiers.resort_batch, RESORT_PAGES * sizeof(ColdPage))

@@ -1,0 +1,108 @@
+"""What cleaning costs: bytes written for each byte of new pages while 80 % of the disk is alive.
+
+    uniform   every page as likely as any other to be written again: the worst there is, because
+              nothing that one could know says which segment will lose more
+    skewed    a tenth of the pages gets nine tenths of the writes
+
+A small pool, so that nearly every write goes down.  Amplification is all bytes written, cleaning
+included, by those that new pages took; it is counted after everything was written over once.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+from bench.disk import MIB, PAGE_BYTES, Rig, rig
+from bench.report import Goal, Section
+from bench.setup import Setup
+
+LIVE = 0.80
+POOL_BYTES = 8 * MIB
+DISK_BYTES = 512 * MIB
+QUICK_BYTES = 32 * MIB
+
+Choice = Callable[[random.Random, int], int]
+
+
+def uniform(rng: random.Random, count: int) -> int:
+    return int(rng.random() * count)
+
+
+def skewed(rng: random.Random, count: int) -> int:
+    """Which tenth is hot is scattered: by a multiplication modulo the count."""
+    tenth = count // 10
+    if rng.random() < 0.9:
+        rank = int(rng.random() * tenth)
+    else:
+        rank = tenth + int(rng.random() * (count - tenth))
+    return rank * 7919 % count
+
+
+def amplification(setup: Setup, disk_bytes: int, choose: Choice) -> dict[str, float]:
+    with rig(setup.folder, 8 * disk_bytes, POOL_BYTES, disk_bytes) as it:
+        it.cooling.set_watermarks(90, 80)
+        rng = random.Random(setup.plan.seed)
+        count = fill_up(it, setup.pages, rng)
+        write_over(it, setup.pages, rng, count, choose, count)
+        before = it.counted()
+        write_over(it, setup.pages, rng, count, choose, 3 * count // 2)
+        after = it.counted()
+    names = ("disk_written_bytes", "disk_cleaned_bytes", "disk_writes", "failed_stores")
+    written, cleaned, writes, refused = (after[name] - before[name] for name in names)
+    if refused:
+        raise AssertionError(f"{refused} pages were refused")
+    return {
+        "amplification": written / (written - cleaned),
+        "live": after["disk_live_bytes"] / after["disk_limit_bytes"],
+        "bytes_a_write": written / max(1, writes),
+        "pages": count,
+        "of_pool": written - cleaned,
+    }
+
+
+def fill_up(it: Rig, pages: memoryview, rng: random.Random) -> int:
+    """Write pages, one after the other, until LIVE of the disk is alive; how many."""
+    limit = it.counted()["disk_limit_bytes"] * LIVE
+    count = 0
+    while it.cell("disk_live_bytes") < limit:
+        for _ in range(200):
+            it.device.pwrite(None, one_of(pages, rng), count * PAGE_BYTES, 0)
+            count += 1
+    return count
+
+
+def write_over(
+    it: Rig, pages: memoryview, rng: random.Random, count: int, choose: Choice, times: int
+) -> None:
+    write = it.device.pwrite
+    for _ in range(times):
+        write(None, one_of(pages, rng), choose(rng, count) * PAGE_BYTES, 0)
+
+
+def one_of(pages: memoryview, rng: random.Random) -> memoryview:
+    at = int(rng.random() * (len(pages) // PAGE_BYTES)) * PAGE_BYTES
+    return pages[at : at + PAGE_BYTES]
+
+
+def measure(setup: Setup) -> Section:
+    section = Section(
+        "disk-full",
+        "A disk that is 80 % alive",
+        ["", "amplification", "KiB a write", "alive"],
+        raw={},
+    )
+    disk_bytes = QUICK_BYTES if len(setup.pages) < 32 * MIB else DISK_BYTES
+    for name, choose in (("uniform", uniform), ("skewed", skewed)):
+        found = amplification(setup, disk_bytes, choose)
+        section.raw[name] = found
+        size = f"{found['bytes_a_write'] / 1024:.0f}"
+        row = [name, f"{found['amplification']:.2f}", size, f"{100 * found['live']:.1f} %"]
+        section.rows.append(row)
+        if name == "uniform":
+            section.goals.append(
+                Goal("cleaning, uniform overwrites", found["amplification"], 2.7, True,
+                     "bytes written, of new pages' bytes")
+            )  # fmt: skip
+    section.notes.append(f"{disk_bytes // MIB} MiB of disk, a pool of {POOL_BYTES // MIB} MiB")
+    return section
