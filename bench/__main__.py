@@ -11,12 +11,14 @@ Parts:
     disk      writeback, reads and company of the disk tier, against the disk itself
     disk-full cleaning: bytes written for each new one while 80 % of the disk is alive
     memory    resident size, index, density
+    policy    who leaves RAM: reads from below on recorded swap traces, against LRU, SIEVE, ...
     lab       a real Linux with more to hold than it has, against kernel zram and others
     lab-threads   (only when asked for) the same guest, zcache with other thread counts
 
-A full run also renews the figures and the plot of docs/performance.md, and a part that only runs
-when asked for renews its own.  Seeds are fixed, and everything is bounded: about ten minutes with
-the defaults.  Run it on a quiet machine; the load before the start is in the JSON file.
+A full run also renews the figures and the plot of docs/performance.md; `policy`, which counts and
+measures no time, and a part that only runs when asked for renew their own. Seeds are fixed, and
+everything is bounded: about ten minutes with the defaults. Run it on a quiet machine; the load
+before the start is in the JSON file.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ from bench import (
     overcommit,
     pages,
     plot,
+    policy,
     polling,
     quiet,
     store_alone,
@@ -59,11 +62,14 @@ PARTS: dict[str, Callable[[Setup], Section]] = {
     "disk": disk.measure,
     "disk-full": disk_full.measure,
     "memory": footprint.measure,
+    "policy": policy.measure,
     "lab": overcommit.measure,
 }
 ONLY_WHEN_ASKED: dict[str, Callable[[Setup], Section]] = {
     "lab-threads": overcommit.measure_threads,
 }
+STAND_ALONE = {"policy", *ONLY_WHEN_ASKED}
+"""Parts whose figures need no others of the same run beside them."""
 CORPUS_MIB = 64
 QUICK_MIB = 4
 LAB_SECONDS = 2.0
@@ -102,12 +108,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def renew_docs(document: Mapping[str, Any], full: bool) -> None:
-    """Only figures of one run stand together: a part of it renews nothing that others share."""
+    """Only figures of one run stand together: a part of it renews what stands alone."""
     found = pages.tables(document)
     if full:
         plot.draw(document, PLOT_FILE)
     else:
-        found = {name: text for name, text in found.items() if name in ONLY_WHEN_ASKED}
+        found = {name: text for name, text in found.items() if name in STAND_ALONE}
     pages.update(PAGE_FILE, found)
 
 

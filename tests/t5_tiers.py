@@ -236,6 +236,22 @@ def test_small_pool_writes_nothing_back_early(tmp_path: Path, rng: random.Random
         assert cold.counters()["disk_written_bytes"] == 0
 
 
+@pytest.mark.parametrize("pages", [3, 90])
+def test_no_page_goes_down_twice(tmp_path: Path, rng: random.Random, pages: int) -> None:
+    """Fewer frames than a batch asks for, and none of them read lately: the hand goes round."""
+    with cold_store(tmp_path, 2 * MIB, 1 * MIB, 16 * MIB) as cold:
+        for page in range(pages):
+            cold.store.put(page, noise(rng))
+        assert cold.store.victims(256), "all of them have been looked at"
+        victims = cold.store.victims(256)
+        assert sorted(victims) == sorted(set(victims))
+        assert len(victims) == pages
+        cold.drain()
+        counters = cold.counters()
+        assert counters["written_back_pages"] == pages
+        assert counters["overtaken_writeback_pages"] == 0
+
+
 def test_request_waits_once_however_long_it_is(tmp_path: Path, rng: random.Random) -> None:
     """A write of many pages onto a stuck tier answers after one wait, not one for each page."""
     with cold_store(tmp_path, 2000 * PAGE, 1 * MIB, 16 * MIB) as cold:

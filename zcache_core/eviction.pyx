@@ -25,7 +25,7 @@ from zcache_core.counter_ids cimport (
     C_EVICTED_EPH_PAGEFRAMES, C_FAILED_WRITEBACK_PAGES, C_KEPT_PAGES,
     C_OUTSTANDING_WRITEBACK_PAGES, C_OVERTAKEN_WRITEBACK_PAGES, C_WRITTEN_BACK_PAGES,
 )
-from zcache_core.fullness cimport frames_ephemeral, frames_persistent
+from zcache_core.fullness cimport frames_ephemeral
 from zcache_core.index cimport entry_load
 from zcache_core.layout cimport PAGE_BYTES, ST_RAM_EPHEMERAL, Entry, length_of, state_of, where_of
 from zcache_core.pthread cimport lock_take, pthread_mutex_unlock
@@ -38,25 +38,38 @@ cdef enum:
 
 # ---- persistent pages go down -----------------------------------------------------------
 
+cdef uint32_t new_victims(Tiers *t, uint32_t *frames, uint32_t known) noexcept nogil:
+    """Up to FRAMES_AT_ONCE cold frames behind the `known` ones, up to the first known; how many."""
+    cdef uint32_t i, j
+    cdef uint32_t found = store_victims(t.core, frames + known, FRAMES_AT_ONCE, False)
+    for i in range(found):
+        for j in range(known):
+            if frames[j] == frames[known + i]:
+                return i                # the hand has gone round
+    return found
+
+
 cdef uint32_t gather_batch(Tiers *t, uint64_t most_bytes) noexcept nogil:
     """Copy the pages of cold frames together; how many.  Inside a slot, so no frame is punched.
 
-    Once round at most: frames whose pages are damaged stay, and would be met for ever.
+    Once round at most, and COLD_BATCH frames: those whose pages are damaged stay, and would be
+    met for ever.
     """
-    cdef uint32_t frames[FRAMES_AT_ONCE]
+    cdef uint32_t frames[COLD_BATCH]
     cdef uint64_t where[MOST_OBJECTS]
     cdef uint32_t bytes[MOST_OBJECTS]
-    cdef uint32_t found, objects, i, j
+    cdef uint32_t objects, i, j
+    cdef uint32_t found = FRAMES_AT_ONCE
+    cdef uint32_t known = 0
     cdef uint32_t n = 0
     cdef uint64_t filled = 0
-    cdef uint64_t looked = 0
-    cdef uint64_t frames_most = frames_persistent(t)
     cdef Slot *slot = slot_take(&t.core.slots)
-    while n + 2 * FRAMES_AT_ONCE <= COLD_BATCH and filled + FRAMES_AT_ONCE * PAGE_BYTES <= most_bytes:
-        if looked >= frames_most:
-            break
-        found = store_victims(t.core, frames, FRAMES_AT_ONCE, False)
-        for i in range(found):
+    while (
+        found == FRAMES_AT_ONCE and known + FRAMES_AT_ONCE <= COLD_BATCH
+        and n + 2 * FRAMES_AT_ONCE <= COLD_BATCH and filled + FRAMES_AT_ONCE * PAGE_BYTES <= most_bytes
+    ):
+        found = new_victims(t, frames, known)
+        for i in range(known, known + found):
             objects = t.core.allocator.objects(t.core.allocator, frames[i], where, bytes, MOST_OBJECTS)
             for j in range(objects):
                 if n < COLD_BATCH and filled + PAGE_BYTES <= most_bytes and copy_for_below(
@@ -64,9 +77,7 @@ cdef uint32_t gather_batch(Tiers *t, uint64_t most_bytes) noexcept nogil:
                 ):
                     filled += length_of(t.entries[n].location)
                     n += 1
-        looked += found
-        if found < FRAMES_AT_ONCE:
-            break
+        known += found
     slot_release(slot)
     return n
 

@@ -400,12 +400,13 @@ cdef void store_invalidate(Core *core, Slot *slot, uint64_t page, uint64_t versi
 
 
 cdef uint32_t store_victims(Core *core, uint32_t *frames, uint32_t most, bint ephemeral) noexcept nogil:
-    """Up to `most` cold frames, by second chance; how many.  Two rounds at most.
+    """Up to `most` cold frames, by second chance; how many.  Two rounds at most, none twice.
 
     `ephemeral`: frames in which every object may be dropped; else all others.  Each
     kind has a hand of its own.  Called by one thread at a time.
     """
     cdef uint32_t n = 0
+    cdef uint32_t met = 0       # the second round meets those of the first, in their order
     cdef uint64_t steps
     cdef uint32_t at = core.clock_hand[ephemeral]
     cdef Frame *f
@@ -413,7 +414,9 @@ cdef uint32_t store_victims(Core *core, uint32_t *frames, uint32_t most, bint ep
         if n == most:
             break
         f = &core.arena.frames[at]
-        if f.state == FRAME_TAKEN and (f.ephemeral_only != 0) == ephemeral:
+        if steps >= core.arena.total and met < n and frames[met] == at:
+            met += 1
+        elif f.state == FRAME_TAKEN and (f.ephemeral_only != 0) == ephemeral:
             if f.referenced:
                 f.referenced = 0
             else:
