@@ -26,7 +26,7 @@ from bench import swap_trace
 from bench.cache_rules import RULES, misses_of, misses_of_clairvoyant, reads_of
 from bench.report import Goal, Section
 from bench.setup import Setup
-from bench.swap_trace import PAGE_BYTES, Trace
+from bench.swap_trace import PAGE_BYTES, Trace, most_pages
 from zcache_core import counters
 from zcache_core.device import Device
 from zcache_core.diskfile import open_disk, promised_bytes
@@ -44,19 +44,6 @@ WITH_DOORMAN = ("LRU", "CLOCK", "SIEVE")
 REPLAYS = 3
 POOL_LEAST_FRAMES = 256
 MOST = 1.0
-
-
-def most_pages(trace: Trace) -> int:
-    """Most pages that were stored at any time."""
-    stored: set[int] = set()
-    most = 0
-    for request in trace:
-        if request.op == "w":
-            stored.update(request.pages)
-            most = max(most, len(stored))
-        elif request.op == "t":
-            stored.difference_update(request.pages)
-    return most
 
 
 def measure(setup: Setup) -> Section:

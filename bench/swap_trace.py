@@ -85,6 +85,19 @@ def _request(line: str) -> Request:
     return Request(op, int(first), int(count))
 
 
+def most_pages(trace: Trace) -> int:
+    """Most pages that were stored at any time."""
+    stored: set[int] = set()
+    most = 0
+    for request in trace:
+        if request.op == "w":
+            stored.update(request.pages)
+            most = max(most, len(stored))
+        elif request.op == "t":
+            stored.difference_update(request.pages)
+    return most
+
+
 def save(name: str, trace: Iterable[Request]) -> Path:
     FOLDER.mkdir(exist_ok=True)
     path = FOLDER / f"{name}.xz"
