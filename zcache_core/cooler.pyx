@@ -44,12 +44,13 @@ cdef uint64_t batch_bytes(Tiers *t) noexcept nogil:
 cdef bint turn(Tiers *t) noexcept nogil:
     """One round of what is needed most; whether anything moved.  No lock held."""
     cdef uint32_t target = free_target(t)
+    cdef uint32_t left = frames_left(t)
     cdef uint64_t most = batch_bytes(t)
     cdef bint moved = False
     cdef Slot *slot
-    if t.orders.draining or frames_left(t) < target:
-        slot = slot_take(&t.core.slots)
-        moved = drop_frames(t, FRAMES_AT_ONCE) > 0
+    if t.orders.draining or left < target:
+        slot = slot_take(&t.core.slots)     # of a small pool 64 frames may be all that is hot
+        moved = drop_frames(t, FRAMES_AT_ONCE if t.orders.draining else min(<uint32_t>FRAMES_AT_ONCE, 2 * target - left)) > 0
         slot_release(slot)
     if must_cool(t) and t.cold.takes(t.cold):
         if not t.cold.has_room(t.cold, most):
