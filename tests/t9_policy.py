@@ -161,7 +161,7 @@ def test_recorded_traces_are_small_and_worth_replaying() -> None:
     for name in swap_trace.names():
         trace = swap_trace.load(name)
         assert reads_of(trace) > 5_000
-        assert policy.most_pages(trace) > 4_000
+        assert swap_trace.most_pages(trace) > 4_000
 
 
 def test_zcache_replays_a_trace(tmp_path: Path, rng: random.Random) -> None:
