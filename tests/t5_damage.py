@@ -290,6 +290,7 @@ def test_many_damaged_frames_do_not_hold_the_thread(
     memory.close()
     memory = MemoryFile.open(small)
     cold = Cold(memory, fd, DISK_BYTES, 100, 99)
+    cold.store.wait_ready()  # before that none is counted
     cold.cooling.drain()
     wait_for_ram(cold, 90)
     now = cold.counters()
