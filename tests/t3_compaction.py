@@ -118,13 +118,14 @@ def test_pages_in_use_all_the_time(store: Store, rng: random.Random) -> None:
 def test_the_background_does_it_too(allocator: str, rng: random.Random) -> None:
     """Without being asked: frames are emptied, and their memory goes back to the system."""
     with opened_store(PAGES * PAGE, 2 * POOL, allocator=allocator) as store:
-        model = fill(store, rng)
-        committed = counters.read(store.memory)["committed_frames"]
-        thin_out(store, model, 0.7, rng)
 
         def now(counter: str) -> int:
             return counters.read(store.memory)[counter]
 
+        model = fill(store, rng)
+        wait_for("the reserve", lambda: now("free_frames") >= 1024)
+        committed = now("committed_frames")
+        thin_out(store, model, 0.7, rng)
         wait_for("compaction", lambda: now("compacted_frames") > 0)
         wait_for("giving back", lambda: now("committed_frames") < committed - 300)
         wait_for("settling", lambda: now("free_frames") <= 1024 + 128 + 1)

@@ -18,7 +18,8 @@ from libc.string cimport memset
 
 from zcache_core.accounting cimport wrong_counters
 from zcache_core.allocator cimport Allocator, Held, frame_opener
-from zcache_core.arena cimport FRAME_TAKEN, FRAME_ZSMALLOC, NO_FRAME, Arena, arena_adopt
+from zcache_core.arena cimport FRAME_TAKEN, FRAME_ZSMALLOC, NO_FRAME, Arena
+from zcache_core.committer cimport arena_adopt
 from zcache_core.layout cimport PAGE_BYTES, PAGE_SHIFT
 from zcache_core.pthread cimport lock_init
 from zcache_core.z3fold cimport z3fold_make
