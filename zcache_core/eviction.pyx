@@ -58,18 +58,20 @@ cdef uint32_t gather_batch(Tiers *t, uint64_t most_bytes) noexcept nogil:
     cdef uint32_t frames[COLD_BATCH]
     cdef uint64_t where[MOST_OBJECTS]
     cdef uint32_t bytes[MOST_OBJECTS]
-    cdef uint32_t most, found, objects, i, j
+    cdef uint32_t objects, i, j
     cdef uint32_t known = 0
     cdef uint32_t n = 0
     cdef uint64_t filled = 0
+    # as many as surely find room: a zspage goes as a whole, or its frames are not freed
+    cdef uint32_t objects_at_once = t.core.allocator.objects_at_once
+    cdef uint64_t bytes_at_once = t.core.allocator.frames_at_once * <uint64_t>PAGE_BYTES
+    cdef uint32_t most = min(FRAMES_AT_ONCE, min(COLD_BATCH // objects_at_once, <uint32_t>(most_bytes // bytes_at_once)))
+    cdef uint32_t found = most
     cdef Slot *slot = slot_take(&t.core.slots)
-    while True:
-        # as many as surely find room: a zspage goes as a whole, or its frames are not freed
-        most = min((COLD_BATCH - n) // t.core.allocator.objects_at_once, <uint32_t>FRAMES_AT_ONCE)
-        most = min(most, <uint32_t>((most_bytes - filled) // (t.core.allocator.frames_at_once * PAGE_BYTES)))
-        most = min(most, COLD_BATCH - known)
-        if most == 0:
-            break
+    while (
+        found == most and known + most <= COLD_BATCH and n + most * objects_at_once <= COLD_BATCH
+        and filled + most * bytes_at_once <= most_bytes
+    ):
         found = new_victims(t, frames, known, most)
         for i in range(known, known + found):
             objects = t.core.allocator.objects(t.core.allocator, frames[i], where, bytes, MOST_OBJECTS)
@@ -80,8 +82,6 @@ cdef uint32_t gather_batch(Tiers *t, uint64_t most_bytes) noexcept nogil:
                     filled += length_of(t.entries[n].location)
                     n += 1
         known += found
-        if found < most:
-            break
     slot_release(slot)
     return n
 
