@@ -7,7 +7,7 @@
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: setup run test lint soak demo bench reference install uninstall deb clean help \
+.PHONY: setup run test lint soak demo bench bench-density reference install uninstall deb clean help \
         run-packages packages bench-packages prometheus venv core strict-core
 unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
 
@@ -57,6 +57,9 @@ demo: setup ## watch a small Linux swap onto the server, from boot to summary
 bench: setup bench-packages ## measure side by side with other systems; table, JSON, plot
 	$(PYTHON) -m bench
 
+bench-density: setup bench-packages ## pages per byte of RAM: every allocator, beside kernel zram
+	$(PYTHON) -m bench.density
+
 reference: setup ## write the reference and man pages anew, from the code
 	$(PYTHON) -m plugin.writepages
 
@@ -75,7 +78,7 @@ clean: ## remove everything that setup and tests made, but no Debian package
 	rm -f zcache_core/*.so zcache_core/*.c zcache_core/counter_ids.pxd
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
 
 run-packages:
 	@deploy/packages.sh $(RUN_PACKAGES)

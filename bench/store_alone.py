@@ -37,15 +37,21 @@ Work = Callable[[], float]
 class Part:
     """What one thread works on: its pages, its range of the device, a codec of its own."""
 
-    def __init__(self, device: Device, pages: memoryview, start_bytes: int) -> None:
+    def __init__(
+        self,
+        device: Device,
+        pages: memoryview,
+        start_bytes: int,
+        request_bytes: int = REQUEST_BYTES,
+    ) -> None:
         self._device = device
         self._pages = pages
         self._codec = Codec()
         self._start_bytes = start_bytes
-        spots = range(0, len(pages), REQUEST_BYTES)
-        self._out = [(start_bytes + n, pages[n : n + REQUEST_BYTES]) for n in spots]
+        spots = range(0, len(pages), request_bytes)
+        self._out = [(start_bytes + n, pages[n : n + request_bytes]) for n in spots]
         room = memoryview(bytearray(len(pages)))
-        self._in = [(start_bytes + n, room[n : n + REQUEST_BYTES]) for n in spots]
+        self._in = [(start_bytes + n, room[n : n + request_bytes]) for n in spots]
         self._room = room
 
     def put(self) -> float:
@@ -96,10 +102,12 @@ def at_once(work: Sequence[Work]) -> float:
 
 
 @contextmanager
-def device(size_bytes: int, pool_bytes: int, codec: str = "lz4") -> Iterator[tuple[Device, Store]]:
+def device(
+    size_bytes: int, pool_bytes: int, codec: str = "lz4", allocator: str = "zbud", tidy: bool = True
+) -> Iterator[tuple[Device, Store]]:
     """A Device over a private memory file of its own."""
     memory = MemoryFile.create(None, size_bytes, pool_bytes)
-    store = Store(memory, codec=codec)
+    store = Store(memory, allocator=allocator, codec=codec, tidy=tidy)
     store.start()
     try:
         yield Device(store), store

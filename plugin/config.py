@@ -30,7 +30,6 @@ DEVICE_BYTES_MAX = 1 << 44  # 2^32 pages, what the index can name, of all device
 DEVICES_MAX = 8  # rows of the memory file's table
 POOL_BYTES_MIN = 1 << 20  # below, the reserve of frames would be the whole pool
 ALLOCATORS = tuple(PAGES_PER_FRAME)
-ALLOCATORS_LATER = ("z3fold", "zsmalloc")
 CODECS = ("lz4", "zstd", "none")
 ZSTD_LEVELS = range(1, 20)
 HIGH_PERCENT = 90
@@ -337,10 +336,8 @@ def _choice(name: str, *words: str) -> Callable[[str, int], str]:
 
 
 def _allocator(text: str, ram_bytes: int) -> str:
-    if text in ALLOCATORS_LATER:
-        raise ConfigError(f"allocator={text} is not built yet; write allocator=zbud")
     if text not in ALLOCATORS:
-        raise ConfigError(f"there is no allocator {text}; write allocator=zbud")
+        raise ConfigError(f"there is no allocator {text}; write {_either('allocator', ALLOCATORS)}")
     return text
 
 
@@ -390,7 +387,13 @@ KEYS: tuple[Key, ...] = (
         "ahead: keep a reserve of memory ready; all: take the whole pool at start",
         _choice("commit", "ahead", "all"),
     ),
-    Key("allocator", "allocator", "zbud", "how pages lie in the pool: zbud", _allocator),
+    Key(
+        "allocator",
+        "allocator",
+        "zbud",
+        "how pages lie in the pool: zbud (two in a frame at most), z3fold (three) or zsmalloc",
+        _allocator,
+    ),
     Key("codec", "codec", "lz4", "lz4, zstd, zstd:LEVEL (1 to 19) or none", _codec),
     Key(
         "disk",

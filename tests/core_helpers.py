@@ -43,11 +43,16 @@ def try_put(store: Store, page: int, data: bytes) -> bool:
 
 @contextmanager
 def opened_store(
-    device_bytes: int, pool_bytes: int, name: str | None = None, codec: str = "lz4"
+    device_bytes: int,
+    pool_bytes: int,
+    name: str | None = None,
+    codec: str = "lz4",
+    allocator: str = "zbud",
+    tidy: bool = True,
 ) -> Iterator[Store]:
     """A started store on a memory file of its own; both closed, and the file gone, after."""
     memory = MemoryFile.create(name, device_bytes, pool_bytes)
-    store = Store(memory, codec=codec)
+    store = Store(memory, allocator=allocator, codec=codec, tidy=tidy)
     store.start()
     try:
         yield store

@@ -24,8 +24,8 @@ FLOORS = {
     "zcache_core": {
         0: "native pthread layout counter_ids errors counters commands owner process",
         1: "memfile headroom backing arena committer samefill slots codec crypt crew",
-        2: "allocator zbud z3fold zsmalloc index",
-        3: "cold core ramtier cooling takeover store probe",
+        2: "allocator accounting zbud z3fold sizeclass zspage zsmalloc several index",
+        3: "cold core ramtier cooling takeover moving tidying store probe",
         5: "diskfile diskobject diskio segments quota diskstate diskput disk diskrun orders "
         "ahead below fullness eviction cooler fetching tiers pressure steward faulty coldprobe",
         6: "device",

@@ -14,16 +14,20 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from tests.core_helpers import PAGE, make_page, opened_store, try_put
 from zcache_core import counters
 from zcache_core.memfile import MemoryFile
+from zcache_core.several import ALLOCATORS
 from zcache_core.store import Store
 
 ZEROS = bytes(PAGE)
 
 
-@pytest.mark.parametrize("codec", ["lz4", "zstd:1", "none"])
-def test_against_a_dict(codec: str, rng: random.Random) -> None:
+@pytest.mark.parametrize(
+    ("allocator", "codec"),
+    [*((name, "lz4") for name in ALLOCATORS), ("zbud", "zstd:1"), ("zbud", "none")],
+)
+def test_against_a_dict(allocator: str, codec: str, rng: random.Random) -> None:
     """Puts, gets and trims at random, with a pool that is full at times."""
     pages = 3000
-    with opened_store(pages * PAGE, 600 * PAGE, codec=codec) as store:
+    with opened_store(pages * PAGE, 600 * PAGE, codec=codec, allocator=allocator) as store:
         model: dict[int, bytes] = {}
         refused = 0
         for step in range(30000):

@@ -24,11 +24,12 @@ import pytest
 from tests.core_helpers import PAGE
 from zcache_core import counters
 from zcache_core.memfile import MemoryFile
+from zcache_core.several import ALLOCATORS
 from zcache_core.store import Store
 
 PAGES = 600
 POOL = 400 * PAGE
-ROUNDS = 300
+ROUNDS = 120  # of each
 
 
 def content(page: int, turn: int) -> bytes:
@@ -85,9 +86,9 @@ def in_two_halves(work: Callable[[int, random.Random], None], seed: int, ready_f
     signal.pause()
 
 
-def child_works(name: str, notes: Notes, seed: int, ready_fd: int) -> None:
-    """Puts and trims for ever, each thread on its own half of the pages."""
-    store = Store(MemoryFile.open(name))
+def child_works(name: str, notes: Notes, allocator: str, seed: int, ready_fd: int) -> None:
+    """Puts and trims for ever, each thread on its own half of the pages; a third moves them."""
+    store = Store(MemoryFile.open(name), allocator=allocator)
     store.start()
 
     def work(first: int, own: random.Random) -> None:
@@ -96,6 +97,11 @@ def child_works(name: str, notes: Notes, seed: int, ready_fd: int) -> None:
             turn = 0 if own.random() < 0.25 else own.getrandbits(31) | 1
             write(store, notes, page, turn)
 
+    def compact() -> None:
+        while True:
+            store.compact()
+
+    threading.Thread(target=compact, daemon=True).start()
     in_two_halves(work, seed, ready_fd)
 
 
@@ -130,10 +136,10 @@ def kill_at_random(
     assert os.WTERMSIG(status) == signal.SIGKILL, "the child found a page wrong"
 
 
-def assert_nothing_lost(name: str, notes: Notes) -> int:
+def assert_nothing_lost(name: str, notes: Notes, allocator: str = "zbud") -> int:
     """Take the file over and compare it with the notes; how many pages are stored."""
     memory = MemoryFile.open(name)
-    store = Store(memory)
+    store = Store(memory, allocator=allocator)
     store.start()
     try:
         for page in range(PAGES):
@@ -155,20 +161,25 @@ def assert_nothing_lost(name: str, notes: Notes) -> int:
 
 
 @pytest.mark.timeout(300)
-def test_killed_at_any_instant(name: str, rng: random.Random) -> None:
+@pytest.mark.parametrize("allocators", [*((one,) for one in ALLOCATORS), ALLOCATORS])
+def test_killed_at_any_instant(name: str, rng: random.Random, allocators: tuple[str, ...]) -> None:
+    """Each allocator, and all of them in turns: what one laid out, another finds again."""
     notes = Notes()
     stored = 0
     for _ in range(ROUNDS):
-        kill_at_random(partial(child_works, name, notes), rng, 0.03)
-        stored = max(stored, assert_nothing_lost(name, notes))
+        kill_at_random(partial(child_works, name, notes, rng.choice(allocators)), rng, 0.03)
+        stored = max(stored, assert_nothing_lost(name, notes, rng.choice(allocators)))
     assert stored > PAGES // 4, "the children did real work"
+    memory = MemoryFile.open(name)
+    assert counters.read(memory)["moved_pages"] > 0, "and compacted"
+    memory.close()
 
 
 def test_versions_are_never_used_again(name: str, rng: random.Random) -> None:
     """A successor starts above every version that its predecessor may have used."""
     highest = 0
     for _ in range(5):
-        kill_at_random(partial(child_works, name, Notes()), rng, 0.03)
+        kill_at_random(partial(child_works, name, Notes(), "zbud"), rng, 0.03)
         memory = MemoryFile.open(name)
         store = Store(memory)
         store.start()

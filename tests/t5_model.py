@@ -1,7 +1,7 @@
 """Hundreds of short lives of a store over a disk, each from a seed of its own.
 
     3 clients, a dict each | meanwhile: faults, drains, other watermarks, another pool,
-                           | memory pressure, and all of it gone again
+                           | memory pressure, compaction, and all of it gone again
     at the end: every page is what its client knows, every count is exact
 
 t5_tiers has the same with few and long lives.  One that failed is named by its seed,
@@ -23,6 +23,7 @@ from tests.tiers_helpers import Cold, cold_store
 from tests.tiers_worker import FAULTS, THREADS, Worker
 from zcache_core.device import Device
 from zcache_core.errors import ConfigError
+from zcache_core.several import ALLOCATORS
 
 MIB = 1 << 20
 LIVES = 200
@@ -44,6 +45,7 @@ MUST_HAPPEN = (
     "disk_corrupt_pages",
     "disk_read_errors",
     "punched_frames",
+    "moved_pages",
     "invalidates",
     "partial_writes",
 )
@@ -51,7 +53,7 @@ MUST_HAPPEN = (
 
 def disturb(cold: Cold, rng: random.Random, workers: list[Worker]) -> None:
     """One thing that happens to a running server."""
-    dice = rng.randrange(8)
+    dice = rng.randrange(10)
     if dice < 4:
         fault = rng.choice(SHORT_FAULTS)
         if {"spoil", "get_fail"} & set(fault):
@@ -68,15 +70,20 @@ def disturb(cold: Cold, rng: random.Random, workers: list[Worker]) -> None:
             cold.store.set_pool(rng.randrange(16, 129) * PAGE)
         except ConfigError:
             raise AssertionError("with a tier below any pool is possible") from None
-    else:
+    elif dice == 7:
         cold.faulty.set()
+    else:
+        cold.store.compact()
 
 
 def play(folder: Path, seed: int) -> dict[str, int]:
     """One life; its counters."""
     rng = random.Random(seed)
     pages = rng.choice([200, 600])
-    with cold_store(folder, pages * PAGE, 128 * PAGE, 16 * MIB, seed=seed) as cold:
+    allocator = rng.choice(ALLOCATORS)
+    with cold_store(
+        folder, pages * PAGE, 128 * PAGE, 16 * MIB, seed=seed, allocator=allocator
+    ) as cold:
         device = Device(cold.store)
         workers = [
             Worker(cold, device, own, pages, rng.getrandbits(32), STEPS) for own in range(THREADS)

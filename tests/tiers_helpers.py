@@ -43,9 +43,11 @@ class Cold:
         high: int = 90,
         low: int = 80,
         seed: int = 0,
+        allocator: str = "zbud",
+        tidy: bool = True,
     ) -> None:
         self.memory = memory
-        self.store = Store(memory)
+        self.store = Store(memory, allocator=allocator, tidy=tidy)
         self.cooling = Cooling(self.store, fd, disk_bytes, False, high, low)
         self.faulty = self.cooling.wrap(lambda below: FaultyTier(below, seed))
         self.store.start()
@@ -134,11 +136,13 @@ def cold_store(
     high: int = 90,
     low: int = 80,
     seed: int = 0,
+    allocator: str = "zbud",
+    tidy: bool = True,
 ) -> Iterator[Cold]:
     """All of it on a fresh memory file and disk file; gone after."""
     fd = open_file(folder / "disk", disk_bytes)
     memory = MemoryFile.create(None, device_bytes, pool_bytes)
-    cold = Cold(memory, fd, disk_bytes, high, low, seed)
+    cold = Cold(memory, fd, disk_bytes, high, low, seed, allocator, tidy)
     try:
         yield cold
     finally:

@@ -1,6 +1,6 @@
 """C face of the arena: frames, their table, who takes and gives them."""
 
-from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
 from zcache_core.backing cimport Backing
 from zcache_core.layout cimport BlobHeader
@@ -13,17 +13,23 @@ cdef enum:
 cdef enum FrameState:
     FRAME_UNCOMMITTED = 0       # no memory behind it
     FRAME_FREE = 1              # committed, in reserve
-    FRAME_TAKEN = 2             # an allocator's
+    FRAME_TAKEN = 2             # from here on: an allocator's
+    FRAME_ZBUD = 2              # whose it is
+    FRAME_Z3FOLD = 3
+    FRAME_ZSMALLOC = 4
+    FRAME_TAIL = 5              # zsmalloc's too: a frame of a zspage that is not its first
 
 ctypedef struct Frame:          # 16 bytes for each frame, in the server's own locked memory
     uint32_t next               # links of whatever list the frame is on
     uint32_t prev
-    uint8_t state
+    uint8_t state               # a FrameState
     uint8_t referenced          # read since the clock hand passed (the store's recency)
-    uint8_t first_chunks        # the allocator's: zbud's buds
+    uint8_t ephemeral_only      # the allocator's: every object here may be dropped
+    uint8_t marks               # the allocator's own, and so are the next four:
+    uint8_t first_chunks        # the buds of zbud and z3fold
     uint8_t last_chunks
-    uint16_t ephemeral_only     # the allocator's: every object here may be dropped
-    uint16_t allocator_word     # the allocator's own
+    uint8_t middle_chunks
+    uint8_t middle_start
 
 ctypedef struct Arena:
     uint8_t *base
@@ -49,10 +55,12 @@ ctypedef struct Arena:
     bint failing                # no memory is to be had: who needs some is refused at once
     int64_t short_since_us      # memory is short: nothing was committed since; 0: it is not
     int64_t punch_after_us      # the kernel refused to take memory back: try again then
-    bint held                   # a taken-over file: nothing is known to be free yet
+    uint32_t held               # atomic: a taken-over file: nothing is known to be free yet
+    bint settling               # quiet: the reserve is enough
     bint keep_all               # commit=all: the reserve is the whole pool
     bint squeezed               # memory is short: give back what is not in use
     uint32_t over_waiting       # takers that may take the pool above its target
+    uint32_t over_frames        # that one of them needs
     uint64_t *cells             # counter shard, written under `lock`
     Backing backing             # the committer's own
     const char *zoneinfo        # where it learns how much memory is left
@@ -63,7 +71,8 @@ ctypedef struct Arena:
 
 cdef int arena_init(Arena *arena, uint8_t *base, BlobHeader *headers, uint32_t total, uint64_t *cells) noexcept nogil
 cdef uint32_t arena_take(Arena *arena) noexcept nogil
-cdef bint arena_wait(Arena *arena, int64_t deadline_us, bint over) noexcept nogil
+cdef bint arena_wait(Arena *arena, uint32_t frames, int64_t deadline_us, bint over) noexcept nogil
+cdef void arena_settle(Arena *arena) noexcept nogil
 cdef void arena_give(Arena *arena, uint32_t frame) noexcept nogil
 cdef bint arena_set_goal(Arena *arena, uint32_t frames, bint can_move) noexcept nogil
 cdef void arena_keep_all(Arena *arena) noexcept nogil

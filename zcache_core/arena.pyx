@@ -26,7 +26,7 @@ to a `target` below its goal: nothing is committed ahead above it, and what is f
 there goes back.  A taker that would be refused otherwise may go above (`over`).
 
 Bounds: committed <= limit, always; free <= 2 * reserve + one batch after the thread
-has run.  Cost of a frame: 16 bytes here, 24 in the file (used by raw pages).
+has run, and about the reserve when all has been quiet for a second.  Cost of a frame: 16 bytes here, 24 in the file (used by raw pages).
 
 Lock: `lock` guards lists, counts and flags.  It is a leaf: an allocator may hold
 its own lock when it takes or gives a frame; nothing is taken under this one.
@@ -110,7 +110,7 @@ cdef uint32_t wanted(Arena *arena) noexcept nogil:
         return 0
     if arena.free_count < arena.reserve and arena.committed < arena.target:
         return min(arena.reserve - arena.free_count, arena.target - arena.committed)
-    if arena.over_waiting and arena.free_count == 0 and arena.committed < arena.goal:
+    if arena.over_waiting and arena.free_count < arena.over_frames and arena.committed < arena.goal:
         return min(<uint32_t>OVER_BATCH, arena.goal - arena.committed)
     return 0
 
@@ -120,6 +120,8 @@ cdef uint32_t surplus(Arena *arena) noexcept nogil:
     cdef uint32_t n = 0
     if arena.free_count > 2 * arena.reserve + BATCH:
         n = BATCH
+    if arena.settling and arena.free_count > arena.reserve + arena.reserve // 8:
+        n = arena.free_count - arena.reserve
     if arena.committed > arena.goal:
         n = max(n, min(arena.free_count, arena.committed - arena.goal))
     if arena.squeezed and arena.free_count > SQUEEZE_SLACK:
@@ -152,8 +154,7 @@ cdef uint32_t arena_take(Arena *arena) noexcept nogil:
 cdef void push_free(Arena *arena, uint32_t frame) noexcept nogil:
     cdef Frame *f = &arena.frames[frame]
     f.state = FRAME_FREE
-    f.first_chunks = 0
-    f.last_chunks = 0
+    f.first_chunks = f.last_chunks = f.middle_chunks = f.middle_start = f.marks = 0
     f.prev = NO_FRAME
     f.next = arena.free_head
     arena.free_head = frame
@@ -171,27 +172,37 @@ cdef void arena_give(Arena *arena, uint32_t frame) noexcept nogil:
     pthread_mutex_unlock(&arena.lock)
 
 
-cdef bint arena_wait(Arena *arena, int64_t deadline_us, bint over) noexcept nogil:
-    """Wait for a free frame.  True: try again.  False: full, no memory, or too late.
+cdef void arena_settle(Arena *arena) noexcept nogil:
+    """It is quiet: give back what is free beyond the reserve, once."""
+    lock_take(&arena.lock)
+    arena.settling = True
+    if surplus(arena):
+        pthread_cond_signal(&arena.work)
+    pthread_mutex_unlock(&arena.lock)
+
+
+cdef bint arena_wait(Arena *arena, uint32_t frames, int64_t deadline_us, bint over) noexcept nogil:
+    """Wait for that many free frames.  True: try again.  False: full, no memory, or too late.
 
     `over`: the pool may go above its target for it, up to its goal.
     """
     cdef bint again, late
     cdef timespec until = at_us(deadline_us)
     lock_take(&arena.lock)
-    while arena.free_count == 0:
+    while arena.free_count < frames:
         if arena.failing or not arena.running:
             break
         if arena.committed >= (arena.goal if over else arena.target) and arena.moving == 0:
             break
         arena.over_waiting += over
+        arena.over_frames = frames
         if not arena.short_since_us:    # else it looks again by itself
             pthread_cond_signal(&arena.work)
         late = pthread_cond_timedwait(&arena.room, &arena.lock, &until) != 0
         arena.over_waiting -= over
         if late:
             break
-    again = arena.free_count > 0
+    again = arena.free_count >= frames
     pthread_mutex_unlock(&arena.lock)
     return again
 

@@ -30,6 +30,7 @@ from zcache_core.counter_ids cimport (
     C_COMMIT_FAILURES, C_COMMIT_PAUSES, C_PUNCHED_FRAMES, C_PUNCH_FAILURES,
 )
 from zcache_core.layout cimport HEADER_BYTES, PAGE_BYTES, PAGE_SHIFT
+from zcache_core.native cimport zc_store32
 from zcache_core.pthread cimport (
     at_us, lock_take, now_us, pthread_cond_broadcast, pthread_cond_signal, pthread_cond_timedwait,
     pthread_cond_wait, pthread_join, pthread_mutex_unlock, thread_start,
@@ -194,6 +195,7 @@ cdef void punch_batch(Arena *arena, uint32_t most) noexcept nogil:
     arena.cells[C_PUNCHED_FRAMES] += gone
     arena.cells[C_PUNCH_FAILURES] += kept_count > 0
     arena.punch_after_us = now_us() + RETRY_US if kept_count else 0
+    arena.settling &= kept_count == 0
     publish(arena)
     pthread_cond_broadcast(&arena.room)     # who waits may now ask for these to be committed
 
@@ -215,6 +217,7 @@ cdef void *committer(void *argument) noexcept nogil:
             until = at_us(arena.punch_after_us)
             pthread_cond_timedwait(&arena.work, &arena.lock, &until)
         else:
+            arena.settling = False
             pthread_cond_wait(&arena.work, &arena.lock)
     pthread_mutex_unlock(&arena.lock)
     return NULL
@@ -277,14 +280,14 @@ cdef void arena_adopt(Arena *arena) noexcept nogil:
     arena.bare_head = NO_FRAME
     while i < arena.total:
         start = i
-        while i < arena.total and arena.frames[i].state != FRAME_TAKEN:
+        while i < arena.total and arena.frames[i].state < FRAME_TAKEN:
             i += 1
         if i > start and madvise(frame_address(arena, start), <size_t>(i - start) << PAGE_SHIFT, MADV_REMOVE):
             for at in range(start, i):
                 arena.frames[at].state = FRAME_FREE     # not taken back: they stay in reserve
             arena.cells[C_PUNCH_FAILURES] += 1
         start = i
-        while i < arena.total and arena.frames[i].state == FRAME_TAKEN:
+        while i < arena.total and arena.frames[i].state >= FRAME_TAKEN:
             i += 1
         if i > start and commit_range(arena, start, i - start):
             arena.cells[C_COMMIT_FAILURES] += 1
@@ -296,7 +299,7 @@ cdef void arena_adopt(Arena *arena) noexcept nogil:
             push_free(arena, at)
         elif arena.frames[at].state == FRAME_UNCOMMITTED:
             return_bare(arena, &at, 1)
-    arena.held = False
+    zc_store32(&arena.held, 0)
     publish(arena)
     pthread_cond_signal(&arena.work)
     pthread_mutex_unlock(&arena.lock)

@@ -17,7 +17,7 @@ is not used, and the page counts as one that is in RAM only.
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
-from zcache_core.allocator cimport object_blob, object_bytes, object_header
+from zcache_core.allocator cimport object_blob, object_bytes, object_fill, object_header
 from zcache_core.cold cimport ColdPage
 from zcache_core.core cimport Core
 from zcache_core.counter_ids cimport C_DAMAGED_LOWER_ADDRESSES
@@ -64,6 +64,7 @@ cdef bint copy_for_below(
     cdef uint64_t number
     cdef Entry e
     cdef BlobHeader header
+    cdef const uint8_t *there
     number = page_at(core, where, bytes)
     if number >= core.index.pages:
         return False
@@ -72,7 +73,11 @@ cdef bint copy_for_below(
         return False
     length = length_of(e.location)
     header = object_header(&core.arena, where, length)[0]
-    memcpy(blob, object_blob(&core.arena, where, length), length)
+    there = object_blob(&core.arena, where, length, blob)
+    if there == NULL:
+        return False
+    if there != blob:
+        memcpy(blob, there, length)
     zc_acquire_fence()
     if not is_now(core, number, e):
         return False
@@ -167,7 +172,7 @@ cdef bint promote(Core *core, Slot *slot, uint64_t page, Entry entry, const uint
     cdef bint done
     if not zc_load32(&core.ready) or not room_at_once(core, object_bytes(length), &where):
         return False            # (a takeover must not see entries change that it still has to adopt)
-    memcpy(object_blob(&core.arena, where, length), blob, length)
+    object_fill(&core.arena, where, length, blob)
     header = object_header(&core.arena, where, length)
     header_fill(header, version_of(entry.version), core.device, <uint32_t>page, length, codec, blob)
     header_set_lower(header, where_of(entry.location))

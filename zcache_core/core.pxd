@@ -8,7 +8,7 @@ from zcache_core.codec cimport CodecChoice
 from zcache_core.crew cimport Crew
 from zcache_core.index cimport Index
 from zcache_core.layout cimport Entry
-from zcache_core.pthread cimport pthread_mutex_t, pthread_t
+from zcache_core.pthread cimport pthread_cond_t, pthread_mutex_t, pthread_t
 from zcache_core.slots cimport Slots
 
 # What the RAM tier asks of those below it.  They stand on a higher floor and put
@@ -27,6 +27,15 @@ ctypedef struct Lower:
     # wait, in a parked slot, until there may be room in RAM again; False: there will be none in time
     bint (*wait_room)(void *tiers, void *slot, int64_t deadline_us) noexcept nogil
 
+# The thread that moves objects together (tidying.pyx).
+ctypedef struct Tidy:
+    pthread_mutex_t turn        # one frame is emptied at a time
+    pthread_mutex_t lock        # guards `stopping`
+    pthread_cond_t wake
+    pthread_t thread
+    bint running
+    bint stopping
+
 cdef enum:
     PAGE_LOCKS = 64
     WOULD_BLOCK = 0x7F000002    # store_get: the page is below and the caller may not wait
@@ -40,6 +49,7 @@ ctypedef struct Core:
     CodecChoice codec
     Crew crew
     Lower lower
+    Tidy tidy
     uint32_t device             # number in the superblock's device table
     uint32_t serving            # atomic: between start and stop; else requests are refused
     uint32_t ready              # atomic: the allocator knows what is taken

@@ -94,8 +94,11 @@ COUNTERS: tuple[Counter, ...] = (
     Counter("eph_pageframes_max", "frames", "max", "most of those so far"),
     Counter("evicted_eph_pageframes", "frames", "counter", "of those: dropped to make room"),
     Counter("raw_pages", "pages", "gauge", "of pers_zpages: kept raw, one frame each"),
-    Counter("buddied_count", "frames", "gauge", "zbud frames with two buds"),
-    Counter("unbuddied_count", "frames", "gauge", "zbud frames with one bud"),
+    Counter("buddied_count", "frames", "gauge", "frames of zbud and z3fold with two buds or more"),
+    Counter("unbuddied_count", "frames", "gauge", "frames of zbud and z3fold with one bud"),
+    Counter("moved_pages", "pages", "counter", "pages moved within RAM to empty frames"),
+    Counter("compacted_frames", "events", "counter", "frames or zspages emptied that way"),
+    Counter("compaction_us", "microseconds", "counter", "time that took"),
     # below: writeback, fetching, the disk
     Counter("disk_pages", "pages", "gauge", "pages that have a copy on the disk"),
     Counter("disk_live_bytes", "bytes", "gauge", "bytes of the disk that hold live copies"),

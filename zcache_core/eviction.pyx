@@ -15,7 +15,7 @@ writers do that too when the tier stalls.
 from libc.errno cimport EAGAIN
 from libc.stdint cimport uint32_t, uint64_t
 
-from zcache_core.arena cimport FRAME_TAKEN, Frame
+from zcache_core.arena cimport FRAME_TAIL, FRAME_TAKEN, Frame
 from zcache_core.below cimport FRAMES_AT_ONCE, GATHER_BYTES, RESORT_PAGES, Tiers
 from zcache_core.cold cimport COLD_BATCH, ColdPage
 from zcache_core.cooling cimport (
@@ -38,10 +38,10 @@ cdef enum:
 
 # ---- persistent pages go down -----------------------------------------------------------
 
-cdef uint32_t new_victims(Tiers *t, uint32_t *frames, uint32_t known) noexcept nogil:
-    """Up to FRAMES_AT_ONCE cold frames behind the `known` ones, up to the first known; how many."""
+cdef uint32_t new_victims(Tiers *t, uint32_t *frames, uint32_t known, uint32_t most) noexcept nogil:
+    """Up to `most` cold frames behind the `known` ones, up to the first known; how many."""
     cdef uint32_t i, j
-    cdef uint32_t found = store_victims(t.core, frames + known, FRAMES_AT_ONCE, False)
+    cdef uint32_t found = store_victims(t.core, frames + known, most, False)
     for i in range(found):
         for j in range(known):
             if frames[j] == frames[known + i]:
@@ -59,16 +59,20 @@ cdef uint32_t gather_batch(Tiers *t, uint64_t most_bytes) noexcept nogil:
     cdef uint64_t where[MOST_OBJECTS]
     cdef uint32_t bytes[MOST_OBJECTS]
     cdef uint32_t objects, i, j
-    cdef uint32_t found = FRAMES_AT_ONCE
     cdef uint32_t known = 0
     cdef uint32_t n = 0
     cdef uint64_t filled = 0
+    # as many as surely find room: a zspage goes as a whole, or its frames are not freed
+    cdef uint32_t objects_at_once = t.core.allocator.objects_at_once
+    cdef uint64_t bytes_at_once = t.core.allocator.frames_at_once * <uint64_t>PAGE_BYTES
+    cdef uint32_t most = min(FRAMES_AT_ONCE, min(COLD_BATCH // objects_at_once, <uint32_t>(most_bytes // bytes_at_once)))
+    cdef uint32_t found = most
     cdef Slot *slot = slot_take(&t.core.slots)
     while (
-        found == FRAMES_AT_ONCE and known + FRAMES_AT_ONCE <= COLD_BATCH
-        and n + 2 * FRAMES_AT_ONCE <= COLD_BATCH and filled + FRAMES_AT_ONCE * PAGE_BYTES <= most_bytes
+        found == most and known + most <= COLD_BATCH and n + most * objects_at_once <= COLD_BATCH
+        and filled + most * bytes_at_once <= most_bytes
     ):
-        found = new_victims(t, frames, known)
+        found = new_victims(t, frames, known, most)
         for i in range(known, known + found):
             objects = t.core.allocator.objects(t.core.allocator, frames[i], where, bytes, MOST_OBJECTS)
             for j in range(objects):
@@ -177,7 +181,7 @@ cdef uint32_t keep_hot(Tiers *t, uint32_t most) noexcept nogil:
             if frames == most:
                 break
             f = &t.core.arena.frames[t.keep_hand]
-            if f.state == FRAME_TAKEN and f.ephemeral_only and (f.referenced or any_will_do):
+            if FRAME_TAKEN <= f.state < FRAME_TAIL and f.ephemeral_only and (f.referenced or any_will_do):
                 kept += keep_frame(t, t.keep_hand)
                 frames += 1
             t.keep_hand += 1

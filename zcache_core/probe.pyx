@@ -9,7 +9,7 @@ import os
 from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memset
 
-from zcache_core.allocator cimport Allocator, object_header
+from zcache_core.allocator cimport Allocator, frame_next, object_header
 from zcache_core.arena cimport (
     Arena, arena_init, arena_wait,
 )
@@ -17,9 +17,9 @@ from zcache_core.committer cimport arena_commit_now, arena_free, arena_start
 from zcache_core.layout cimport COUNTER_CELLS, PAGE_BYTES, BlobHeader
 from zcache_core.memfile cimport MemoryFile
 from zcache_core.pthread cimport now_us
-from zcache_core.zbud cimport zbud_make
+from zcache_core.several cimport allocator_broken, several_make
 
-MAKERS = ("zbud",)
+from zcache_core.several import ALLOCATORS
 
 
 cdef class Probe:
@@ -40,7 +40,7 @@ cdef class Probe:
         cdef uint64_t *cells = memory.counters
         memset(&self.arena, 0, sizeof(Arena))
         self.memory = memory
-        if name not in MAKERS:
+        if name not in ALLOCATORS:
             raise ValueError(f"unknown allocator {name!r}")
         if arena_init(&self.arena, memory.arena, memory.frame_headers, <uint32_t>memory.super.pool_frames, cells):
             raise MemoryError("no memory for the frame table")
@@ -48,7 +48,7 @@ cdef class Probe:
         self.arena.zoneinfo = self.zoneinfo
         if reserve_frames:
             self.arena.reserve = reserve_frames
-        self.allocator = zbud_make(&self.arena, cells + COUNTER_CELLS)
+        self.allocator = several_make(&self.arena, cells + COUNTER_CELLS, ALLOCATORS.index(name))
         if self.allocator == NULL:
             raise MemoryError("no memory for the allocator")
 
@@ -83,7 +83,7 @@ cdef class Probe:
             raise ValueError("an object has a header, and fits, or is a raw page")
         with nogil:
             found = self.allocator.alloc(self.allocator, size_bytes, &where)
-        while not found and wait and arena_wait(&self.arena, now_us() + 2000000, False):
+        while not found and wait and arena_wait(&self.arena, self.allocator.frames_at_once, now_us() + 2000000, False):
             found = self.allocator.alloc(self.allocator, size_bytes, &where)
         return where if found else None
 
@@ -106,6 +106,19 @@ cdef class Probe:
         n = self.allocator.objects(self.allocator, frame, where, sizes, 64)
         return [(where[i], sizes[i]) for i in range(n)]
 
+    def pieces(self, uint64_t where, uint32_t size_bytes):
+        """[(offset in the arena, bytes)] of an object: one piece, or two where it goes on in another frame."""
+        here = min(size_bytes, PAGE_BYTES - where % PAGE_BYTES)
+        if here == size_bytes:
+            return [(where, size_bytes)]
+        following = frame_next(&self.arena, where // PAGE_BYTES)
+        return [(where, here), (following * PAGE_BYTES, size_bytes - here)]
+
+    @property
+    def frames_at_once(self):
+        """Most frames that room for one object may need."""
+        return self.allocator.frames_at_once
+
     def header_offset(self, uint64_t where, uint32_t size_bytes):
         """Byte offset in the memory file of an object's header."""
         length = PAGE_BYTES if size_bytes == PAGE_BYTES else size_bytes - 24
@@ -113,4 +126,4 @@ cdef class Probe:
 
     def check(self):
         """Number of broken invariants; 0 when all is well."""
-        return self.allocator.check(self.allocator)
+        return allocator_broken(self.allocator)

@@ -10,17 +10,18 @@ grow, so it takes a new one if the other's is higher.  A reader takes no lock: i
 and decompresses, and looks at the entry again; if it changed, what was read may
 be rubbish and is read anew.
 
-Recency is one bit per frame, set by a read, cleared by the clock's hand when it
-looks for victims (second chance).  It belongs here, not to the allocators.
+Recency is one bit per frame (of a zspage: of any of its frames), set by a read, cleared by
+the clock's hand when it looks for victims (second chance).  It belongs here, not to the
+allocators.
 """
 
 from libc.errno cimport EIO, ENOSPC
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
-from libc.string cimport memcpy, memset
+from libc.string cimport memset
 from posix.time cimport nanosleep, timespec
 
-from zcache_core.allocator cimport object_blob, object_bytes, object_header
-from zcache_core.arena cimport FRAME_TAKEN, Frame, arena_wait
+from zcache_core.allocator cimport frame_next, object_blob, object_bytes, object_fill, object_header
+from zcache_core.arena cimport FRAME_TAIL, FRAME_TAKEN, FRAME_ZSMALLOC, NO_FRAME, Frame, arena_wait
 from zcache_core.codec cimport codec_compress, codec_decompress
 from zcache_core.core cimport RAN_OUT, WOULD_BLOCK, Core
 from zcache_core.counter_ids cimport (
@@ -58,6 +59,7 @@ cdef enum:
     # Cache lines fetched ahead of a page's turn; the hardware follows from there
     # (128 KiB reads of real pages: 0.73 of a bare decompression loop without, 0.86 with)
     EXPECT_LINES = 8
+    FRAMES_TOGETHER = 15        # of one zspage, behind its first
     # A read that a writer overtakes this often in a row has met a bug, not a race.
     MOST_READ_TRIES = 100000
 
@@ -65,12 +67,10 @@ cdef enum:
 # ---- entries ------------------------------------------------------------------------
 
 cdef bint place_is_possible(Core *core, uint64_t location) noexcept nogil:
-    """Whether an object lies inside the arena and inside one frame."""
+    """Whether an object starts inside the arena, and its header stands in one frame; a raw page fills one."""
     cdef uint64_t where = where_of(location)
-    cdef uint32_t room = object_bytes(length_of(location))
-    if where >> PAGE_SHIFT >= core.arena.total:
-        return False
-    return (where & (PAGE_BYTES - 1)) + room <= PAGE_BYTES
+    cdef uint32_t least = PAGE_BYTES if length_of(location) == PAGE_BYTES else HEADER_BYTES
+    return where >> PAGE_SHIFT < core.arena.total and (where & (PAGE_BYTES - 1)) + least <= PAGE_BYTES
 
 
 cdef void drop_lower_copy(Core *core, Slot *slot, Entry old) noexcept nogil:
@@ -139,7 +139,7 @@ cdef bint find_room(Core *core, Slot *slot, uint32_t bytes, uint64_t *where) noe
     slot_park(slot)             # the committer may be waiting for every slot to leave a frame
     while not found:
         over |= now_us() >= until - ROOM_WAIT_US + OVER_TARGET_AFTER_US
-        if not arena_wait(&core.arena, until, over):
+        if not arena_wait(&core.arena, core.allocator.frames_at_once, until, over):
             if core.lower.tiers != NULL and core.lower.wait_room(core.lower.tiers, slot, until):
                 full = True
             elif over:
@@ -199,14 +199,14 @@ cdef int place_page(
             return ESHUTDOWN
         count(slot, C_FAILED_STORES, 1)
         return ENOSPC
-    memcpy(object_blob(&core.arena, where, length), blob, length)
+    object_fill(&core.arena, where, length, blob)
     header_fill(object_header(&core.arena, where, length), version, core.device, <uint32_t>page, length, codec, blob)
     new.location = place_word(where, length, codec)
     new.version = version_word(version, ST_RAM, new.location)
     return 0
 
 
-cdef void restamp(Core *core, uint64_t page, uint64_t version, Entry *new) noexcept nogil:
+cdef void restamp(Core *core, Slot *slot, uint64_t page, uint64_t version, Entry *new) noexcept nogil:
     """Give a page that is not published yet a newer version.
 
     Somebody else changed it since this write took its version.  The order of the flips
@@ -219,7 +219,7 @@ cdef void restamp(Core *core, uint64_t page, uint64_t version, Entry *new) noexc
     if state == ST_RAM:
         header_fill(
             object_header(&core.arena, where, length), version, core.device, <uint32_t>page, length,
-            codec_of(new.location), object_blob(&core.arena, where, length),
+            codec_of(new.location), object_blob(&core.arena, where, length, slot.blob),
         )
         zc_release_fence()
     new.version = version_word(version, state, new.location)
@@ -246,7 +246,7 @@ cdef int store_replace(
             old = entry_load(&core.index, page)
             if version_of(old.version) > version and entry_is_sound(old.location, old.version):
                 version = versions_take(&core.index, 1)
-                restamp(core, page, version, &new)
+                restamp(core, slot, page, version, &new)
                 count(slot, C_RESTAMPED_STORES, 1)
         if entry_flip(&core.index, page, old, new):
             break
@@ -272,8 +272,8 @@ cdef bint load_blob(Core *core, Slot *slot, uint64_t page, Entry e, uint8_t *dat
     cdef const uint8_t *blob
     if not place_is_possible(core, e.location):
         return False
-    blob = object_blob(&core.arena, where, length)
-    if not header_matches(
+    blob = object_blob(&core.arena, where, length, slot.blob)
+    if blob == NULL or not header_matches(
         object_header(&core.arena, where, length), version_of(e.version), core.device, <uint32_t>page, e.location, blob
     ):
         return False
@@ -399,6 +399,23 @@ cdef void store_invalidate(Core *core, Slot *slot, uint64_t page, uint64_t versi
     count(slot, C_INVALIDATES, 1)
 
 
+cdef bint was_read(Core *core, uint32_t frame) noexcept nogil:
+    """Whether anything in a frame, or in a zspage that starts there, was read; forgets it."""
+    cdef bint read = core.arena.frames[frame].referenced != 0
+    cdef uint32_t i
+    if read:
+        core.arena.frames[frame].referenced = 0
+    if core.arena.frames[frame].state == FRAME_ZSMALLOC:
+        for i in range(FRAMES_TOGETHER):
+            frame = frame_next(&core.arena, frame)      # no lock: at worst of a zspage that is gone
+            if frame == NO_FRAME:
+                break
+            if core.arena.frames[frame].referenced:
+                core.arena.frames[frame].referenced = 0
+                read = True
+    return read
+
+
 cdef uint32_t store_victims(Core *core, uint32_t *frames, uint32_t most, bint ephemeral) noexcept nogil:
     """Up to `most` cold frames, by second chance; how many.  Two rounds at most, none twice.
 
@@ -416,10 +433,8 @@ cdef uint32_t store_victims(Core *core, uint32_t *frames, uint32_t most, bint ep
         f = &core.arena.frames[at]
         if steps >= core.arena.total and met < n and frames[met] == at:
             met += 1
-        elif f.state == FRAME_TAKEN and (f.ephemeral_only != 0) == ephemeral:
-            if f.referenced:
-                f.referenced = 0
-            else:
+        elif FRAME_TAKEN <= f.state < FRAME_TAIL and (f.ephemeral_only != 0) == ephemeral:
+            if not was_read(core, at):
                 frames[n] = at
                 n += 1
         at += 1

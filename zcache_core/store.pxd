@@ -10,6 +10,7 @@ cdef class Store:
     cdef readonly str allocator_name
     cdef readonly str codec_text
     cdef readonly str commit
+    cdef bint tidy
     cdef bint open
     cdef bint started
     cdef object _require_open(self)

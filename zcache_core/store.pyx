@@ -11,7 +11,11 @@ Locks, in the order in which they may be taken together
     index.lock             reserving versions (a leaf)
     ahead.lock             pages read ahead (a leaf)
     crew.lock              its thread's sleep (a leaf)
-All have priority inheritance, and the last five are never held across compression,
+    ahead.lock             pages read ahead (a leaf)
+    crew.lock              its thread's sleep (a leaf)
+    tidy.turn              emptying frames, one at a time; taken before all of these
+    tidy.lock              its thread's sleep (a leaf)
+All have priority inheritance, and the leaves are never held across compression,
 a system call that may block, or a wait.  Who reads whole pages takes none.
 """
 
@@ -41,30 +45,32 @@ from zcache_core.pthread cimport (
 from zcache_core.ramtier cimport (
     in_ram, is_below, load_blob, store_get, store_invalidate, store_put, store_victims, store_wait_ready,
 )
+from zcache_core.several cimport allocator_broken, several_make
 from zcache_core.slots cimport Slot, slot_release, slot_take, slots_free, slots_init, slots_quiesce
 from zcache_core.takeover cimport takeover
-from zcache_core.zbud cimport zbud_make
+from zcache_core.tidying cimport tidy_all, tidy_start, tidy_stop
 
 from zcache_core import codec as codec_names
 from zcache_core.counters import STORED
 from zcache_core.errors import ConfigError, MemoryFileError
+from zcache_core.several import ALLOCATORS
 
 
 @cython.no_gc_clear         # its threads use the memory file until it is stopped
 cdef class Store:
     """The RAM tier of one device on one memory file.
 
-    allocator "zbud"; codec "lz4", "zstd", "zstd:LEVEL" or "none"; commit "ahead" or
-    "all".  Raises ConfigError for other words, MemoryFileError without memory.
+    allocator "zbud", "z3fold" or "zsmalloc"; codec "lz4", "zstd", "zstd:LEVEL" or "none"; commit "ahead" or
+    "all"; `tidy`: with the thread that compacts in the background.  Raises ConfigError for other words, MemoryFileError without memory.
     Call start() before the first request, in the process that serves.
     """
 
-    def __cinit__(self, MemoryFile memory, str allocator="zbud", str codec="lz4", str commit="ahead"):
+    def __cinit__(self, MemoryFile memory, str allocator="zbud", str codec="lz4", str commit="ahead", bint tidy=True):
         cdef Core *core = &self.core
         cdef uint32_t i
         memset(core, 0, sizeof(Core))
-        if allocator != "zbud":
-            raise ConfigError(f"unknown allocator {allocator!r}; use zbud")
+        if allocator not in ALLOCATORS:
+            raise ConfigError(f"unknown allocator {allocator!r}; use {' or '.join(ALLOCATORS)}")
         if commit not in ("ahead", "all"):
             raise ConfigError(f"unknown commit {commit!r}; use ahead or all")
         try:
@@ -83,7 +89,7 @@ cdef class Store:
             raise MemoryFileError("no memory for the store's tables; choose a smaller pool")
         core.arena.quiesce = slots_quiesce
         core.arena.quiesce_argument = &core.slots
-        core.allocator = zbud_make(&core.arena, core.slots.shared)
+        core.allocator = several_make(&core.arena, core.slots.shared, ALLOCATORS.index(allocator))
         if core.allocator == NULL:
             raise MemoryFileError("no memory for the allocator; choose a smaller pool")
         for i in range(PAGE_LOCKS):
@@ -91,7 +97,10 @@ cdef class Store:
         core.slots.background[C_DEVICE_PAGES] = core.index.pages
         core.slots.background[C_PRIVATE_TABLE_BYTES] = (
             core.slots.memory_bytes + codec_memory_bytes(&core.slots) + core.arena.total * <uint64_t>sizeof(Frame)
+            + core.allocator.table_bytes
         )
+        self.tidy = tidy
+        lock_init(&core.tidy.turn)
         self.open = True
 
     def _reset_gauges(self):
@@ -116,7 +125,7 @@ cdef class Store:
         if self.commit == "all":
             arena_keep_all(&core.arena)
         if not self.memory.fresh:
-            core.arena.held = True
+            core.arena.held = 1
             if thread_start(&core.rebuilder, takeover, core, b"zc-takeover") != 0:
                 raise MemoryFileError("no thread could be started; raise the limit of processes")
             core.rebuilding = True
@@ -129,6 +138,8 @@ cdef class Store:
         ):
             raise MemoryFileError("no thread could be started; raise the limit of processes")
         core.slots.background[C_PRIVATE_TABLE_BYTES] += crew_memory_bytes(&core.crew)
+        if self.tidy and tidy_start(core):
+            raise MemoryFileError("no thread could be started; raise the limit of processes")
         self.memory.fresh = False       # the next store on this file takes it over
         zc_store32(&core.serving, 1)
         self.started = True
@@ -141,6 +152,7 @@ cdef class Store:
         self.open = False
         zc_store32(&core.serving, 0)
         with nogil:
+            tidy_stop(core)
             slots_quiesce(&core.slots)
             if core.rebuilding:
                 pthread_join(core.rebuilder, NULL)
@@ -227,6 +239,14 @@ cdef class Store:
         if pool_bytes % PAGE_BYTES or not arena_set_goal(&self.core.arena, frames, self.core.lower.tiers != NULL):
             raise ConfigError(f"a pool of {pool_bytes} bytes is no whole number of frames, or less than is in use")
 
+    def compact(self):
+        """Move objects together as far as that goes, now; how many frames or zspages were emptied."""
+        cdef uint64_t done
+        self._require_open()
+        with nogil:
+            done = tidy_all(&self.core)
+        return done
+
     def entry(self, uint64_t page):
         """(location word, version word) of a page."""
         self._require_page(page)
@@ -290,7 +310,7 @@ cdef class Store:
                 elif is_below(state_of(e.version)):
                     below += 1
             slot_release(slot)
-            broken += core.allocator.check(core.allocator)
+            broken += allocator_broken(core.allocator)
         from zcache_core.counters import read
         counted = read(self.memory)
         broken += counted["pers_zpages"] + counted["eph_zpages"] != in_frames

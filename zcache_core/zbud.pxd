@@ -4,5 +4,6 @@ from libc.stdint cimport uint64_t
 
 from zcache_core.allocator cimport Allocator
 from zcache_core.arena cimport Arena
+from zcache_core.pthread cimport pthread_mutex_t
 
-cdef Allocator *zbud_make(Arena *arena, uint64_t *cells) noexcept nogil
+cdef Allocator *zbud_make(Arena *arena, uint64_t *cells, pthread_mutex_t *guard) noexcept nogil

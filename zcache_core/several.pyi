@@ -1,0 +1,1 @@
+ALLOCATORS: tuple[str, ...]

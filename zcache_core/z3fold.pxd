@@ -1,0 +1,9 @@
+"""C face of z3fold."""
+
+from libc.stdint cimport uint64_t
+
+from zcache_core.allocator cimport Allocator
+from zcache_core.arena cimport Arena
+from zcache_core.pthread cimport pthread_mutex_t
+
+cdef Allocator *z3fold_make(Arena *arena, uint64_t *cells, pthread_mutex_t *guard) noexcept nogil
