@@ -32,7 +32,7 @@ FLOORS = {
     },
     "cluster": {
         1: "wire unixsock logrelay addresses connections",
-        2: "session",
+        2: "session peerwire",
         3: "link webserver",
         4: "health steering metrics webpages",
         5: "node",
