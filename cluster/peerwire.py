@@ -36,7 +36,7 @@ import enum
 import struct
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, Protocol, TypeGuard
 
 from cluster.wire import Limits, WireError
 from zcache_core.errors import ZcacheError
@@ -226,11 +226,11 @@ def _params(method: str, params: list[Any], n: int) -> None:
         raise BadParamsError(f"{method} takes {n} parameters, not {len(params)}")
 
 
-def _is_word(value: Any) -> bool:
+def _is_word(value: Any) -> TypeGuard[int]:
     return type(value) is int and 0 <= value <= WORD_MAX
 
 
-def _is_name(value: Any, most: int = NAME_BYTES) -> bool:
+def _is_name(value: Any, most: int = NAME_BYTES) -> TypeGuard[str]:
     return isinstance(value, str) and len(value.encode()) <= most and value.isprintable()
 
 
@@ -263,7 +263,7 @@ def hello_protocol(params: list[Any]) -> int:
     version = params[0].get("protocol") if isinstance(params[0], dict) else None
     if not _is_word(version):
         raise BadParamsError("hello takes a map that has the protocol's number")
-    return int(version)
+    return version
 
 
 def hello(params: list[Any]) -> Hello:

@@ -25,17 +25,17 @@ FLOORS = {
         0: "native pthread layout counter_ids errors counters commands owner process",
         1: "memfile headroom backing arena committer samefill slots codec crypt crew",
         2: "allocator zbud z3fold zsmalloc index",
-        3: "cold core ramtier cooling takeover store probe",
+        3: "cold core ramtier cooling takeover store probe foreign donation",
         5: "diskfile diskobject diskio segments quota diskstate diskput disk diskrun orders "
         "ahead below fullness eviction cooler fetching tiers pressure steward faulty coldprobe",
         6: "device",
     },
     "cluster": {
-        1: "wire unixsock logrelay addresses connections",
+        1: "wire unixsock logrelay addresses connections peeraddress",
         2: "session peerwire",
-        3: "link webserver",
-        4: "health steering metrics webpages",
-        5: "node",
+        3: "link webserver peerchannel",
+        4: "health steering metrics webpages peerlink generosity donor",
+        5: "node lending",
     },
     "plugin": {
         6: "interrupts messages logpipe instance config liaison teller handshake dialer statepage "

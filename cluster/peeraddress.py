@@ -1,0 +1,120 @@
+"""Where a donor listens, and whether that may be plain.
+
+    /run/zcache/node.peer      a Unix socket: this machine only, plain
+    127.0.0.1:7900, [::1]:7900 loopback: plain, or TLS if there are certificates
+    10.0.0.7:7900, host:7900   anything else: TLS with certificates on both sides, or not at all
+
+A cluster's certificates lie in one folder: ca.pem, node.pem, node.key (`zcache
+cluster-init`, `cluster-add`).  Both sides show theirs; who has none that the cluster's CA
+signed is turned away in the handshake, before a byte of ours.  A node's certificate has its
+name, not its address, because addresses change; who is who is asked of the name.
+
+Source: RFC 8446 (TLS 1.3 only).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import ssl
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster import addresses, unixsock
+from zcache_core.errors import ConfigError
+
+BACKLOG = 64
+CA, CERTIFICATE, KEY = "ca.pem", "node.pem", "node.key"
+
+
+@dataclass(frozen=True)
+class PeerAddress:
+    """A Unix socket's path, or a host and port."""
+
+    path: str
+    host: str
+    port: int
+
+    @classmethod
+    def read(cls, key: str, text: str) -> PeerAddress:
+        """From what a person writes.  Raises ConfigError."""
+        if text.startswith("/"):
+            return cls(text, "", 0)
+        host, _, port = addresses.read_address(key, text).rpartition(":")
+        return cls("", host.strip("[]"), int(port))
+
+    def __str__(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return self.path or f"{host}:{self.port}"
+
+    @property
+    def stays_here(self) -> bool:
+        """Whether it can only be reached from this machine."""
+        if self.path or self.host == "localhost":
+            return True
+        with contextlib.suppress(ValueError):
+            return ipaddress.ip_address(self.host).is_loopback
+        return False
+
+    def require_safe(self, key: str, tls: str | None) -> None:
+        """Raises ConfigError for an address of a network without certificates."""
+        if not self.stays_here and not tls:
+            raise ConfigError(
+                f"{key}={self} can be reached from other machines, so it needs certificates; "
+                f"write tls=FOLDER (zcache cluster-init makes them), or {key}=127.0.0.1:{self.port}"
+            )
+
+    async def connect(
+        self, protocol: Callable[[], asyncio.Protocol], tls: ssl.SSLContext | None
+    ) -> None:
+        """Dial it; the protocol is told.  OSError (ssl.SSLError is one) when it fails."""
+        loop = asyncio.get_running_loop()
+        if self.path:
+            await loop.create_unix_connection(protocol, self.path)
+        else:
+            name = "zcache" if tls else None  # not compared: certificates have nodes' names
+            await loop.create_connection(
+                protocol, self.host, self.port, ssl=tls, server_hostname=name
+            )
+
+    async def serve(
+        self, key: str, protocol: Callable[[], asyncio.Protocol], tls: ssl.SSLContext | None
+    ) -> tuple[asyncio.Server, str]:
+        """Listen there; the server, and the address with the port that it got."""
+        loop = asyncio.get_running_loop()
+        if self.path:
+            sock = unixsock.listen(self.path, "the peers' socket", f"{key}=PATH", BACKLOG)
+            return await loop.create_unix_server(protocol, sock=sock), self.path
+        sock = addresses.listen(key, str(self))
+        return await loop.create_server(protocol, sock=sock, ssl=tls), addresses.bound_address(sock)
+
+
+def context(folder: str | Path, server: bool) -> ssl.SSLContext:
+    """TLS 1.3 with the folder's certificates, asked of the other side too.  ConfigError."""
+    folder = Path(folder)
+    made = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
+    made.minimum_version = ssl.TLSVersion.TLSv1_3
+    made.check_hostname = False
+    made.verify_mode = ssl.CERT_REQUIRED
+    try:
+        made.load_verify_locations(folder / CA)
+        made.load_cert_chain(folder / CERTIFICATE, folder / KEY)
+    except (OSError, ssl.SSLError) as error:
+        why = error.strerror or str(error)
+        raise ConfigError(
+            f"tls={folder} has not all of {CA}, {CERTIFICATE} and {KEY} as they should be ({why}); "
+            f"'zcache cluster-add NAME' makes them"
+        ) from None
+    return made
+
+
+def name_of(peer: dict[str, Any] | None) -> str:
+    """The common name in a peer's certificate (ssl's getpeercert); "" without one."""
+    for row in (peer or {}).get("subject", ()):
+        for key, value in row:
+            if key == "commonName":
+                return str(value)
+    return ""
