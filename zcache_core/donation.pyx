@@ -35,6 +35,7 @@ from zcache_core.zbud cimport zbud_make
 
 from zcache_core.counters import STORED
 from zcache_core.errors import MemoryFileError
+from zcache_core.memfile import FOREIGN_DEVICE
 
 cdef enum:
     RECORD_BYTES = 16
@@ -44,7 +45,7 @@ cdef enum:
     FIXED_BYTES = 1 << 20       # superblock, counters, owners, the allocator
     ENTRY_BYTES = 16
 
-DEVICE = "(foreign)"            # what the memory file's device table says
+DEVICE = FOREIGN_DEVICE
 LEAST_BYTES = 16 << 20
 OWNERS_MOST = OWNERS
 
@@ -310,7 +311,7 @@ cdef class Donation:
         for i in range(n):
             found.setdefault(rows[i], []).append(records[i * RECORD_BYTES : (i + 1) * RECORD_BYTES])
         self.f.cells[C_FOREIGN_RECALLED_PAGES] += n
-        return {row: b"".join(parts) for row, parts in found.items()}
+        return {whose: b"".join(parts) for whose, parts in found.items()}
 
     # ---- room ---------------------------------------------------------------------------
 
