@@ -4,8 +4,8 @@
     127.0.0.1:7900, [::1]:7900 loopback: plain, or TLS if there are certificates
     10.0.0.7:7900, host:7900   anything else: TLS with certificates on both sides, or not at all
 
-A cluster's certificates lie in one folder: ca.pem, node.pem, node.key (`zcache
-cluster-init`, `cluster-add`).  Both sides show theirs; who has none that the cluster's CA
+What a node needs is one file, node.pem in the folder tls=: its key, its certificate, the
+cluster's CA (`certificates` makes it).  Both sides show theirs; who has none that the CA
 signed is turned away in the handshake, before a byte of ours.  A node's certificate has its
 name, not its address, because addresses change; who is who is asked of the name.
 
@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
+import re
 import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,7 +28,10 @@ from cluster import addresses, unixsock
 from zcache_core.errors import ConfigError
 
 BACKLOG = 64
-CA, CERTIFICATE, KEY = "ca.pem", "node.pem", "node.key"
+NODE = "node.pem"
+PEM_CERTIFICATE = re.compile(
+    r"-----BEGIN CERTIFICATE-----[A-Za-z0-9+/=\s]+-----END CERTIFICATE-----", re.ASCII
+)
 
 
 @dataclass(frozen=True)
@@ -93,20 +97,21 @@ class PeerAddress:
 
 
 def context(folder: str | Path, server: bool) -> ssl.SSLContext:
-    """TLS 1.3 with the folder's certificates, asked of the other side too.  ConfigError."""
-    folder = Path(folder)
+    """TLS 1.3 with the folder's node.pem, asked of the other side too.  Raises ConfigError."""
+    path = Path(folder) / NODE
     made = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
     made.minimum_version = ssl.TLSVersion.TLSv1_3
     made.check_hostname = False
     made.verify_mode = ssl.CERT_REQUIRED
     try:
-        made.load_verify_locations(folder / CA)
-        made.load_cert_chain(folder / CERTIFICATE, folder / KEY)
-    except (OSError, ssl.SSLError) as error:
-        why = error.strerror or str(error)
+        found = PEM_CERTIFICATE.findall(path.read_text(encoding="ascii"))
+        made.load_cert_chain(path)
+        made.load_verify_locations(cadata=found[-1])
+    except (OSError, ValueError, IndexError) as error:  # ssl.SSLError is an OSError
+        why = getattr(error, "strerror", None) or str(error)
         raise ConfigError(
-            f"tls={folder} has not all of {CA}, {CERTIFICATE} and {KEY} as they should be ({why}); "
-            f"'zcache cluster-add NAME' makes them"
+            f"tls={folder}: {path} does not hold a key, a certificate and the CA's ({why}); "
+            f"'zcache cluster-add NAME' makes such a file"
         ) from None
     return made
 

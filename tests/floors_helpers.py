@@ -31,7 +31,7 @@ FLOORS = {
         6: "device",
     },
     "cluster": {
-        1: "wire unixsock logrelay addresses connections peeraddress",
+        1: "wire unixsock logrelay addresses connections peeraddress certificates",
         2: "session peerwire",
         3: "link webserver peerchannel",
         4: "health steering metrics webpages peerlink generosity donor",
@@ -44,7 +44,7 @@ FLOORS = {
         "nbdnetlink swaparea upfile rates terminal reach counterfiles recording",
         8: "control drain supervisor serve mender attach swapping topview top statsfs record "
         "plot doctor watching",
-        9: "zcache_plugin attachcli reference fitswap cli writepages",
+        9: "zcache_plugin attachcli nodecli reference fitswap cli writepages",
     },
 }
 PACKAGES = list(FLOORS)
@@ -52,7 +52,7 @@ PACKAGES = list(FLOORS)
 # What may be imported from outside, beside the standard library.
 OUTSIDE = {
     "zcache_core": set[str](),
-    "cluster": {"msgpack", "prometheus_client"},
+    "cluster": {"msgpack", "prometheus_client", "cryptography"},
     "plugin": {"msgpack", "rich", "mfusepy", "matplotlib", "nbdkit", "pyroute2"},
 }
 CYTHON_ROOTS = {"cython", "cpython", "libc", "posix"}

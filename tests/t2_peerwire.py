@@ -33,7 +33,7 @@ RECORD = bytes.fromhex("9a785600000000003412000021000100")
 SEALED = bytes(range(27))  # 24 of seal, 3 of ciphertext
 OFFER = Offer(4096, 27, Health.OK)
 
-GOLDEN = [
+GOLDEN: list[tuple[Any, str]] = [
     (
         Request(0, "hello", Hello("a/swap", 7, ("",)).params()),
         "94 00 00 a5 68656c6c6f 91 84 a8 70726f746f636f6c 01 a5 6f776e6572 a6 612f73776170"
