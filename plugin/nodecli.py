@@ -69,16 +69,14 @@ def default_control() -> str:
 
 def _node(args: argparse.Namespace) -> int:
     control = args.control or default_control()
-    if args.action == "drain":
-        with BlockingClient(control) as client:
-            return (
-                drain.off(client.call, what=drain.NODE)
-                if args.off
-                else drain.run(client.call, args.keep, what=drain.NODE)
-            )
-    words = lending_words(args, control)
-    sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, "-m", "cluster.lending", *words])
+    if args.action != "drain":
+        words = lending_words(args, control)
+        sys.stdout.flush()
+        os.execv(sys.executable, [sys.executable, "-m", "cluster.lending", *words])
+    with BlockingClient(control) as client:
+        if args.off:
+            return drain.off(client.call, what=drain.NODE)
+        return drain.run(client.call, args.keep, what=drain.NODE)
 
 
 def lending_words(args: argparse.Namespace, control: str) -> list[str]:
