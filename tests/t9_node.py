@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import re
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -17,11 +18,11 @@ from cluster.link import BlockingClient
 from cluster.peeraddress import PeerAddress
 from cluster.peerwire import Code, LinkState, pack
 from tests.donor_helpers import linked, make_pages, make_sealed, wait_until
-from tests.plugin_helpers import WAIT_S, environment, wait_for
+from tests.plugin_helpers import ROOT, WAIT_S, environment
 from zcache_core import memfile
 from zcache_core.memfile import exists
 
-COMMAND = [str(Path(__file__).resolve().parent.parent / ".venv/bin/zcache")]
+COMMAND = [str(ROOT / ".venv/bin/zcache")]
 
 
 class Node:
@@ -178,35 +179,51 @@ def test_refusals(words: list[str], code: int, says: str, tmp_path: Path) -> Non
     assert len(done.stderr.strip().splitlines()) == 1
 
 
-def test_a_cluster_of_two_from_the_command_line(tmp_path: Path) -> None:
-    """init, add, one file copied; the node answers on TLS under its certificate's name."""
+def readme_commands() -> list[str]:
+    """What the README tells a person to type to lend RAM, in its order."""
+    text = (ROOT / "README.md").read_text()
+    section = text.partition("## Lend RAM to other machines")[2].partition("\n## ")[0]
+    lines = re.findall(r"^ {4}(\S.*)$", section, re.MULTILINE)
+    return [re.sub(r"\s+# .*", "", line) for line in lines]
 
-    def run(*words: str) -> str:
+
+def test_the_readme_from_certificates_to_drain(tmp_path: Path) -> None:
+    """Its commands run, with this test's places: a CA, one file copied, TLS, status, drain."""
+
+    def led_here(command: str) -> list[str]:
+        command = command.replace("10.0.0.7:7900", "127.0.0.1:0").replace("4G", "16M")
+        command = command.replace("/run/zcache", str(tmp_path))
+        command = command.replace("/etc/zcache/tls", str(joined))
+        words = command.removeprefix("zcache ").split()
+        if words[0] == "cluster-init":
+            words.append(str(tmp_path / "ca"))
+        if words[0] == "cluster-add":
+            words += ["--folder", str(tmp_path / "ca")]
+        return [*COMMAND, *words]
+
+    def run(command: str) -> str:
         done = subprocess.run(
-            [*COMMAND, *words],
+            led_here(command),
             env=environment(tmp_path), capture_output=True, text=True, timeout=WAIT_S,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    ca = str(tmp_path / "ca")
-    assert "next: zcache cluster-add NAME" in run("cluster-init", ca)
-    assert "copy" in run("cluster-add", "rack-7", "--folder", ca)
     joined = tmp_path / "joined"
     joined.mkdir()
+    lend, status, drain, init, add = readme_commands()
+    assert "next: zcache cluster-add NAME" in run(init)
+    assert "copy" in run(add)
     (tmp_path / "ca" / "rack-7" / "node.pem").rename(joined / "node.pem")
     process = subprocess.Popen(
-        [*COMMAND, "node", "--listen", "127.0.0.1:0", "--donate", "16M", "--tls", str(joined)],
-        env=environment(tmp_path), stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        led_here(lend), env=environment(tmp_path), stdout=subprocess.PIPE, text=True
+    )
     try:
         assert process.stdout is not None
         assert "rack-7 lends" in process.stdout.readline()
-        control = tmp_path / "node.ctl"
-        wait_for("an answer", control.exists)
-        with BlockingClient(control) as client:
-            assert client.call("config")["name"] == "rack-7"
+        assert "rack-7" in run(status)
+        assert "holds nothing" in run(drain)
     finally:
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=WAIT_S)
-        assert process.returncode == 0
+    assert process.returncode == 0
