@@ -4,14 +4,14 @@
     each second: heard of whom? memory short? draining? -> offers told, pages recalled
 
     room    = min(quota, what the target leaves)    0 while memory is short or it drains
-    recall  = cold pages above the target, or all of them in a drain; told again until they are
-              gone.  An owner that is away or slow keeps its pages: only it may end them, its
-              next epoch, or `abandon_s` without a word.
+    recall  = cold pages above the target, or all of them in a drain; more as they are dropped,
+              and each second again.  An owner that is away or slow keeps its pages: only it
+              may end them, its next epoch, or `abandon_s` without a word.
 
 Pages are never looked into, never mixed with local ones (a memory file of their own), never
 passed on.
 
-Bound: CONNECTIONS connections, OWNERS rows; one batch of recalls a second for each owner.
+Bound: CONNECTIONS connections, OWNERS rows; RECALL_PAGES asked for at a time.
 What it is not: listening (`lending`), copying (`zcache_core.donation`).
 """
 
@@ -33,11 +33,16 @@ from zcache_core.donation import Donation
 
 CONNECTIONS = 128
 COMMIT_WAIT_US = 10_000  # a put while frames are being committed; nobody else is answered then
-RECALL_PAGES = 1024  # of one second, of one owner: 4 MiB of its swap
+RECALL_PAGES = RECORDS_MOST  # asked for at once: 16 MiB of swap
 RECALL_MS = 10_000
 SWEEP_PLACES = 1 << 16  # 1 ms
 ABANDON_S = 24 * 3600
 log = logging.getLogger("zcache.donor")
+
+
+def since_boot_s() -> float:
+    """A clock that nobody sets, the same for a node that is started again; as old as the pages."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,7 @@ class Donor:
         donation: Donation,
         options: DonorOptions,
         generosity: Generosity | None = None,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] = since_boot_s,
     ) -> None:
         self.donation, self.options = donation, options
         self.draining = False
@@ -67,6 +72,7 @@ class Donor:
         self._clock = clock
         self._connections: set[OwnerEnd] = set()
         self._epoch = donation.memory.epoch
+        self._target = donation.total_frames()
 
     # ---- connections -------------------------------------------------------------------
 
@@ -126,6 +132,9 @@ class Donor:
 
     def drop(self, end: OwnerEnd, params: list[Any]) -> Any:
         dropped = self.donation.drop(end.row, peerwire.drop(params))
+        end.recalled = max(0, end.recalled - dropped)
+        if self._above and end.recalled < RECALL_PAGES // 2:
+            self._recall()  # it obeys: go on without waiting for the next second
         return [self.offer(end.row), dropped]
 
     def reconcile(self, end: OwnerEnd, params: list[Any]) -> Any:
@@ -174,16 +183,23 @@ class Donor:
         self.donation.sweep(SWEEP_PLACES)
         if self.health() is not before:
             self._tell_offers()
-        above = self.donation.used_frames() - (0 if self.draining else target)
-        if above > 0:
-            self._recall(2 * above)
+        self._target = 0 if self.draining else target
+        for end in self._connections:
+            end.recalled = 0
+        self._recall()
 
-    def _recall(self, pages: int) -> None:
+    @property
+    def _above(self) -> int:
+        """Frames in use that should not be."""
+        return max(0, self.donation.used_frames() - self._target)
+
+    def _recall(self) -> None:
+        """Ask for cold pages, of everybody, as many as are above the target and fit a message."""
         owners = {end.row: end for end in self._connections if end.is_owner}
-        most = min(pages, RECALL_PAGES * max(1, len(owners)), RECORDS_MOST)
-        for row, records in self.donation.coldest(max(2, most)).items():
-            if row in owners:
-                owners[row].notify("recall", records, RECALL_MS)
+        most = min(2 * self._above, RECALL_PAGES)
+        for row, records in self.donation.coldest(most).items() if most and owners else ():
+            if row in owners and owners[row].notify("recall", records, RECALL_MS):
+                owners[row].recalled += len(records) // peerwire.RECORD_BYTES
 
     def _abandon(self, now_s: int) -> None:
         for row, name, _, heard_s, pages, _ in self.donation.owners():
@@ -209,6 +225,7 @@ class OwnerEnd(Channel):
         super().__init__(donor.options.channel)
         self._donor = donor
         self.row, self.epoch, self.owner = -1, 0, ""
+        self.recalled = 0  # pages asked for in this second, and not dropped yet
         self._methods: dict[str, Callable[[OwnerEnd, list[Any]], Any]] = {
             name: getattr(donor, name) for name in peerwire.METHODS
         }

@@ -30,7 +30,7 @@ from typing import Any
 
 import zcache_core
 from cluster import unixsock
-from cluster.donor import ABANDON_S, Donor, DonorOptions
+from cluster.donor import ABANDON_S, Donor, DonorOptions, since_boot_s
 from cluster.link import RpcError, Server
 from cluster.peeraddress import PeerAddress, context
 from cluster.peerwire import Health
@@ -109,7 +109,7 @@ class Control:
 
     async def owners(self) -> list[dict[str, Any]]:
         """Whose pages are here: pages, the room they take, seconds since it was heard of."""
-        now_s = int(time.time())
+        now_s = int(since_boot_s())
         return [
             {"name": name, "pages": pages, "bytes": held, "heard_seconds": max(0, now_s - heard_s)}
             for _, name, _, heard_s, pages, held in self._donor.donation.owners()

@@ -28,6 +28,7 @@ from cluster import addresses, unixsock
 from zcache_core.errors import ConfigError
 
 BACKLOG = 64
+HANDSHAKE_S = 5.0  # a stranger holds a descriptor for so long, and no more
 NODE = "node.pem"
 PEM_CERTIFICATE = re.compile(
     r"-----BEGIN CERTIFICATE-----[A-Za-z0-9+/=\s]+-----END CERTIFICATE-----", re.ASCII
@@ -93,7 +94,11 @@ class PeerAddress:
             sock = unixsock.listen(self.path, "the peers' socket", f"{key}=PATH", BACKLOG)
             return await loop.create_unix_server(protocol, sock=sock), self.path
         sock = addresses.listen(key, str(self))
-        return await loop.create_server(protocol, sock=sock, ssl=tls), addresses.bound_address(sock)
+        wait_s = HANDSHAKE_S if tls else None
+        server = await loop.create_server(
+            protocol, sock=sock, ssl=tls, ssl_handshake_timeout=wait_s
+        )
+        return server, addresses.bound_address(sock)
 
 
 def context(folder: str | Path, server: bool) -> ssl.SSLContext:

@@ -29,7 +29,7 @@ from typing import Any, cast
 from cluster.link import RpcError
 from cluster.peeraddress import name_of
 from cluster.peerwire import CALLS_MOST, PEER_LIMITS, BadParamsError
-from cluster.session import DONE, PAUSED, Session, SessionMisuseError
+from cluster.session import DONE, PAUSED, Session
 from cluster.wire import NEED_DATA, Notification, Request, Response, WireError
 from zcache_core.errors import ControlError
 
@@ -145,11 +145,8 @@ class Channel(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self.closed_because:
             return
-        try:
-            self._session.receive(data)
-            self._take()
-        except (WireError, SessionMisuseError) as error:
-            self.close(str(error))
+        self._session.receive(data)
+        self._go_on()
 
     def eof_received(self) -> bool:
         self.close("the peer has closed it")
@@ -170,9 +167,15 @@ class Channel(asyncio.Protocol):
         if self.pauses_reading and self._transport is not None and not self.closed_because:
             self._transport.resume_reading()
             # not from here: this may be inside of a write of ours
-            asyncio.get_running_loop().call_soon(self.data_received, b"")
+            asyncio.get_running_loop().call_soon(self._go_on)
 
     # ---- what is received ----------------------------------------------------------------------
+
+    def _go_on(self) -> None:
+        try:
+            self._take()
+        except WireError as error:
+            self.close(str(error))
 
     def _take(self) -> None:
         """Every whole message that is in, as long as its answer can be written."""

@@ -324,6 +324,34 @@ def test_half_a_message_and_unread_answers_end_in_time(rng: random.Random) -> No
     run(test)
 
 
+def test_a_slow_reader_gets_every_answer(rng: random.Random) -> None:
+    """Who reads late is not read from meanwhile; nothing is lost, and the connection goes on."""
+
+    async def test() -> None:
+        with opened_donation() as donation:
+            async with listening(donation) as (donor, address), linked(address, "raw", 3) as link:
+                records = pack(pages := [Page(0, i, 1, 4095 << 4) for i in range(100)])
+                sealed = b"".join(await put(link, pages, rng))
+                channel = Channel()
+                await address.connect(lambda: channel, None)
+                await channel.call("hello", *Hello("raw", 3).params(), deadline_s=20)
+                assert channel._transport is not None
+                channel._transport.pause_reading()
+                gets = [
+                    asyncio.ensure_future(channel.call("get", records, deadline_s=20))
+                    for _ in range(14)
+                ]
+                ends = [end for end in donor._connections if end.epoch == 3]
+                await wait_until("it is stuck", lambda: any(end._stuck_since for end in ends))
+                channel._transport.resume_reading()
+                for result in await asyncio.gather(*gets):
+                    assert result[2] == sealed
+                assert await channel.call("ping", deadline_s=20)
+                channel.close("done")
+
+    run(test)
+
+
 def test_connections_are_bounded() -> None:
     async def test() -> None:
         with opened_donation() as donation:

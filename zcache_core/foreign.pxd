@@ -24,7 +24,7 @@ cdef enum:
 
 ctypedef struct OwnerRow:       # 128 bytes
     uint64_t epoch              # 0: the row is free.  Written last, so that a row is whole or free
-    uint64_t heard_s            # since 1970
+    uint64_t heard_s            # since the boot
     char name[OWNER_NAME_BYTES]
     uint8_t padding[64]
 
