@@ -2,10 +2,12 @@
 
     owner (this process, PeerLink) --get: 1 page, or 32 in a batch--> zcache node (a process)
     asker (tcpecho.c)              --as many bytes each way--------> answerer (tcpecho.c)
+    asyncio protocol               --as many bytes each way--------> asyncio protocol
 
-Both over loopback, plain, and ours with TLS on both sides too; one exchange open at a time, in turn
-in every round.  The pages have the lengths that real ones have with lz4, and 24 bytes of seal
-more; what sealing itself costs is the owner's (crypt).  Ratios are taken in each round.
+All over loopback, plain, and ours with TLS on both sides too; one exchange open at a time, in
+turn in every round.  The third says what the event loop alone costs: nothing built on it can be
+faster.  The pages have the lengths that real ones have with lz4, and 24 bytes of seal more; what
+sealing itself costs is the owner's (crypt).  Ratios are taken in each round.
 """
 
 from __future__ import annotations
@@ -18,16 +20,17 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from bench.build import program
 from bench.report import Goal, Section, figure
 from bench.servers import ROOT
 from bench.setup import Setup
 from cluster import certificates
+from cluster.lending import HEAP_BYTES
 from cluster.peeraddress import PeerAddress, context
 from cluster.peerlink import PeerLink
 from cluster.peerwire import (
@@ -43,6 +46,7 @@ from cluster.peerwire import (
 )
 from cluster.wire import Request, Response, encode
 from zcache_core.codec import Codec
+from zcache_core.process import keep_heap
 
 PAGE_BYTES = 4096
 BATCHES = (1, 32)
@@ -50,6 +54,27 @@ HELD_PAGES = 1024
 LENT_BYTES = 64 << 20
 START_S = 20.0
 MOST = {1: 2.5, 32: 1.3}
+ANSWERER = """
+import asyncio, sys
+ask, answer = int(sys.argv[1]), bytes(int(sys.argv[2]))
+
+class Answerer(asyncio.Protocol):
+    came = 0
+    def connection_made(self, transport):
+        self.transport = transport
+    def data_received(self, data):
+        self.came += len(data)
+        if self.came == ask:
+            self.came = 0
+            self.transport.write(answer)
+
+async def main():
+    server = await asyncio.get_running_loop().create_server(Answerer, "127.0.0.1", 0)
+    print(server.sockets[0].getsockname()[1], flush=True)
+    await server.serve_forever()
+
+asyncio.run(main())
+"""
 
 
 @contextmanager
@@ -103,15 +128,60 @@ def bare(ask: int, answer: int, seconds: float) -> dict[str, float]:
     return found
 
 
+class _Asker(asyncio.Protocol):
+    """One exchange at a time, nothing made of the bytes."""
+
+    def __init__(self, answer: int) -> None:
+        self._answer, self._came = answer, 0
+        self.done: asyncio.Future[None]
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        self._came += len(data)
+        if self._came == self._answer:
+            self._came = 0
+            self.done.set_result(None)
+
+
+async def looped(ask: int, answer: int, seconds: float) -> dict[str, float]:
+    """The same exchange between two asyncio protocols, a process each."""
+    command = [sys.executable, "-c", ANSWERER, str(ask), str(answer)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout
+            port, loop = int(process.stdout.readline()), asyncio.get_running_loop()
+            _, asker = await loop.create_connection(lambda: _Asker(answer), "127.0.0.1", port)
+            request = bytes(ask)
+
+            async def exchange() -> None:
+                asker.done = loop.create_future()
+                asker.transport.write(request)
+                await asker.done
+
+            return await timed(exchange, seconds)
+        finally:
+            process.kill()
+
+
 async def gets(link: PeerLink, records: bytes, seconds: float) -> dict[str, float]:
     """p50_us and p99_us of getting this batch again and again."""
-    took = []
-    end = time.perf_counter() + seconds
-    before = time.perf_counter()
-    while before < end:
+
+    async def exchange() -> None:
         codes, _ = await link.get(records)
-        now = time.perf_counter()
         assert not any(codes)
+
+    return await timed(exchange, seconds)
+
+
+async def timed(exchange: Callable[[], Awaitable[None]], seconds: float) -> dict[str, float]:
+    took = []
+    before = time.perf_counter()
+    end = before + seconds
+    while before < end:
+        await exchange()
+        now = time.perf_counter()
         took.append(1e6 * (now - before))
         before = now
     took.sort()
@@ -144,6 +214,8 @@ async def rounds(setup: Setup, links: dict[str, PeerLink], pages: list[Page]) ->
             records = pack(pages[number * n : (number + 1) * n])
             ask, answer = sizes(records)
             raw.setdefault(f"bare, {n}", []).append(bare(ask, answer, setup.plan.seconds))
+            found = await looped(ask, answer, setup.plan.seconds)
+            raw.setdefault(f"asyncio alone, {n}", []).append(found)
             for name, link in links.items():
                 found = await gets(link, records, setup.plan.seconds)
                 raw.setdefault(f"{name}, {n}", []).append(found)
@@ -153,6 +225,7 @@ async def rounds(setup: Setup, links: dict[str, PeerLink], pages: list[Page]) ->
 def measure(setup: Setup) -> Section:
     head = ["", "p50", "p99", "of bare p50", "of bare p99"]
     section = Section("remote", "A page from another node's RAM, over loopback", head)
+    keep_heap(HEAP_BYTES)  # as a node does
     pages = sealed_pages(setup)
     ca = setup.folder / "cluster"
     certificates.init(ca)
@@ -174,7 +247,7 @@ def measure(setup: Setup) -> Section:
 
         section.raw = asyncio.run(run())
     for n in BATCHES:
-        for name in ("bare", "plain", "TLS"):
+        for name in ("bare", "asyncio alone", "plain", "TLS"):
             _row(section, name, n)
     return section
 
@@ -191,6 +264,6 @@ def _row(section: Section, name: str, n: int) -> None:
     section.rows.append(
         [what, *(f"{figure(us)} us" for us in cells), *(f"{ratio:.2f}" for ratio in ratios)]
     )
-    if name != "bare":
+    if name in ("plain", "TLS"):
         text = "get p50, of a bare TCP exchange's"
         section.goals.append(Goal(f"remote: {what}", ratios[0], MOST[n], True, text))

@@ -38,10 +38,14 @@ from zcache_core import counters
 from zcache_core.donation import Donation, sizes
 from zcache_core.errors import ConfigError, ZcacheError
 from zcache_core.memfile import FOREIGN_DEVICE, MemoryFile, exists
+from zcache_core.process import keep_heap
 
 BACKLOG = 64
 PAGE_BYTES = 4096
 TICK_S = 1.0
+# A batch is larger than what malloc takes from the kernel anew each time, and every copy of one
+# would be faulted in page by page: 128 pages put in 1.9 ms without this, 0.6 ms with it.
+HEAP_BYTES = 4 << 20
 log = logging.getLogger("zcache.lending")
 
 
@@ -237,6 +241,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(format="zcache node: %(message)s", level=logging.WARNING)
     try:
         args = parser().parse_args(argv)
+        keep_heap(HEAP_BYTES)
         args.listen.require_safe("listen", args.tls)
         if args.tls:
             from cluster.certificates import name_in  # 10 MiB that a plain node does not need

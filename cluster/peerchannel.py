@@ -93,19 +93,30 @@ class Channel(asyncio.Protocol):
 
     async def call(self, method: str, *params: Any, deadline_s: float) -> Any:
         """The result.  Raises RpcError, ChannelClosedError, TimeoutError at the deadline."""
-        async with asyncio.timeout(deadline_s), self._room:
-            await self._writable.wait()
-            if not self.is_open:
-                raise ChannelClosedError(self.closed_because or "not connected")
-            assert self._transport is not None
-            msgid, data = self._session.call(method, *params)
-            future = self._waiting[msgid] = asyncio.get_running_loop().create_future()
-            try:
-                self._transport.write(data)
-                return await future
-            finally:
-                self._session.forget(msgid)
-                self._waiting.pop(msgid, None)
+        loop = asyncio.get_running_loop()
+        end_s = loop.time() + deadline_s
+        if self._room.locked() or not self._writable.is_set():
+            async with asyncio.timeout_at(end_s), self._room:
+                await self._writable.wait()
+                return await self._exchange(method, params, end_s)
+        async with self._room:  # at once: a timeout object costs as much as all of this
+            return await self._exchange(method, params, end_s)
+
+    async def _exchange(self, method: str, params: tuple[Any, ...], end_s: float) -> Any:
+        """Send the request, wait for its answer until `end_s`."""
+        if not self.is_open or self._transport is None:
+            raise ChannelClosedError(self.closed_because or "not connected")
+        loop = asyncio.get_running_loop()
+        msgid, data = self._session.call(method, *params)
+        future = self._waiting[msgid] = loop.create_future()
+        overdue = loop.call_at(end_s, _give_up, future)
+        try:
+            self._transport.write(data)
+            return await future
+        finally:
+            overdue.cancel()
+            self._session.forget(msgid)
+            self._waiting.pop(msgid, None)
 
     def notify(self, method: str, *params: Any) -> bool:
         """Tell the peer; False when it does not read what it was told before."""
@@ -230,3 +241,8 @@ class Channel(asyncio.Protocol):
         else:
             loop = asyncio.get_running_loop()
             self._watcher = loop.call_later(options.watch_s, self._watch)
+
+
+def _give_up(future: asyncio.Future[Any]) -> None:
+    if not future.done():
+        future.set_exception(TimeoutError())
