@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from cluster.donor import CONNECTIONS, DonorOptions
+from cluster.peeraddress import PeerAddress
 from cluster.peerchannel import Channel
 from cluster.peerlink import LinkTimes, PeerLink
 from cluster.peerwire import (
@@ -408,5 +409,73 @@ def test_a_silent_donor_is_suspect_and_then_dialled_anew() -> None:
                     end._transport.pause_reading()  # type: ignore[union-attr]
                 await wait_until("up again", lambda: states[-1:] == [LinkState.UP])
                 assert states == [LinkState.SUSPECT, LinkState.DOWN, LinkState.UP]
+
+    run(test)
+
+
+OFFER = [1000, 0, 0]
+NONSENSE: list[tuple[str, Any]] = [
+    ("ping", None),
+    ("ping", [[1, 2]]),
+    ("ping", [OFFER, 1]),
+    ("put", [OFFER, b"\0\0"]),
+    ("put", [[-1, 0, 0], b"\0"]),
+    ("get", [OFFER, b"\0", b"too short"]),
+    ("get", [OFFER, b"\0"]),
+    ("drop", [OFFER, "many"]),
+    ("reconcile", [OFFER, None, b"no records"]),
+    ("reconcile", [OFFER, "next", b""]),
+    ("recall", [b"no records", 5]),
+    ("recall", [pack([Page(0, 0, 1, 0)]), 0]),
+    ("offer", []),
+    ("hello", [OFFER, {"protocol": PROTOCOL + 1, "donor": "liar", "epoch": 1}]),
+    ("hello", [OFFER, {"protocol": PROTOCOL, "donor": "", "epoch": 1}]),
+    ("hello", "hello"),
+]
+
+
+class Liar(Channel):
+    """Answers one method with nonsense (a notification: sends it), and all others well."""
+
+    def __init__(self, method: str, nonsense: Any) -> None:
+        super().__init__()
+        self.method, self.nonsense = method, nonsense
+
+    def request(self, method: str, params: list[Any]) -> Any:
+        if method == self.method:
+            return self.nonsense
+        if method == "hello":
+            return [OFFER, {"protocol": PROTOCOL, "donor": "liar", "epoch": 1}]
+        if method == "ping" and self.method in ("recall", "offer"):
+            self.notify(self.method, *self.nonsense)
+        return [OFFER]
+
+
+@pytest.mark.parametrize(("method", "nonsense"), NONSENSE)
+def test_a_donor_that_answers_nonsense_loses_its_connection(method: str, nonsense: Any) -> None:
+    """The call fails as PeerError, and the link is dialled again; nobody else is told anything."""
+
+    async def test() -> None:
+        address = PeerAddress.read("listen", "127.0.0.1:0")
+        server, bound = await address.serve("listen", lambda: Liar(method, nonsense), None)
+        link = PeerLink(PeerAddress.read("peers", bound), Hello("owner", 7), times=QUICK)
+        states: list[LinkState] = []
+        link.on_state = lambda changed: states.append(changed.state)
+        link.on_recall = lambda _, records, left_s: pytest.fail("told of nonsense")
+        record = pack([Page(0, 0, 1, 0)])
+        calls: dict[str, Callable[[], Awaitable[Any]]] = {
+            "put": lambda: link.put(record, bytes(25)),
+            "get": lambda: link.get(record),
+            "drop": lambda: link.drop(record),
+            "reconcile": lambda: link.reconcile(0),
+        }
+        link.start()
+        if method in calls:
+            await wait_until("up", lambda: link.state is LinkState.UP)
+            with pytest.raises(PeerError):
+                await calls[method]()
+        await wait_until("down", lambda: LinkState.DOWN in states)
+        await link.stop()
+        server.close()
 
     run(test)
