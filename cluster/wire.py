@@ -128,13 +128,12 @@ def encode(message: Message, limits: Limits = DEFAULT_LIMITS) -> bytes:
 
     Raises EncodeError (our own mistake, never the peer's) when it would not.
     """
-    match message:
-        case Request(msgid, method, params):
-            parts: list[Any] = [REQUEST, msgid, method, params]
-        case Response(msgid, error, result):
-            parts = [RESPONSE, msgid, error, result]
-        case Notification(method, params):
-            parts = [NOTIFICATION, method, params]
+    if isinstance(message, Request):
+        parts: list[Any] = [REQUEST, message.msgid, message.method, message.params]
+    elif isinstance(message, Response):
+        parts = [RESPONSE, message.msgid, message.error, message.result]
+    else:
+        parts = [NOTIFICATION, message.method, message.params]
     try:
         _message(parts, limits)
         data: bytes = msgpack.packb(parts, use_bin_type=True)
@@ -164,7 +163,13 @@ class Decoder:
 
     def receive(self, data: bytes | bytearray | memoryview) -> None:
         """Take in bytes of the stream; the caller bounds how many at once."""
-        self._waiting += data
+        # As far as the unpacker may have them it gets them now: a batch of pages is copied once less.
+        room = self._limits.frame_bytes + 1 - (self._fed - self._start)
+        if self._waiting or len(data) > room or self._error is not None:
+            self._waiting += data
+        else:
+            self._unpacker.feed(data)
+            self._fed += len(data)
 
     @property
     def partial_bytes(self) -> int:

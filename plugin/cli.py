@@ -12,6 +12,9 @@
     zcache plot FILE, zcache doctor FILE        a recording as a picture, and in sentences
     zcache drain [--off] [--control SOCK]       move every page from RAM to the disk
     zcache up, zcache down                      swap onto a server of this machine; all of it back
+    zcache node --listen ADDR --donate SIZE     lend RAM to other machines
+    zcache node drain [--off]                   empty such a node, while its owners go on
+    zcache cluster-init, zcache cluster-add NAME  certificates, one file for each node
     zcache attach URI, zcache detach            a /dev/nbdX of the kernel's, connected and mended
     zcache completion bash|zsh                  completion for the shell
     zcache check [--remove-leftovers]           is this machine fit, and what to do if not
@@ -41,7 +44,7 @@ from typing import Any
 
 import zcache_core
 from cluster.link import BlockingClient
-from plugin import attachcli, drain, fitness, fitswap, serve, show, watching
+from plugin import attachcli, drain, fitness, fitswap, nodecli, serve, show, watching
 from plugin.instance import DEFAULT_NAME, Instance
 from zcache_core.errors import ControlError, ZcacheError
 
@@ -94,6 +97,7 @@ def build_parser() -> argparse.ArgumentParser:
     draining.set_defaults(run=_drain)
 
     attachcli.add_commands(commands)
+    nodecli.add_commands(commands)
 
     check = commands.add_parser("check", help="is this machine fit to swap onto zcache")
     check.add_argument(
@@ -155,17 +159,21 @@ def _upgrade(args: argparse.Namespace) -> int:
 
 
 def _status(args: argparse.Namespace) -> int:
-    control = args.control or the_only_control()
+    control = args.control or the_only_control(or_node=True)
     with BlockingClient(control) as client:
         answers: dict[str, Any] = {
             method: client.call(method) for method in ("ping", "stats", "config", "health")
         }
-        if len(answers["config"].get("devices", ())) > 1:
+        lends = "donate" in answers["config"]
+        if lends:
+            answers["owners"] = client.call("owners")
+        elif len(answers["config"].get("devices", ())) > 1:
             answers["devices"] = client.call("devices")
     if args.json:
         print(json.dumps({"control": str(control), **answers}, indent=2))
     else:
-        show.print_lines(show.lines(str(control), **answers))
+        lines = nodecli.status_lines if lends else show.lines
+        show.print_lines(lines(str(control), **answers))
     return 0
 
 
@@ -201,9 +209,12 @@ def _version(args: argparse.Namespace) -> int:
     return 0
 
 
-def the_only_control() -> str:
-    """The control socket of the one running server.  Raises ControlError."""
-    found = running_controls()
+def the_only_control(or_node: bool = False) -> str:
+    """The control socket of the one running server.  Raises ControlError.
+
+    `or_node`: without a server, of the one node that lends.
+    """
+    found = running_controls() or (running_controls("cluster.lending") if or_node else [])
     if len(found) == 1:
         return found[0]
     if not found:
@@ -217,13 +228,13 @@ def the_only_control() -> str:
     )
 
 
-def running_controls() -> list[str]:
+def running_controls(program: str = "cluster.node") -> list[str]:
     """Control sockets of the node processes that we can see, from their command lines."""
     found = set()
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):  # ended meanwhile, or not ours to see
             words = [os.fsdecode(word) for word in path.read_bytes().split(b"\0")]
-            if "cluster.node" in words and "--control" in words:
+            if program in words and "--control" in words:
                 found.add(words[words.index("--control") + 1])
     return sorted(found)
 

@@ -1,5 +1,7 @@
 """`zcache drain`: empty a server's RAM to what is below, and watch it go.
 
+Also `zcache node drain`: empty a node of what it holds for others (NODE's words).
+
     drain on -> look every 0.2 s: pages and bytes left, bytes a second -> empty
          Ctrl-C, SIGTERM, or no progress for a minute -> drain off again (not with --keep)
 
@@ -16,7 +18,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 from cluster.link import RpcError
 from plugin import show
@@ -31,39 +33,68 @@ STALL_S = 60.0
 INTERRUPTED = 130  # as a shell reports a program that Ctrl-C ended
 
 
-def run(call: Call, keep: bool, out: TextIO | None = None) -> int:
+class What(NamedTuple):
+    """What is drained: the sentences, and the frames in a thousand that may be left."""
+
+    empty: str
+    goes_on: str
+    left: str
+    stands: str
+    off: str
+    permille: int
+
+
+SERVER = What(
+    "RAM is empty, and stays so until 'zcache drain --off'.",
+    "The server goes on draining; 'zcache drain --off' ends it.",
+    "Draining is off again; what has gone to the disk is read from there.",
+    "'zcache status' says what is the matter with the disk",
+    "Draining is off; {} pages are in RAM.",
+    1,  # what came just now
+)
+NODE = What(
+    "The node holds nothing, and takes nothing until 'zcache node drain --off'.",
+    "The node goes on draining; 'zcache node drain --off' ends it.",
+    "Draining is off again; the node lends what it has.",
+    "owners that are away keep their pages here: 'zcache status --control SOCK' says whose",
+    "Draining is off; {} pages are here.",
+    0,
+)
+
+
+def run(call: Call, keep: bool, out: TextIO | None = None, what: What = SERVER) -> int:
     """Drain until RAM is empty; the exit code.  Raises ControlError."""
     out = out or sys.stdout
     try:
         with as_ctrl_c(signal.SIGTERM):
             call("drain")
-            _watch(call, out)
+            _watch(call, out, what)
     except KeyboardInterrupt:
-        _leave(call, keep, out)
+        _leave(call, keep, out, what)
         return INTERRUPTED
     except RpcError:  # the server said no: nothing was begun
         raise
     except ControlError:
         with contextlib.suppress(ControlError):  # it may be gone
-            _leave(call, keep, out)
+            _leave(call, keep, out, what)
         raise
-    _say(out, "RAM is empty, and stays so until 'zcache drain --off'.")
+    _say(out, what.empty)
     return 0
 
 
-def _leave(call: Call, keep: bool, out: TextIO) -> None:
+def _leave(call: Call, keep: bool, out: TextIO, what: What) -> None:
     """Before the end of it."""
     if keep:
-        _say(out, "The server goes on draining; 'zcache drain --off' ends it.")
+        _say(out, what.goes_on)
         return
     call("drain", False)
-    _say(out, "Draining is off again; what has gone to the disk is read from there.")
+    _say(out, what.left)
 
 
-def off(call: Call, out: TextIO | None = None) -> int:
+def off(call: Call, out: TextIO | None = None, what: What = SERVER) -> int:
     """RAM is used again.  Raises ControlError."""
     left = call("drain", False)
-    _say(out or sys.stdout, f"Draining is off; {show.count(left['pages'])} pages are in RAM.")
+    _say(out or sys.stdout, what.off.format(show.count(left["pages"])))
     return 0
 
 
@@ -72,16 +103,16 @@ def left_frames(stats: Mapping[str, int]) -> int:
     return stats["pers_pageframes"] + stats["eph_pageframes"]
 
 
-def is_empty(stats: Mapping[str, int]) -> bool:
-    """Nothing left but what came just now: a thousandth of the pool."""
-    return left_frames(stats) <= stats["pool_limit_frames"] // 1000
+def is_empty(stats: Mapping[str, int], what: What = SERVER) -> bool:
+    """Nothing left, or no more than may be."""
+    return left_frames(stats) <= stats["pool_set_frames"] * what.permille // 1000
 
 
-def _watch(call: Call, out: TextIO) -> None:
+def _watch(call: Call, out: TextIO, what: What) -> None:
     stats = call("stats")
     began_s = said_s = moved_s = time.monotonic()
     first = last = left_frames(stats)
-    while not is_empty(stats):
+    while not is_empty(stats, what):
         time.sleep(LOOK_S)
         stats = call("stats")
         now_s, left = time.monotonic(), left_frames(stats)
@@ -90,7 +121,7 @@ def _watch(call: Call, out: TextIO) -> None:
         elif now_s - moved_s > STALL_S:
             raise ControlError(
                 f"the drain stands still with {show.size(left * PAGE_BYTES)} left in RAM; "
-                f"'zcache status' says what is the matter with the disk"
+                f"{what.stands}"
             )
         if out.isatty() or now_s - said_s >= SAY_S:
             said_s = now_s

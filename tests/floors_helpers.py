@@ -25,17 +25,17 @@ FLOORS = {
         0: "native pthread layout counter_ids errors counters commands owner process",
         1: "memfile headroom backing arena committer samefill slots codec crypt crew",
         2: "allocator accounting zbud z3fold sizeclass zspage zsmalloc several index",
-        3: "cold core ramtier cooling takeover moving tidying store probe",
+        3: "cold core ramtier cooling takeover moving tidying store probe foreign donation",
         5: "diskfile diskobject diskio segments quota diskstate diskput disk diskrun orders "
         "ahead below fullness eviction cooler fetching tiers pressure steward faulty coldprobe",
         6: "device",
     },
     "cluster": {
-        1: "wire unixsock logrelay addresses connections",
-        2: "session",
-        3: "link webserver",
-        4: "health steering metrics webpages",
-        5: "node",
+        1: "wire unixsock logrelay addresses connections peeraddress certificates",
+        2: "session peerwire",
+        3: "link webserver peerchannel",
+        4: "health steering metrics webpages peerlink generosity donor",
+        5: "node lending",
     },
     "plugin": {
         6: "interrupts messages logpipe instance config liaison teller handshake dialer statepage "
@@ -44,7 +44,7 @@ FLOORS = {
         "nbdnetlink swaparea upfile rates terminal reach counterfiles recording",
         8: "control drain supervisor serve mender attach swapping topview top statsfs record "
         "plot doctor watching",
-        9: "zcache_plugin attachcli reference fitswap cli writepages",
+        9: "zcache_plugin attachcli nodecli reference fitswap cli writepages",
     },
 }
 PACKAGES = list(FLOORS)
@@ -52,7 +52,7 @@ PACKAGES = list(FLOORS)
 # What may be imported from outside, beside the standard library.
 OUTSIDE = {
     "zcache_core": set[str](),
-    "cluster": {"msgpack", "prometheus_client"},
+    "cluster": {"msgpack", "prometheus_client", "cryptography"},
     "plugin": {"msgpack", "rich", "mfusepy", "matplotlib", "nbdkit", "pyroute2"},
 }
 CYTHON_ROOTS = {"cython", "cpython", "libc", "posix"}

@@ -24,6 +24,7 @@ from bench import (
     pages,
     plot,
     polling,
+    remote,
     servers,
     store_alone,
     thread_study,
@@ -146,6 +147,14 @@ def test_every_part_and_the_plot(
     assert plot.draw(document, tmp_path / "one.svg")
     assert plot.draw(document, tmp_path / "two.svg")
     assert (tmp_path / "one.svg").read_bytes() == (tmp_path / "two.svg").read_bytes()
+
+
+def test_pages_from_another_node(setup: Setup) -> None:
+    section = remote.measure(setup)
+    assert len(section.rows) == 4 * len(remote.BATCHES)
+    assert len(section.goals) == 2 * len(remote.BATCHES)
+    for rounds in section.raw.values():
+        assert all(one["requests"] > 0 and 0 < one["p50_us"] <= one["p99_us"] for one in rounds)
 
 
 def test_figures_go_between_the_marks(tmp_path: Path) -> None:

@@ -39,8 +39,8 @@ def only_ours(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Servers of other tests or people do not count."""
     everybody = cli.running_controls
 
-    def ours() -> list[str]:
-        return [path for path in everybody() if path.startswith(str(tmp_path))]
+    def ours(*program: str) -> list[str]:
+        return [path for path in everybody(*program) if path.startswith(str(tmp_path))]
 
     monkeypatch.setattr(cli, "running_controls", ours)
 

@@ -175,6 +175,32 @@ COUNTERS: tuple[Counter, ...] = (
     Counter("device_pages", "pages", "gauge", "size of the swap device"),
     Counter("rebuilt_pages", "pages", "counter", "pages found again by a restarted server"),
     Counter("rebuild_us", "microseconds", "counter", "time restarts took to find them"),
+    # pages held for other machines
+    Counter("foreign_pers_pages", "pages", "gauge", "pages held for other machines"),
+    Counter("foreign_pers_pages_max", "pages", "max", "most of them so far"),
+    Counter("foreign_pers_bytes", "bytes", "gauge", "room that they take in frames"),
+    Counter("foreign_owners", "owners", "gauge", "machines' memory files that they belong to"),
+    Counter("foreign_puts", "pages", "counter", "pages taken from other machines"),
+    Counter("foreign_refused_puts", "pages", "counter", "pages refused: no room, or the quota"),
+    Counter("foreign_gets", "pages", "counter", "pages given back to be read"),
+    Counter("foreign_unsucc_gets", "pages", "counter", "asked for, and not there or damaged"),
+    Counter("foreign_drops", "pages", "counter", "pages dropped by their owners"),
+    Counter(
+        "foreign_recalled_pages", "pages", "counter", "pages that owners were asked to take back"
+    ),
+    Counter(
+        "foreign_ended_pages",
+        "pages",
+        "counter",
+        "pages dropped because their owner's epoch is over",
+    ),
+    Counter(
+        "foreign_abandoned_pages",
+        "pages",
+        "counter",
+        "of those: nobody had heard of the owner for long",
+    ),
+    Counter("foreign_damaged_pages", "pages", "counter", "pages found damaged in RAM, and dropped"),
     # made from the others
     Counter("logical_bytes", "bytes", "derived", "pages stored, times 4096"),
     Counter("disk_stalled_us", "microseconds", "derived", "how long the writes under way take now"),

@@ -3,6 +3,7 @@ from collections.abc import Sequence
 from zcache_core.owner import Leftover
 
 FORMAT: int
+FOREIGN_DEVICE: str
 
 class MemoryFile:
     shmid: int

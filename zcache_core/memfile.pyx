@@ -60,6 +60,7 @@ cdef extern from "<sys/mman.h>" nogil:
 
 MAGIC = b"ZCACHEMF"
 FORMAT = FORMAT_VERSION
+FOREIGN_DEVICE = "(foreign)"     # the only device of a file that holds pages of others (donation.pyx)
 GEOMETRY = struct.Struct("<8Q")
 # Which cell means what; another table's cells are not to be read as ours.
 COUNTERS_ID = zlib.crc32(" ".join(counter.name for counter in STORED).encode()) + 1

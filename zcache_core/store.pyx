@@ -53,6 +53,7 @@ from zcache_core.tidying cimport tidy_all, tidy_start, tidy_stop
 from zcache_core import codec as codec_names
 from zcache_core.counters import STORED
 from zcache_core.errors import ConfigError, MemoryFileError
+from zcache_core.memfile import FOREIGN_DEVICE
 from zcache_core.several import ALLOCATORS
 
 
@@ -79,6 +80,8 @@ cdef class Store:
             raise ConfigError(str(error)) from None
         if memory.base == NULL or not memory.writable:
             raise MemoryFileError("a store needs a memory file that is open for writing")
+        if memory.devices()[0][0] == FOREIGN_DEVICE:
+            raise MemoryFileError(f"the memory file {memory.name} is a node's that lends it; name another")
         self.memory = memory
         self.allocator_name, self.codec_text, self.commit = allocator, codec, commit
         self._reset_gauges()

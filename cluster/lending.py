@@ -1,0 +1,259 @@
+"""`zcache node`: the process that lends this machine's RAM to others.
+
+    owners --TCP, TLS or Unix--> donor --> donation (pages, in a memory file of their own)
+    control socket ------------> ping stats config health owners drain
+    each second                  donor.tick
+
+With a named memory file a node that is started again finds every page it held; owners dial
+again and go on.  Ended in order while it holds nothing, it removes the file; while it holds
+pages, the file stays for its next start.  Without a name the pages are gone with it, as if
+the machine had died: owners have other copies.
+
+Bound: what the donor and the control socket's link say.
+What it is not: `cluster.node`, which belongs to a server; this one is nobody's child.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import zcache_core
+from cluster import unixsock
+from cluster.donor import ABANDON_S, Donor, DonorOptions, since_boot_s
+from cluster.link import RpcError, Server
+from cluster.peeraddress import PeerAddress, context
+from cluster.peerwire import Health
+from zcache_core import counters
+from zcache_core.donation import Donation, sizes
+from zcache_core.errors import ConfigError, ZcacheError
+from zcache_core.memfile import FOREIGN_DEVICE, MemoryFile, exists
+from zcache_core.process import keep_heap
+
+BACKLOG = 64
+PAGE_BYTES = 4096
+TICK_S = 1.0
+# A batch is larger than what malloc takes from the kernel anew each time, and every copy of one
+# would be faulted in page by page: 128 pages put in 1.9 ms without this, 0.6 ms with it.
+HEAP_BYTES = 4 << 20
+log = logging.getLogger("zcache.lending")
+
+
+class Control:
+    """What the control socket answers."""
+
+    def __init__(self, donor: Donor, config: dict[str, Any]) -> None:
+        self._donor, self._config = donor, config
+        self._memory = donor.donation.memory
+        self._began_s = time.monotonic()
+        self._methods: dict[str, Callable[[], Awaitable[Any]]] = {
+            "ping": self.ping,
+            "stats": self.stats,
+            "config": self.config,
+            "health": self.health,
+            "owners": self.owners,
+        }
+
+    async def dispatch(self, method: str, params: list[Any]) -> Any:
+        """The result of one request.  Raises RpcError."""
+        if method == "drain":
+            return await self.drain(params)
+        call = self._methods.get(method)
+        if call is None:
+            known = ", ".join(sorted([*self._methods, "drain"]))
+            raise RpcError("unknown_method", f"there is no method {method}; use one of {known}")
+        if params:
+            raise RpcError("bad_params", f"{method} takes no parameters; send an empty array")
+        return await call()
+
+    async def ping(self) -> dict[str, Any]:
+        """Version, process, and for how long."""
+        return {
+            "version": zcache_core.__version__,
+            "pid": os.getpid(),
+            "uptime_seconds": int(time.monotonic() - self._began_s),
+        }
+
+    async def stats(self) -> dict[str, Any]:
+        """Every counter by name, and `histograms`: as a server's."""
+        draining = {"draining": int(self._donor.draining)}
+        found = counters.read(self._memory) | draining
+        return found | {"histograms": counters.histograms(self._memory)}
+
+    async def config(self) -> dict[str, Any]:
+        """What the node runs with; sizes in bytes."""
+        return self._config
+
+    async def health(self) -> dict[str, Any]:
+        """status and reasons, as a server's."""
+        reasons = {
+            Health.SHORT: (
+                "memory is short on this machine, so nothing new is taken",
+                "let it be, or lend less",
+            ),
+            Health.DRAINING: (
+                "it is being drained: owners are asked to take their pages back",
+                "'zcache node drain --off' ends that",
+            ),
+        }
+        if (now := self._donor.health()) is Health.OK:
+            return {"status": "ok", "reasons": []}
+        what, do = reasons[now]
+        return {"status": "degraded", "reasons": [{"what": what, "do": do}]}
+
+    async def owners(self) -> list[dict[str, Any]]:
+        """Whose pages are here: pages, the room they take, seconds since it was heard of."""
+        now_s = int(since_boot_s())
+        return [
+            {"name": name, "pages": pages, "bytes": held, "heard_seconds": max(0, now_s - heard_s)}
+            for _, name, _, heard_s, pages, held in self._donor.donation.owners()
+        ]
+
+    async def drain(self, params: list[Any]) -> dict[str, Any]:
+        """drain(true) or drain(): empty it; drain(false): lend again."""
+        if params not in ([], [True], [False]):
+            raise RpcError("bad_params", "drain takes true, false or nothing")
+        self._donor.drain(params != [False])
+        now = counters.read(self._memory)
+        return {
+            "draining": self._donor.draining,
+            "pages": now["foreign_pers_pages"],
+            "frames": now["pers_pageframes"],
+        }
+
+
+def open_memory(name: str | None, donate_bytes: int) -> MemoryFile:
+    """The memory file: a new one, or that of this name.  Raises ZcacheError."""
+    device_bytes, pool_bytes = sizes(donate_bytes)
+    if name is None or not exists(name):
+        return MemoryFile.create(name, device_bytes, pool_bytes, [(FOREIGN_DEVICE, device_bytes)])
+    memory = MemoryFile.open(name)
+    if memory.pool_bytes != pool_bytes and memory.devices()[0][0] == FOREIGN_DEVICE:
+        there = memory.size_bytes
+        memory.close()
+        raise ConfigError(
+            f"the memory file {name} is of another size ({there} bytes): start with the --donate "
+            f"that made it and drain it, or remove it with 'zcache check --remove-leftovers'"
+        )
+    return memory
+
+
+async def serve(args: argparse.Namespace, donation: Donation) -> None:
+    """Lend until SIGTERM or SIGINT."""
+    loop = asyncio.get_running_loop()
+    ended = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, ended.set)
+    donor = Donor(donation, DonorOptions(args.name, args.quota, args.abandon))
+    control_sock = unixsock.listen(args.control, "the control socket", "--control PATH", BACKLOG)
+    inode = os.stat(args.control).st_ino
+    tls = context(args.tls, server=True) if args.tls else None
+    listening = None
+    try:
+        listening, bound = await args.listen.serve("listen", donor.connection, tls)
+        config = {
+            "name": args.name,
+            "listen": bound,
+            "donate": args.donate,
+            "quota": args.quota,
+            "abandon_seconds": args.abandon,
+            "memory": args.memory,
+            "tls": args.tls,
+            "control": args.control,
+        }
+        control = Server(Control(donor, config).dispatch)
+        await control.start(control_sock)
+        print(f"zcache node: {args.name} lends {args.donate} bytes on {bound}", flush=True)
+        ticking = loop.create_task(_tick(donor))
+        await ended.wait()
+        ticking.cancel()
+        await control.stop()
+    finally:
+        unixsock.remove(args.control, inode)
+        if listening is not None:
+            listening.close()
+            if args.listen.path:
+                Path(args.listen.path).unlink(missing_ok=True)
+        donor.close()
+
+
+async def _tick(donor: Donor) -> None:
+    """Each second; a tick that fails costs itself only."""
+    loop = asyncio.get_running_loop()
+    before = loop.time()
+    while True:
+        await asyncio.sleep(TICK_S)
+        now = loop.time()
+        try:
+            donor.tick(now - before)
+        except Exception:
+            log.exception("a tick failed")
+        before = now
+
+
+def lend(args: argparse.Namespace) -> None:
+    """Everything from the memory file to its end.  Raises ZcacheError."""
+    memory = open_memory(args.memory, args.donate)
+    donation = None
+    try:
+        donation = Donation(memory)
+        donation.start()
+        asyncio.run(serve(args, donation))
+    finally:
+        held = 0
+        if donation is not None:
+            held = sum(pages for _, _, _, _, pages, _ in donation.owners())
+            donation.stop()
+        if held or donation is None:
+            memory.close()
+        else:
+            memory.destroy()
+    if held and args.memory is None:
+        log.warning("%d pages of others are gone with this node; --memory NAME keeps them", held)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The words of this program: as `zcache node` has made them, sizes in bytes."""
+    made = argparse.ArgumentParser(prog="zcache-lending", description=__doc__.split("\n", 1)[0])
+    made.add_argument("--control", required=True)
+    made.add_argument("--listen", required=True, type=lambda w: PeerAddress.read("listen", w))
+    made.add_argument("--donate", required=True, type=int)
+    made.add_argument("--name", default=socket.gethostname()[:48])
+    made.add_argument("--memory")
+    made.add_argument("--tls")
+    made.add_argument("--quota", type=int)
+    made.add_argument("--abandon", type=int, default=ABANDON_S)
+    return made
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code 0 after a signal; a ZcacheError's own otherwise."""
+    logging.basicConfig(format="zcache node: %(message)s", level=logging.WARNING)
+    try:
+        args = parser().parse_args(argv)
+        keep_heap(HEAP_BYTES)
+        args.listen.require_safe("listen", args.tls)
+        if args.tls:
+            from cluster.certificates import name_in  # 10 MiB that a plain node does not need
+
+            args.name = name_in(Path(args.tls))
+        with contextlib.suppress(KeyboardInterrupt):
+            lend(args)
+    except ZcacheError as error:
+        print(f"zcache node: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,108 @@
+"""What the tests of donors share: sealed-looking pages, a donation, a donor that listens."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any
+
+from cluster.donor import Donor, DonorOptions
+from cluster.generosity import Generosity
+from cluster.peeraddress import PeerAddress
+from cluster.peerchannel import ChannelOptions
+from cluster.peerlink import LinkTimes, PeerLink
+from cluster.peerwire import Hello, LinkState, Page, sealed_bytes
+from zcache_core.donation import DEVICE, Donation, sizes
+from zcache_core.memfile import MemoryFile
+
+LENT_BYTES = 16 << 20
+QUICK = LinkTimes(dial_s=5.0, call_s=5.0, dead_s=5.0, retry_first_s=0.01, retry_most_s=0.05)
+
+
+WAIT_S = 30.0
+
+
+async def wait_until(what: str, condition: Callable[[], Any]) -> None:
+    """Until it is true; fails after WAIT_S."""
+    deadline = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {WAIT_S} s: {what}"
+        await asyncio.sleep(0.005)
+
+
+class Calm(Generosity):
+    """A machine that is short of memory when the test says so."""
+
+    pressed = False
+
+    def _is_pressed(self, seconds: float) -> bool:
+        return self.pressed
+
+
+def make_pages(rng: random.Random, n: int, first: int = 0, version: int = 1) -> list[Page]:
+    """Pages of all lengths, those that fill a frame and nearly do among them."""
+    lengths = [1, 64, 1000, 2000, 4008, 4009, 4095, 4096, rng.randrange(1, 4097)]
+    pages = []
+    for i in range(n):
+        length_codec = (rng.choice(lengths) - 1) << 4 | rng.randrange(3)
+        pages.append(Page(rng.randrange(8), first + i, version + i, length_codec))
+    return pages
+
+
+def make_sealed(rng: random.Random, page: Page) -> bytes:
+    return rng.randbytes(sealed_bytes(page.length_codec))
+
+
+def create_memory(name: str | None = None, lent_bytes: int = LENT_BYTES) -> MemoryFile:
+    device_bytes, pool_bytes = sizes(lent_bytes)
+    return MemoryFile.create(name, device_bytes, pool_bytes, [(DEVICE, device_bytes)])
+
+
+@contextlib.contextmanager
+def opened_donation(name: str | None = None, lent_bytes: int = LENT_BYTES) -> Iterator[Donation]:
+    """A started donation on a memory file of its own; both gone after."""
+    memory = create_memory(name, lent_bytes)
+    donation = Donation(memory)
+    donation.start()
+    try:
+        yield donation
+    finally:
+        donation.stop()
+        memory.destroy()
+
+
+@contextlib.asynccontextmanager
+async def listening(
+    donation: Donation, options: DonorOptions | None = None, where: str = "127.0.0.1:0"
+) -> AsyncIterator[tuple[Donor, PeerAddress]]:
+    """A donor that answers at an address; nobody ticks it but the test."""
+    donor = Donor(donation, options or DonorOptions("lender"), Calm())
+    address = PeerAddress.read("listen", where)
+    server, bound = await address.serve("listen", donor.connection, None)
+    try:
+        yield donor, PeerAddress.read("peers", bound)
+    finally:
+        server.close()
+        donor.close()
+
+
+@contextlib.asynccontextmanager
+async def linked(
+    address: PeerAddress, owner: str = "owner", epoch: int = 7, times: LinkTimes = QUICK
+) -> AsyncIterator[PeerLink]:
+    """An owner's link that is up."""
+    link = PeerLink(address, Hello(owner, epoch), times=times)
+    link.start()
+    try:
+        await wait_until("the link is up", lambda: link.state is LinkState.UP)
+        yield link
+    finally:
+        await link.stop()
+
+
+def short_channel() -> ChannelOptions:
+    """Deadlines that a test can wait for."""
+    return ChannelOptions(frame_s=0.1, write_s=0.1, idle_s=30.0, watch_s=0.02)
