@@ -124,3 +124,29 @@ def test_taken_over_after_damage(tmp_path: Path, rng: random.Random) -> None:
     again.assert_sound()
     again.stop()
     memory.close()
+
+
+def test_mended_while_taken_over(tmp_path: Path, rng: random.Random) -> None:
+    """A damaged RAM copy is read before the takeover came to it: nothing is freed twice, or too early."""
+    device_pages = 1 << 21  # the takeover needs a while
+    last = range(device_pages - PAGES, device_pages)
+    memory = MemoryFile.create(None, device_pages * PAGE, POOL)
+    cold = Cold(memory, open_file(tmp_path / "disk", DISK_BYTES), DISK_BYTES, 2, 1)
+    pages = {page: half_noise(rng) for page in last}
+    for page, data in pages.items():
+        cold.store.put(page, data)
+    cold.settle()
+    hit = rng.sample([page for page in last if cold.state(page) == "ephemeral"], 60)
+    for page in hit:
+        at = memory.offsets()["arena"] + cold.where(page) + 24 + rng.randrange(1000)
+        memory.poke(at, bytes([memory.peek(at, 1)[0] ^ 0x10]))
+    cold.stop()
+    again = Cold(memory, open_file(tmp_path / "disk", DISK_BYTES), DISK_BYTES, 100, 99)
+    for page in hit:
+        assert again.store.get(page) == pages[page]
+    again.store.wait_ready()
+    for page, data in pages.items():
+        assert again.store.get(page) == data
+    assert again.store.check() == 0
+    again.stop()
+    memory.close()

@@ -182,3 +182,30 @@ def test_promised_disk_never_refuses(tmp_path: Path, rng: random.Random) -> None
         store.stop()
         memory.close()
         disk.close()
+
+
+def test_read_back_by_an_allocator_of_smaller_objects(
+    name: str, tmp_path: Path, rng: random.Random
+) -> None:
+    """What one allocator let share a frame, and lies on the disk, another keeps raw: the others stay whole."""
+    pages = {}
+    for page in range(200):
+        noise = rng.randrange(1000, 3960)
+        pages[page] = rng.randbytes(noise) + bytes(PAGE - noise)
+    for allocator in ("zbud", "zsmalloc"):
+        memory = MemoryFile.open(name)
+        fd = open_file(tmp_path / "disk", DISK_BYTES)
+        cold = Cold(memory, fd, DISK_BYTES, 70, 50, allocator=allocator)
+        if allocator == "zbud":
+            for page, data in pages.items():
+                cold.store.put(page, data)
+        for _ in range(4):
+            for page in sorted(pages, key=lambda _: rng.random()):
+                assert cold.store.get(page) == pages[page], (allocator, page)
+        assert allocator == "zbud" or cold.counters()["promoted_pages"] > 0
+        cold.assert_sound()
+        cold.drain()
+        cold.assert_sound()
+        cold.stop()
+        memory.close()
+        os.close(fd)

@@ -135,6 +135,8 @@ cdef bint leave_damaged_copy(Core *core, uint64_t page, Entry entry, uint32_t st
     """The RAM copy is damaged, and the one at `lower` was just read and is right: use that."""
     cdef uint32_t length = length_of(entry.location)
     cdef bint done = False
+    if not zc_load32(&core.ready):
+        return False            # the allocator may not know yet of the room to be freed: another time
     lock_take(&core.allocator.lock)
     # (it may have been moved since it was read: then whoever reads next tries again)
     if is_now(core, page, entry) and header_lower(object_header(&core.arena, where_of(entry.location), length)) == lower:

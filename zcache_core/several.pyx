@@ -8,8 +8,11 @@ So a server may be started with another allocator than its predecessor had, and 
 page is found where it was; a frame stays with its allocator until it is empty.  They
 share the arena, the counters and one lock, the one in front.
 
+What comes back from below may have been compressed for an allocator of larger objects than
+the chosen one's: it goes to zbud, which takes all that any of them does.
+
 Bound: one call through a pointer more than an allocator alone.  What it is not: a
-choice by page.  All pages of a moment go to the same allocator.
+choice by page.  All other pages of a moment go to the same allocator.
 """
 
 from libc.stdint cimport uint32_t, uint64_t
@@ -48,8 +51,12 @@ cdef inline Allocator *owner(Allocator *self, uint64_t frame) noexcept nogil:
 
 
 cdef bint several_alloc(Allocator *self, uint32_t bytes, uint64_t *where) noexcept nogil:
-    cdef Allocator *chosen = (<Several *>self).chosen
-    return chosen.alloc(chosen, bytes, where)
+    cdef Allocator *its = (<Several *>self).chosen
+    if its.largest_bytes < bytes < PAGE_BYTES:
+        its = (<Several *>self).kind[0]
+        if bytes > its.largest_bytes:
+            return False
+    return its.alloc(its, bytes, where)
 
 
 cdef void several_release(Allocator *self, uint64_t where, uint32_t bytes) noexcept nogil:
