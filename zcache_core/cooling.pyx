@@ -27,7 +27,7 @@ from zcache_core.layout cimport (
     entry_is_sound, header_fill, header_is_sound, header_lower, header_matches, header_page, header_set_lower,
     length_of, place_word, state_of, version_of, version_word, where_of,
 )
-from zcache_core.native cimport zc_acquire_fence, zc_load32, zc_release_fence
+from zcache_core.native cimport zc_acquire_fence, zc_add64, zc_load32, zc_release_fence
 from zcache_core.pthread cimport lock_take, pthread_mutex_unlock
 from zcache_core.ramtier cimport room_at_once
 from zcache_core.slots cimport Slot
@@ -178,6 +178,7 @@ cdef bint promote(Core *core, Slot *slot, uint64_t page, Entry entry, const uint
     header = object_header(&core.arena, where, length)
     header_fill(header, version_of(entry.version), core.device, <uint32_t>page, length, codec, blob)
     header_set_lower(header, where_of(entry.location))
+    zc_add64(&core.arrivals, 1)
     zc_release_fence()
     lock_take(&core.allocator.lock)
     done = entry_flip(

@@ -55,6 +55,7 @@ ctypedef struct Core:
     uint32_t ready              # atomic: the allocator knows what is taken
     uint32_t clock_hand[2]      # of persistent and of ephemeral frames
     uint64_t same_filled        # atomic
+    uint64_t arrivals           # atomic: pages that came to a place with the version they had
     pthread_mutex_t page_lock[PAGE_LOCKS]
     pthread_t rebuilder
     bint rebuilding

@@ -20,7 +20,7 @@ cdef uint32_t store_victims(Core *core, uint32_t *frames, uint32_t most, bint ep
 cdef bint room_at_once(Core *core, uint32_t bytes, uint64_t *where) noexcept nogil
 cdef void count_same_filled(Core *core, Slot *slot) noexcept nogil
 cdef bint place_is_possible(Core *core, uint64_t location) noexcept nogil
-cdef bint load_blob(Core *core, Slot *slot, uint64_t page, Entry e, uint8_t *data) noexcept nogil
+cdef bint load_blob(Core *core, Slot *slot, uint64_t page, Entry e, uint8_t *data, bint apart) noexcept nogil
 
 
 cdef inline bint is_below(uint32_t state) noexcept nogil:

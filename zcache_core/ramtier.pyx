@@ -8,7 +8,9 @@ Nothing is ever changed in place.  A write that finds no room leaves the old pag
 as it was.  Of two writes at once the one that flips last came last; versions only
 grow, so it takes a new one if the other's is higher.  A reader takes no lock: it reads the entry, checks
 and decompresses, and looks at the entry again; if it changed, what was read may
-be rubbish and is read anew.
+be rubbish and is read anew.  A page can leave its place and be back while its reader sleeps, and its
+entry looks as before: `arrivals` tells.  Then the blob is copied before it is checked, and that
+copy is decompressed, wherever the page is by then.
 
 Recency is one bit per frame (of a zspage: of any of its frames), set by a read, cleared by
 the clock's hand when it looks for victims (second chance).  It belongs here, not to the
@@ -17,7 +19,7 @@ allocators.
 
 from libc.errno cimport EIO, ENOSPC
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
-from libc.string cimport memset
+from libc.string cimport memcpy, memset
 from posix.time cimport nanosleep, timespec
 
 from zcache_core.allocator cimport frame_next, object_blob, object_bytes, object_fill, object_header
@@ -40,7 +42,7 @@ from zcache_core.layout cimport (
     version_of, version_word, where_of,
 )
 from zcache_core.native cimport (
-    zc_acquire_fence, zc_add64, zc_fill_words, zc_load32, zc_prefetch, zc_release_fence,
+    zc_acquire_fence, zc_add64, zc_fill_words, zc_load32, zc_load64, zc_prefetch, zc_release_fence,
     zc_same_filled,
 )
 from zcache_core.pthread cimport lock_take, now_us, pthread_mutex_unlock
@@ -266,18 +268,33 @@ cdef int store_put(Core *core, Slot *slot, uint64_t page, const uint8_t *data, u
 
 # ---- get ----------------------------------------------------------------------------
 
-cdef bint load_blob(Core *core, Slot *slot, uint64_t page, Entry e, uint8_t *data) noexcept nogil:
+cdef bint load_blob(Core *core, Slot *slot, uint64_t page, Entry e, uint8_t *data, bint apart) noexcept nogil:
+    """The page that the entry tells of; `apart`: from a copy, so that what is checked is what is read."""
     cdef uint64_t where = where_of(e.location)
     cdef uint32_t length = length_of(e.location)
     cdef const uint8_t *blob
+    cdef BlobHeader header
     if not place_is_possible(core, e.location):
         return False
+    header = object_header(&core.arena, where, length)[0]
     blob = object_blob(&core.arena, where, length, slot.blob)
-    if blob == NULL or not header_matches(
-        object_header(&core.arena, where, length), version_of(e.version), core.device, <uint32_t>page, e.location, blob
-    ):
+    if blob == NULL:
+        return False
+    if apart and blob != slot.blob:
+        memcpy(slot.blob, blob, length)
+        blob = slot.blob
+        zc_acquire_fence()
+    if not header_matches(&header, version_of(e.version), core.device, <uint32_t>page, e.location, blob):
         return False
     return codec_decompress(slot, codec_of(e.location), blob, length, data)
+
+
+cdef inline bint stayed(Core *core, Entry e, Entry again, uint64_t arrivals) noexcept nogil:
+    """Whether what was read in place from the entry `e` stood there all the time."""
+    return (
+        in_ram(state_of(again.version)) and again.location == e.location
+        and zc_load64(&core.arrivals) == arrivals
+    )
 
 
 cdef inline bint is_below_too(Core *core, Entry e) noexcept nogil:
@@ -298,15 +315,18 @@ cdef int store_get(
     cdef Entry e, again
     cdef uint32_t state, tries
     cdef bint good
+    cdef uint64_t arrivals
     cdef bint doubted = False
+    cdef bint apart = False
     for tries in range(MOST_READ_TRIES):
+        arrivals = zc_load64(&core.arrivals)
         e = entry_load(&core.index, page)
         state = state_of(e.version)
         good = entry_is_sound(e.location, e.version)
         if not good:
             pass
         elif in_ram(state):
-            good = load_blob(core, slot, page, e, data)
+            good = load_blob(core, slot, page, e, data, apart)
         elif state == ST_SAME:
             zc_fill_words(data, e.location)
         elif state == ST_EMPTY:
@@ -319,10 +339,12 @@ cdef int store_get(
             good = False
         zc_acquire_fence()
         again = entry_load(&core.index, page)
-        # The same version is the same content, wherever it is by now.
         if good and version_of(again.version) == version_of(e.version):
-            break
-        if again.version == e.version and again.location == e.location:
+            # The same version is the same content, wherever it is by now.
+            if apart or not in_ram(state) or stayed(core, e, again, arrivals):
+                break
+            apart = True
+        elif again.version == e.version and again.location == e.location:
             # A page may have left RAM and come back to the same place while its reader
             # slept in between: damage is what is there twice.
             if not in_ram(state):

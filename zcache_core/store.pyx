@@ -307,7 +307,7 @@ cdef class Store:
                     broken += 1
                 elif in_ram(state_of(e.version)):
                     in_frames += 1
-                    broken += not load_blob(core, slot, page, e, slot.page)
+                    broken += not load_blob(core, slot, page, e, slot.page, False)
                 elif state_of(e.version) == ST_SAME:
                     same += 1
                 elif is_below(state_of(e.version)):
