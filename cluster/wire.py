@@ -163,7 +163,7 @@ class Decoder:
 
     def receive(self, data: bytes | bytearray | memoryview) -> None:
         """Take in bytes of the stream; the caller bounds how many at once."""
-        # As far as the unpacker may have them it gets them now: a batch of pages is copied once less.
+        # The unpacker gets at once what it may have: a batch of pages is copied once less.
         room = self._limits.frame_bytes + 1 - (self._fed - self._start)
         if self._waiting or len(data) > room or self._error is not None:
             self._waiting += data
