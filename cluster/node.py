@@ -14,7 +14,8 @@ the server's compiled steward.
 
 Bound: the link's (connections, calls in flight, deadlines, message size).
 
-What it is not, yet: the owner of peers, membership and foreign pages.
+With peers= it is also what talks to donors (`peerring.py`).  Foreign pages are another
+process's (`lending.py`).
 """
 
 from __future__ import annotations
@@ -67,6 +68,7 @@ class Node:
         self._booted = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
         self._node_started_s = server_start_s(os.getpid())
         self.metrics: str | None = None  # HOST:PORT once it is listened on
+        self.peer_side: Any = None  # peerring.PeerSide, with peers=
         self._steering = Steering(command_fd, lambda: counters.read(memory), config)
         self._methods: dict[str, Callable[[], Awaitable[Any]]] = {
             "ping": self.ping,
@@ -74,6 +76,7 @@ class Node:
             "config": self.config,
             "health": self.health,
             "devices": self.devices,
+            "peers": self.peers,
         }
         self._methods_with_params: dict[str, Callable[[list[Any]], Awaitable[Any]]] = {
             "set": self._steering.set,
@@ -118,6 +121,10 @@ class Node:
             }
             for name, size_bytes, generation, first in self._memory.devices()
         ]
+
+    async def peers(self) -> list[dict[str, Any]]:
+        """Each donor of ours: how it is, and how many copies of our pages it has."""
+        return self.peer_side.peers() if self.peer_side is not None else []
 
     async def config(self) -> dict[str, Any]:
         """What the server runs with now, under the names of the keys; sizes in bytes."""
@@ -257,9 +264,13 @@ async def serve(
     web = loop.create_task(serve_web(node, metrics)) if metrics else None
     try:
         await server.start(sock)
+        if node.peer_side is not None:
+            await node.peer_side.start()
         await finished.wait()
     finally:
         unixsock.remove(control, inode)
+        if node.peer_side is not None:
+            await node.peer_side.stop()
         await server.stop()
         if web is not None:
             web.cancel()
@@ -267,6 +278,17 @@ async def serve(
         loop.remove_reader(pidfd)
         if finish_log is not None:
             finish_log()
+
+
+def peer_side(args: argparse.Namespace, memory: MemoryFile) -> Any:
+    """What overflows to peers, over the descriptors that the server gave us."""
+    # Only here: a node without peers is smaller.
+    from cluster.peerring import PeerOptions, PeerSide
+
+    options = PeerOptions(
+        tuple(args.config["peers"]), args.config["replicas"], args.config.get("tls")
+    )
+    return PeerSide(args.ring_fd, args.wake_fd, memory, options)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -281,6 +303,8 @@ def main(argv: list[str] | None = None) -> int:
         "--take-control", action="store_true", help="the path is ours, whoever listens"
     )
     parser.add_argument("--log-fd", type=int, help="pipe with the server's log, to pass on")
+    parser.add_argument("--ring-fd", type=int, help="shared memory with the server's peer tier")
+    parser.add_argument("--wake-fd", type=int, help="eventfd that says there is something in it")
     parser.add_argument("--metrics", help="HOST:PORT for metrics and the web page")
     args = parser.parse_args(argv)
     logging.basicConfig(format="zcache node: %(message)s", level=logging.WARNING)
@@ -290,6 +314,8 @@ def main(argv: list[str] | None = None) -> int:
         memory = MemoryFile.attach(args.shmid)
         try:
             node = Node(memory, args.config, args.server_pid, args.command_fd)
+            if args.ring_fd is not None:
+                node.peer_side = peer_side(args, memory)
             asyncio.run(
                 serve(node, args.control, pidfd, args.log_fd, args.metrics, args.take_control)
             )

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 from cluster.addresses import read_address
 from plugin.instance import DEVICE_PATTERN
+from plugin.peerkeys import check_peer_keys, read_peers, read_replicas
 from zcache_core import PAGES_PER_FRAME
 from zcache_core.diskfile import LEAST_BYTES as DISK_BYTES_MIN
 from zcache_core.errors import ConfigError
@@ -39,17 +40,7 @@ REALTIME = ("auto", "yes", "no")
 PRESSURE = ("psi", "none")
 UNITS = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 # Keys that the design has and this version has not: a clear no, not "unknown".
-KEYS_LATER = (
-    "recompress",
-    "recompress_age",
-    "peers",
-    "replicas",
-    "backup",
-    "listen",
-    "donate",
-    "tls",
-    "etcd",
-)
+KEYS_LATER = ("recompress", "recompress_age", "backup", "listen", "donate", "etcd")
 
 
 @dataclass(frozen=True)
@@ -69,6 +60,9 @@ class Config:
     high_percent: int = HIGH_PERCENT
     low_percent: int = HIGH_PERCENT - LOW_BELOW_HIGH_PERCENT
     pressure: str = "psi"  # or "none", or the absolute path of a pressure file
+    peers: tuple[str, ...] = ()  # addresses of donors
+    replicas: int = 2  # copies of a page on different donors
+    tls: str | None = None  # absolute path of the folder with node.pem
     control: str | None = None  # absolute path; None: beside the NBD socket
     metrics: str | None = None  # HOST:PORT for OpenMetrics and the web page
     memory: str | None = None  # None: private to the process
@@ -121,13 +115,15 @@ def parse(pairs: Iterable[tuple[str, str]], ram_bytes: int | None = None) -> Con
         )
     config = Config(**values)
     _check_disk_keys(config, given)
+    check_peer_keys(config.peers, config.tls, given)
     return config
 
 
 def _check_disk_keys(config: Config, given: set[str]) -> None:
     """What keys of the disk mean only together.  Raises ConfigError."""
     if config.disk is None:
-        for name in ("disk_size", "disk_force", "encrypt", "writeback_limit", "high", "low"):
+        of_disk = ["disk_size", "disk_force", "encrypt", "writeback_limit"]
+        for name in of_disk if config.peers else [*of_disk, "high", "low"]:
             if name in given:
                 raise ConfigError(
                     f"{name}= means something only with disk=PATH; add it, or leave {name}= out"
@@ -451,6 +447,27 @@ KEYS: tuple[Key, ...] = (
         "what makes the pool smaller for a while: psi, memory pressure on this machine; a path, "
         "that of a cgroup (its memory.pressure); none (the default with commit=all)",
         _pressure,
+    ),
+    Key(
+        "peers",
+        "peers",
+        "none",
+        "donors (zcache node) to overflow to before the disk: HOST:PORT or a socket's path, ...",
+        read_peers,
+    ),
+    Key(
+        "replicas",
+        "replicas",
+        "2",
+        "copies of a page on different peers, 2 or 3; with fewer donors nothing goes to them",
+        read_replicas,
+    ),
+    Key(
+        "tls",
+        "tls",
+        "none",
+        "folder with node.pem (zcache cluster-add), for peers that other machines can reach",
+        _path("tls", "/etc/zcache/cluster"),
     ),
     Key(
         "control",

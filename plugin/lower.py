@@ -81,6 +81,13 @@ def refuse_mismatch(memory: MemoryFile, config: Config, disk: DiskFile | None) -
     """Sizes and disk are what this memory file was made with, or ConfigError says so."""
     refuse_sizes(memory, config)
     only_below, also_below = memory.pages_below()
+    if at_peers := memory.pages_at_peers():
+        only_below -= at_peers
+        if not config.peers:
+            raise ConfigError(
+                f"{at_peers} pages of the memory file {config.memory} are with the peers that its "
+                f"last server had; write the same peers= again"
+            )
     if disk is None:
         if only_below:
             raise ConfigError(
@@ -145,6 +152,16 @@ def guaranteed_below_bytes(config: Config, disk_bytes: int) -> int:
     return max(0, int((disk_bytes - RESERVE_BYTES) / PROMISE) // PAGE_BYTES * PAGE_BYTES)
 
 
+def too_few_peers(config: Config) -> str | None:
+    """What to know when peers= can never hold all copies of a page."""
+    if not config.peers or len(config.peers) >= config.replicas:
+        return None
+    return (
+        f"peers= names {len(config.peers)} of the {config.replicas} donors that replicas= needs, "
+        f"so no page goes to peers; name {config.replicas} donors or more"
+    )
+
+
 def refusal_warning(config: Config, disk_bytes: int = 0) -> str | None:
     """What to know when writes may be refused one day; None when none ever is."""
     guaranteed = guaranteed_bytes(config, disk_bytes)
@@ -163,9 +180,10 @@ def refusal_warning(config: Config, disk_bytes: int = 0) -> str | None:
             f"(ENOSPC) whatever the data; with more in use that compresses badly, pool and disk "
             f"can be full; write disk_size={needed_disk(config)} or more to have no write refused"
         )
+    tier = "no disk (peers may be full or away)" if config.peers else "no lower tier"
     return (
-        f"with size={human(config.size_bytes)}, pool={human(config.pool_bytes)} and no lower "
-        f"tier, writes are refused (ENOSPC) once {pool_full_when(config)}; give it a disk "
+        f"with size={human(config.size_bytes)}, pool={human(config.pool_bytes)} and {tier}, "
+        f"writes are refused (ENOSPC) once {pool_full_when(config)}; give it a disk "
         f"(disk=PATH disk_size={needed_disk(config)}), keep other swap of lower priority beside "
         f"it, or choose a larger pool= or a smaller size="
     )

@@ -36,6 +36,7 @@ from zcache_core.device import Device
 from zcache_core.diskfile import DiskFile
 from zcache_core.errors import ConfigError
 from zcache_core.memfile import MemoryFile
+from zcache_core.peertier import PeerTier
 from zcache_core.steward import Steward
 from zcache_core.store import Store
 from zcache_core.tiers import Cooling
@@ -66,10 +67,15 @@ class Serving:
         self._store = Store(
             self._memory, allocator=config.allocator, codec=config.codec, commit=config.commit
         )
-        self._cooling = self._below(config, disk) if disk is not None else None
+        self._peers = PeerTier(self._memory) if config.peers else None
+        self._cooling = self._below(config, disk) if disk is not None or self._peers else None
         read_fd, write_fd = os.pipe()  # both stay open: a node may be started anew
         self._command_fd = fcntl.fcntl(write_fd, fcntl.F_DUPFD_CLOEXEC, PIPES_FROM_FD)
         os.close(write_fd)
+        self._ring_fds = [
+            fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, PIPES_FROM_FD)
+            for fd in ((self._peers.fd, self._peers.wake_fd) if self._peers is not None else ())
+        ]
         self._steward = Steward(self._store, self._cooling, read_fd, config.pressure)
         self._store.start()
         if self._cooling is not None:
@@ -81,18 +87,20 @@ class Serving:
         self._log: LogPipe | None = None
         self._keeper: Keeper | None = None
 
-    def _below(self, config: Config, disk: DiskFile) -> Cooling:
-        """What cools the store down onto the disk."""
-        disk.take(self._memory.epoch, self._memory.device_bytes)
+    def _below(self, config: Config, disk: DiskFile | None) -> Cooling:
+        """What cools the store down to peers and onto the disk."""
+        if disk is not None:
+            disk.take(self._memory.epoch, self._memory.device_bytes)
         return Cooling(
             self._store,
-            disk.fd,
-            disk.disk_bytes,
-            disk.preallocated,
+            disk.fd if disk is not None else -1,
+            disk.disk_bytes if disk is not None else 0,
+            disk is not None and disk.preallocated,
             config.high_percent,
             config.low_percent,
             config.encrypt == "yes",
             config.writeback_limit_bytes or 0,
+            self._peers,
         )
 
     def start_node(self, control: str, told: Mapping[str, Any]) -> None:
@@ -111,6 +119,10 @@ class Serving:
             free += 1
         fds[free] = self._command_fd
         words += ["--command-fd", str(free)]
+        for word, fd in zip(("--ring-fd", "--wake-fd"), self._ring_fds, strict=False):
+            free += 1
+            fds[free] = fd
+            words += [word, str(free)]
         program = Program([python_path(), "-m", "cluster.node", *words], node_env(), fds)
         self._keeper = Keeper("the node process", program, say)
         self._keeper.start()
@@ -164,6 +176,8 @@ def check(config: Config, supervised: bool = False) -> Checked:
     # The node process will listen there; who is wrong hears it now.
     if not supervised and config.metrics is not None:
         addresses.listen("metrics", config.metrics).close()
+    if (sentence := lower.too_few_peers(config)) is not None:
+        warn(sentence)
     disk = lower.open_checked(config)
     if (sentence := lower.refusal_warning(config, disk.disk_bytes if disk else 0)) is not None:
         warn(sentence)
@@ -186,7 +200,9 @@ def wants_realtime(config: Config, where: Listening) -> bool:
 def start(config: Config, checked: Checked, set_error: SetError) -> Serving:
     """Everything running.  Raises ZcacheError."""
     realtime = wants_realtime(config, checked.where)
-    refused = process.prepare(realtime=realtime, secret=config.encrypt == "yes")
+    refused = process.prepare(
+        realtime=realtime, secret=config.encrypt == "yes" or bool(config.peers)
+    )
     control = config.control or control_path(checked.where, os.getpid())
     serving = Serving(config, checked, set_error)
     if not serving.pool_is_locked:
@@ -262,7 +278,8 @@ def dump(out: TextIO) -> None:
 
 def description(config: Config) -> str:
     """One line about the export."""
-    below = f", below it {config.disk}" if config.disk else ""
+    tiers = [f"{len(config.peers)} peers"] * bool(config.peers) + [config.disk or ""]
+    below = ", below it " + " and ".join(filter(None, tiers)) if any(tiers) else ""
     return (
         f"zcache swap device: {human(config.size_bytes)} in a pool of at most "
         f"{human(config.pool_bytes // PAGE_BYTES * PAGE_BYTES)}{below}, {config.allocator}, "

@@ -25,21 +25,23 @@ FLOORS = {
         0: "native pthread layout counter_ids errors counters commands owner process",
         1: "memfile headroom backing arena committer samefill slots codec crypt crew",
         2: "allocator accounting zbud z3fold sizeclass zspage zsmalloc several index",
-        3: "cold core ramtier cooling takeover moving tidying store probe foreign donation",
+        3: "cold ring ringside core ramtier cooling takeover moving tidying store probe foreign "
+        "donation",
         5: "diskfile diskobject diskio segments quota diskstate diskput disk diskrun orders "
-        "ahead below fullness eviction cooler fetching tiers pressure steward faulty coldprobe",
+        "peerwhere peers peertier both ahead below fullness eviction cooler fetching tiers "
+        "pressure steward faulty coldprobe",
         6: "device",
     },
     "cluster": {
-        1: "wire unixsock logrelay addresses connections peeraddress certificates",
-        2: "session peerwire",
+        1: "wire unixsock logrelay addresses connections peeraddress certificates placement",
+        2: "session peerwire seats replicas",
         3: "link webserver peerchannel",
-        4: "health steering metrics webpages peerlink generosity donor",
+        4: "health steering metrics webpages peerlink generosity donor renewal overflow peerring",
         5: "node lending",
     },
     "plugin": {
-        6: "interrupts messages logpipe instance config liaison teller handshake dialer statepage "
-        "spare",
+        6: "interrupts messages logpipe instance peerkeys config liaison teller handshake dialer "
+        "statepage spare",
         7: "spawn keeper leave places fitness show lower wiring servestate supervised "
         "nbdnetlink swaparea upfile rates terminal reach counterfiles recording",
         8: "control drain supervisor serve mender attach swapping topview top statsfs record "

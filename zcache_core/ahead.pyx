@@ -33,6 +33,7 @@ from zcache_core.pthread cimport (
     at_us, cond_init, lock_init, lock_take, now_us, pthread_cond_broadcast, pthread_cond_signal,
     pthread_cond_timedwait, pthread_cond_wait, pthread_join, pthread_mutex_unlock, thread_start,
 )
+from zcache_core.ramtier cimport is_below
 from zcache_core.slots cimport IO_ROOM, count
 
 cdef extern from "<sys/mman.h>" nogil:
@@ -189,7 +190,7 @@ cdef uint32_t gather(Ahead *a, Stretch *left) noexcept nogil:
         page = left.first
         left.first += 1
         e = entry_load(&a.core.index, page)
-        if not entry_is_sound(e.location, e.version) or state_of(e.version) != a.cold.state or not begin(a, page, e):
+        if not entry_is_sound(e.location, e.version) or not is_below(state_of(e.version)) or not begin(a, page, e):
             continue            # in RAM, empty, or here already
         a.batch[n].page = page
         a.batch[n].version = version_of(e.version)

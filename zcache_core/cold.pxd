@@ -5,8 +5,8 @@
 A tier keeps compressed pages as they are.  Each travels with its page number and
 version, and what comes back is proven by them: a tier that answers with other
 bytes, an older version or another page has failed for that page, and never
-passes it on.  It owns its addresses (`where`, 48 bits) and its accounting of what
-is live; which copy counts is the index's to say.
+passes it on.  It owns its addresses (`where`, 48 bits; the highest says whether it is of peers
+or of a disk: lower_state) and its accounting of what is live; which copy counts is the index's to say.
 
 Contract
     put      store a batch; sets `where` and `error` of each page; how many are good.
@@ -17,7 +17,8 @@ Contract
              aligned); 0, EIO (unreadable), EILSEQ (wrong or damaged).  Many at a time.
     get_many several pages that lie close together, each with its blob and error as by get;
              `room` for reading them at once, at least IO_ROOM.  NULL: the tier has none.
-    drop     the copy at `where` is not needed any more.  Never blocks, never fails.
+    drop     this page's copy (page, version, where, length_codec) is not needed any more.
+             Never blocks, never fails.
     adopt    after a restart: the index knows this copy.  False: impossible address.
     adopted  all are known.
     takes    whether a put is worth trying now: not while a failure is waited out, and not at
@@ -53,11 +54,10 @@ ctypedef struct ColdPage:
 
 ctypedef struct ColdTier:
     const char *name
-    uint32_t state              # of entries whose copy is here: ST_DISK or ST_PEER
     uint32_t (*put)(ColdTier *, ColdPage *, uint32_t n) noexcept nogil
     int (*get)(ColdTier *, ColdPage *, uint8_t *io) noexcept nogil
     void (*get_many)(ColdTier *, ColdPage *, uint32_t n, uint8_t *room, uint64_t room_bytes) noexcept nogil
-    void (*drop)(ColdTier *, uint64_t where, uint32_t length_bytes) noexcept nogil
+    void (*drop)(ColdTier *, const ColdPage *) noexcept nogil
     bint (*adopt)(ColdTier *, uint64_t where, uint32_t length_bytes) noexcept nogil
     void (*adopted)(ColdTier *) noexcept nogil
     bint (*takes)(ColdTier *) noexcept nogil
@@ -66,3 +66,15 @@ ctypedef struct ColdTier:
     void (*resorted)(ColdTier *) noexcept nogil
     void (*tick)(ColdTier *) noexcept nogil
     int (*reason)(ColdTier *) noexcept nogil
+
+
+cdef inline ColdPage cold_page(uint64_t page, uint64_t version, uint64_t where, uint64_t location) noexcept nogil:
+    """The page's copy at `where`, as drop takes it; `location` is any word with its length and codec."""
+    cdef ColdPage p
+    p.version = version
+    p.where = where
+    p.page = <uint32_t>page
+    p.length_codec = location & 0xFFFF
+    p.blob = NULL
+    p.error = 0
+    return p

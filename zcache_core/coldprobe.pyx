@@ -10,7 +10,7 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from posix.mman cimport MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, PROT_READ, PROT_WRITE, mmap, munmap
 
-from zcache_core.cold cimport COLD_BATCH, COLD_CAPSULE, ColdPage, ColdTier
+from zcache_core.cold cimport COLD_BATCH, COLD_CAPSULE, ColdPage, ColdTier, cold_page
 from zcache_core.crypt cimport Sealer
 from zcache_core.disk cimport disk_discard, disk_make
 from zcache_core.diskstate cimport RESORT_BYTES, Disk
@@ -112,9 +112,10 @@ cdef class ColdProbe:
             raise OSError(error, os.strerror(error))
         return (<char *>blob)[: length_of(length_codec)]
 
-    def drop(self, uint64_t where, uint32_t length_bytes):
+    def drop(self, uint64_t where, uint32_t length_bytes, uint32_t page=0, uint64_t version=0):
         """This copy is not needed any more."""
-        self.tier.drop(self.tier, where, length_bytes)
+        cdef ColdPage copy = cold_page(page, version, where, place_word(0, length_bytes, 0))
+        self.tier.drop(self.tier, &copy)
 
     def adopt(self, uint64_t where, uint32_t length_bytes):
         """After a restart: a copy is here; False when it cannot be."""

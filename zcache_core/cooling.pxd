@@ -12,9 +12,10 @@ cdef bint copy_for_below(
     Core *core, uint64_t where, uint32_t bytes, ColdPage *page, Entry *entry, uint8_t *blob
 ) noexcept nogil
 cdef bint make_ephemeral(Core *core, uint64_t page, Entry entry, uint64_t lower) noexcept nogil
-cdef bint drop_ram_copy(Core *core, uint64_t page, Entry entry, uint32_t state) noexcept nogil
-cdef bint leave_damaged_copy(Core *core, uint64_t page, Entry entry, uint32_t state, uint64_t lower) noexcept nogil
+cdef bint drop_ram_copy(Core *core, uint64_t page, Entry entry) noexcept nogil
+cdef bint leave_damaged_copy(Core *core, uint64_t page, Entry entry, uint64_t lower) noexcept nogil
+cdef bint leave_for_lost(Core *core, uint64_t page, Entry entry) noexcept nogil
 cdef bint keep_in_ram(Core *core, uint64_t page, Entry entry, uint64_t *lower) noexcept nogil
 cdef bint promote(Core *core, Slot *slot, uint64_t page, Entry entry, const uint8_t *blob) noexcept nogil
-cdef bint copy_moved(Core *core, const ColdPage *old, uint32_t state, uint64_t where) noexcept nogil
-cdef bint still_needed(Core *core, const ColdPage *page, uint32_t state) noexcept nogil
+cdef bint copy_moved(Core *core, const ColdPage *old, uint64_t where) noexcept nogil
+cdef bint still_needed(Core *core, const ColdPage *page) noexcept nogil

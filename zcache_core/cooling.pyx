@@ -23,9 +23,9 @@ from zcache_core.core cimport Core
 from zcache_core.counter_ids cimport C_DAMAGED_LOWER_ADDRESSES
 from zcache_core.index cimport entry_flip, entry_load
 from zcache_core.layout cimport (
-    PAGE_BYTES, PAGE_SHIFT, ST_RAM, ST_RAM_EPHEMERAL, BlobHeader, Entry, codec_of,
+    PAGE_BYTES, PAGE_SHIFT, ST_LOST, ST_PEER, ST_RAM, ST_RAM_EPHEMERAL, BlobHeader, Entry, codec_of,
     entry_is_sound, header_fill, header_is_sound, header_lower, header_matches, header_page, header_set_lower,
-    length_of, place_word, state_of, version_of, version_word, where_of,
+    length_of, lower_state, place_word, state_of, version_of, version_word, where_of,
 )
 from zcache_core.native cimport zc_acquire_fence, zc_add64, zc_load32, zc_release_fence
 from zcache_core.pthread cimport lock_take, pthread_mutex_unlock
@@ -107,20 +107,22 @@ cdef bint make_ephemeral(Core *core, uint64_t page, Entry entry, uint64_t lower)
     return done
 
 
-cdef bint drop_ram_copy(Core *core, uint64_t page, Entry entry, uint32_t state) noexcept nogil:
-    """An ephemeral page leaves RAM: its entry points below (state ST_DISK) from now on.
+cdef bint drop_ram_copy(Core *core, uint64_t page, Entry entry) noexcept nogil:
+    """An ephemeral page leaves RAM: its entry points below from now on.
 
     If its lower address is damaged the RAM copy is the only one again, to be copied down anew.
     """
     cdef uint64_t where = where_of(entry.location)
     cdef uint32_t length = length_of(entry.location)
     cdef BlobHeader *header = object_header(&core.arena, where, length)
+    cdef uint64_t lower
     cdef Entry below
     cdef bint done = False
     lock_take(&core.allocator.lock)
     if state_of(entry.version) == ST_RAM_EPHEMERAL and is_now(core, page, entry):
         if header_is_sound(header):
-            below = same_page(entry, state, place_word(header_lower(header), length, codec_of(entry.location)))
+            lower = header_lower(header)
+            below = same_page(entry, lower_state(lower), place_word(lower, length, codec_of(entry.location)))
             done = entry_flip(&core.index, page, entry, below)
         elif entry_flip(&core.index, page, entry, same_page(entry, ST_RAM, entry.location)):
             core.allocator.ephemeral(core.allocator, where, object_bytes(length), -1)
@@ -131,7 +133,7 @@ cdef bint drop_ram_copy(Core *core, uint64_t page, Entry entry, uint32_t state) 
     return done
 
 
-cdef bint leave_damaged_copy(Core *core, uint64_t page, Entry entry, uint32_t state, uint64_t lower) noexcept nogil:
+cdef bint leave_damaged_copy(Core *core, uint64_t page, Entry entry, uint64_t lower) noexcept nogil:
     """The RAM copy is damaged, and the one at `lower` was just read and is right: use that."""
     cdef uint32_t length = length_of(entry.location)
     cdef bint done = False
@@ -141,12 +143,18 @@ cdef bint leave_damaged_copy(Core *core, uint64_t page, Entry entry, uint32_t st
     # (it may have been moved since it was read: then whoever reads next tries again)
     if is_now(core, page, entry) and header_lower(object_header(&core.arena, where_of(entry.location), length)) == lower:
         done = entry_flip(
-            &core.index, page, entry, same_page(entry, state, place_word(lower, length, codec_of(entry.location)))
+            &core.index, page, entry,
+            same_page(entry, lower_state(lower), place_word(lower, length, codec_of(entry.location))),
         )
     pthread_mutex_unlock(&core.allocator.lock)
     if done:
         core.allocator.release(core.allocator, where_of(entry.location), object_bytes(length))
     return done
+
+
+cdef bint leave_for_lost(Core *core, uint64_t page, Entry entry) noexcept nogil:
+    """No tier has this page any more: reads answer EIO until it is written again."""
+    return entry_flip(&core.index, page, entry, same_page(entry, ST_LOST, 0))
 
 
 cdef bint keep_in_ram(Core *core, uint64_t page, Entry entry, uint64_t *lower) noexcept nogil:
@@ -166,9 +174,14 @@ cdef bint keep_in_ram(Core *core, uint64_t page, Entry entry, uint64_t *lower) n
 
 
 cdef bint promote(Core *core, Slot *slot, uint64_t page, Entry entry, const uint8_t *blob) noexcept nogil:
-    """Give a page that was read from below (entry, blob) an ephemeral RAM copy, if there is room now."""
+    """Give a page that was read from below (entry, blob) a RAM copy, if there is room now.
+
+    From a disk it is ephemeral: the copy there stays.  From peers it is the only one that counts
+    from then on, and the caller drops theirs: their RAM is worth more than ours saves.
+    """
     cdef uint32_t length = length_of(entry.location)
     cdef uint32_t codec = codec_of(entry.location)
+    cdef uint32_t state = ST_RAM if state_of(entry.version) == ST_PEER else ST_RAM_EPHEMERAL
     cdef uint64_t where
     cdef BlobHeader *header
     cdef bint done
@@ -177,15 +190,15 @@ cdef bint promote(Core *core, Slot *slot, uint64_t page, Entry entry, const uint
     object_fill(&core.arena, where, length, blob)
     header = object_header(&core.arena, where, length)
     header_fill(header, version_of(entry.version), core.device, <uint32_t>page, length, codec, blob)
-    header_set_lower(header, where_of(entry.location))
+    if state == ST_RAM_EPHEMERAL:
+        header_set_lower(header, where_of(entry.location))
     zc_add64(&core.arrivals, 1)
     zc_release_fence()
     lock_take(&core.allocator.lock)
-    done = entry_flip(
-        &core.index, page, entry, same_page(entry, ST_RAM_EPHEMERAL, place_word(where, length, codec))
-    )
+    done = entry_flip(&core.index, page, entry, same_page(entry, state, place_word(where, length, codec)))
     if done:
-        core.allocator.ephemeral(core.allocator, where, object_bytes(length), 1)
+        if state == ST_RAM_EPHEMERAL:
+            core.allocator.ephemeral(core.allocator, where, object_bytes(length), 1)
         core.arena.frames[where >> PAGE_SHIFT].referenced = 1
     pthread_mutex_unlock(&core.allocator.lock)
     if not done:
@@ -193,7 +206,7 @@ cdef bint promote(Core *core, Slot *slot, uint64_t page, Entry entry, const uint
     return done
 
 
-cdef bint still_needed(Core *core, const ColdPage *page, uint32_t state) noexcept nogil:
+cdef bint still_needed(Core *core, const ColdPage *page) noexcept nogil:
     """Whether the index still counts on this copy below."""
     cdef Entry e
     cdef BlobHeader *header
@@ -203,7 +216,7 @@ cdef bint still_needed(Core *core, const ColdPage *page, uint32_t state) noexcep
     e = entry_load(&core.index, page.page)
     if version_of(e.version) != page.version or not entry_is_sound(e.location, e.version):
         return False
-    if state_of(e.version) == state:
+    if state_of(e.version) == lower_state(page.where):
         return where_of(e.location) == page.where
     if state_of(e.version) != ST_RAM_EPHEMERAL:
         return False
@@ -215,9 +228,10 @@ cdef bint still_needed(Core *core, const ColdPage *page, uint32_t state) noexcep
     return needed
 
 
-cdef bint copy_moved(Core *core, const ColdPage *old, uint32_t state, uint64_t where) noexcept nogil:
-    """The copy below has a new address: tell the entry, or the ephemeral page's header."""
+cdef bint copy_moved(Core *core, const ColdPage *old, uint64_t where) noexcept nogil:
+    """The copy below has a new address in the same tier: tell the entry, or the ephemeral page's header."""
     cdef Entry e = entry_load(&core.index, old.page)
+    cdef uint32_t state = lower_state(where)
     cdef BlobHeader *header
     cdef bint done = False
     if version_of(e.version) != old.version:

@@ -5,6 +5,7 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from zcache_core.allocator cimport Allocator
 from zcache_core.arena cimport Arena
 from zcache_core.codec cimport CodecChoice
+from zcache_core.cold cimport ColdPage
 from zcache_core.crew cimport Crew
 from zcache_core.index cimport Index
 from zcache_core.layout cimport Entry
@@ -15,14 +16,16 @@ from zcache_core.slots cimport Slots
 # their functions here; without them (tiers NULL) RAM is all there is.
 ctypedef struct Lower:
     void *tiers
+    bint peers                  # what is there: pages of a tier that is not are left as they are
+    bint disk
     # read a page whose copy is below: 0, or EIO
     int (*fetch)(void *tiers, void *slot, uint64_t page, Entry e, uint8_t *data) noexcept nogil
     # read a page whose RAM copy (entry e, ephemeral) is damaged from below; True: `data` is right
     bint (*mend)(void *tiers, void *slot, uint64_t page, Entry e, uint8_t *data) noexcept nogil
     # a copy below is not needed any more
-    void (*drop)(void *tiers, uint32_t state, uint64_t where, uint32_t length_bytes) noexcept nogil
+    void (*drop)(void *tiers, const ColdPage *) noexcept nogil
     # a takeover found this copy in the index; False: it cannot be
-    bint (*adopt)(void *tiers, uint32_t state, uint64_t where, uint32_t length_bytes) noexcept nogil
+    bint (*adopt)(void *tiers, uint64_t where, uint32_t length_bytes) noexcept nogil
     void (*adopted)(void *tiers) noexcept nogil
     # wait, in a parked slot, until there may be room in RAM again; False: there will be none in time
     bint (*wait_room)(void *tiers, void *slot, int64_t deadline_us) noexcept nogil

@@ -131,6 +131,28 @@ COUNTERS: tuple[Counter, ...] = (
         "counter",
         "addresses of copies below that were found damaged in RAM, and not used",
     ),
+    # below: peers
+    Counter("pers_pages_remoted", "pages", "gauge", "pages that have copies on peers"),
+    Counter("remote_bytes", "bytes", "gauge", "bytes of those, each copy counted"),
+    Counter("remote_room_bytes", "bytes", "gauge", "bytes of pages that peers have room for now"),
+    Counter("live_peers", "peers", "gauge", "peers that answer"),
+    Counter(
+        "remote_short_pages",
+        "pages",
+        "gauge",
+        "copies of pages at peers that are away or gone, to be renewed",
+    ),
+    Counter("remote_moved_pages", "pages", "counter", "pages whose copies were moved or renewed"),
+    Counter("remote_pers_pages_succ_put", "pages", "counter", "pages that peers took"),
+    Counter("remote_failed_puts", "pages", "counter", "pages that they did not take; they stayed"),
+    Counter("remote_pers_pages_succ_get", "pages", "counter", "pages read back from peers"),
+    Counter(
+        "remote_pers_pages_unsucc_get", "pages", "counter", "reads from peers that found no copy"
+    ),
+    Counter("remote_corrupt_pages", "pages", "counter", "copies of peers found wrong or damaged"),
+    Counter("hedged_remote_gets", "pages", "counter", "reads for which a second peer was asked"),
+    Counter("remote_page_flushes", "pages", "counter", "pages dropped at peers"),
+    Counter("missed_remote_flushes", "pages", "gauge", "of those: found only by comparing, later"),
     Counter("written_back_pages", "pages", "counter", "pages copied down"),
     Counter("outstanding_writeback_pages", "pages", "gauge", "pages being copied down now"),
     Counter("failed_writeback_pages", "pages", "counter", "pages that stayed: the tier failed"),
@@ -263,7 +285,7 @@ def read(memory: MemoryFile) -> dict[str, int]:
             signed = counter.kind == "gauge" and total >> 63
             values[counter.name] = total - (1 << 64) if signed else total
     in_ram = values["pers_zpages"] + values["eph_zpages"]
-    only_below = values["disk_pages"] - values["eph_zpages"]
+    only_below = values["disk_pages"] + values["pers_pages_remoted"] - values["eph_zpages"]
     stored = in_ram + only_below + values["same_filled_pages"]
     committed = values["committed_frames"] * PAGE_BYTES
     frame_headers = values["committed_frames"] * 24

@@ -35,7 +35,7 @@ from zcache_core.diskio cimport BLOCK_BYTES, WRITE_BYTES, WRITES, punch, read_al
 from zcache_core.diskobject cimport OBJECT_ALIGN, cipher_of, object_found, object_read, object_room, offset_of
 from zcache_core.diskput cimport come_alive, disk_drop, disk_put, disk_takes, publish
 from zcache_core.diskstate cimport SPARE_SEGMENTS, Disk
-from zcache_core.layout cimport ST_DISK, Superblock, length_of
+from zcache_core.layout cimport Superblock, length_of
 from zcache_core.native cimport zc_add32, zc_add64, zc_load32
 from zcache_core.pthread cimport lock_init, lock_take, pthread_mutex_unlock
 from zcache_core.quota cimport quota_init, quota_is_used_up
@@ -230,7 +230,6 @@ cdef ColdTier *disk_make(
     cells[C_DISK_WRITING_SINCE_US] = 0
     cells[C_DISK_SEGMENTS] = d.segments.count - 1
     d.face.name = b"disk"
-    d.face.state = ST_DISK
     d.face.put = disk_put
     d.face.get = disk_get
     d.face.drop = disk_drop

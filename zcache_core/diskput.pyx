@@ -67,10 +67,10 @@ cdef void come_alive(Disk *d, uint64_t where, uint32_t length_bytes) noexcept no
     zc_add64(&d.cells[C_DISK_LIVE_BYTES], room)
 
 
-cdef void disk_drop(ColdTier *tier, uint64_t where, uint32_t length_bytes) noexcept nogil:
+cdef void disk_drop(ColdTier *tier, const ColdPage *page) noexcept nogil:
     cdef Disk *d = <Disk *>tier
-    cdef uint64_t number = where // SEGMENT_BYTES
-    cdef uint32_t room = object_room(cipher_of(where), length_bytes)
+    cdef uint64_t number = page.where // SEGMENT_BYTES
+    cdef uint32_t room = object_room(cipher_of(page.where), length_of(page.length_codec))
     if number < d.segments.count:
         zc_add64(&d.cells[C_DISK_PAGES], <uint64_t>-1)
         zc_add64(&d.cells[C_DISK_LIVE_BYTES], <uint64_t>-<int64_t>room)
@@ -122,7 +122,7 @@ cdef void give_up(Disk *d, ColdPage *pages, uint32_t first, uint32_t end, int er
     cdef uint32_t i
     for i in range(first, end):
         if counted and pages[i].error == 0:
-            disk_drop(&d.face, pages[i].where, length_of(pages[i].length_codec))
+            disk_drop(&d.face, &pages[i])
         pages[i].error = error
 
 
@@ -231,7 +231,7 @@ cdef uint32_t hold_back(Disk *d, Batch *b, uint32_t end) noexcept nogil:
         return end
     for i in range(b.opened_at, end):
         if b.pages[i].error == 0:
-            disk_drop(&d.face, b.pages[i].where, length_of(b.pages[i].length_codec))
+            disk_drop(&d.face, &b.pages[i])
         b.pages[i].error = EAGAIN
     lock_take(&d.lock)
     segments_give_back(&d.segments, b.log.segment)

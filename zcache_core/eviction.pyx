@@ -17,7 +17,7 @@ from libc.stdint cimport uint32_t, uint64_t
 
 from zcache_core.arena cimport FRAME_TAIL, FRAME_TAKEN, Frame
 from zcache_core.below cimport FRAMES_AT_ONCE, GATHER_BYTES, RESORT_PAGES, Tiers
-from zcache_core.cold cimport COLD_BATCH, ColdPage
+from zcache_core.cold cimport COLD_BATCH, ColdPage, cold_page
 from zcache_core.cooling cimport (
     copy_for_below, copy_moved, drop_ram_copy, keep_in_ram, make_ephemeral, page_at, still_needed,
 )
@@ -27,7 +27,7 @@ from zcache_core.counter_ids cimport (
 )
 from zcache_core.fullness cimport frames_ephemeral
 from zcache_core.index cimport entry_load
-from zcache_core.layout cimport PAGE_BYTES, ST_RAM_EPHEMERAL, Entry, length_of, state_of, where_of
+from zcache_core.layout cimport PAGE_BYTES, ST_RAM_EPHEMERAL, Entry, length_of, state_of, version_of, where_of
 from zcache_core.pthread cimport lock_take, pthread_mutex_unlock
 from zcache_core.ramtier cimport store_victims
 from zcache_core.slots cimport Slot, slot_release, slot_take
@@ -104,7 +104,7 @@ cdef uint32_t cool_batch(Tiers *t, uint64_t most_bytes) noexcept nogil:
             done += 1
         else:
             t.cells[C_OVERTAKEN_WRITEBACK_PAGES] += 1
-            t.cold.drop(t.cold, t.batch[i].where, length_of(t.batch[i].length_codec))
+            t.cold.drop(t.cold, &t.batch[i])
     t.cells[C_WRITTEN_BACK_PAGES] += done
     t.cells[C_OUTSTANDING_WRITEBACK_PAGES] = 0
     return done
@@ -135,7 +135,7 @@ cdef uint32_t drop_frames(Tiers *t, uint32_t most) noexcept nogil:
                 continue
             e = entry_load(&t.core.index, page)
             if state_of(e.version) == ST_RAM_EPHEMERAL and where_of(e.location) == where[j]:
-                one |= drop_ram_copy(t.core, page, e, t.cold.state)
+                one |= drop_ram_copy(t.core, page, e)
         dropped += one
     t.cells[C_EVICTED_EPH_PAGEFRAMES] += dropped
     pthread_mutex_unlock(&t.dropping)
@@ -151,6 +151,7 @@ cdef uint32_t keep_frame(Tiers *t, uint32_t frame) noexcept nogil:
     cdef uint32_t objects, j, page
     cdef uint32_t kept = 0
     cdef uint64_t lower
+    cdef ColdPage copy
     cdef Entry e
     objects = t.core.allocator.objects(t.core.allocator, frame, where, bytes, MOST_OBJECTS)
     for j in range(objects):
@@ -159,7 +160,8 @@ cdef uint32_t keep_frame(Tiers *t, uint32_t frame) noexcept nogil:
             continue
         e = entry_load(&t.core.index, page)
         if where_of(e.location) == where[j] and keep_in_ram(t.core, page, e, &lower):
-            t.cold.drop(t.cold, lower, length_of(e.location))
+            copy = cold_page(page, version_of(e.version), lower, e.location)
+            t.cold.drop(t.cold, &copy)
             kept += 1
     return kept
 
@@ -204,12 +206,11 @@ cdef bint resort(Tiers *t) noexcept nogil:
     cdef uint32_t n = 0
     cdef uint32_t done = 0
     cdef uint32_t i, first, piece
-    cdef uint64_t old
     cdef ColdPage *moved = t.batch      # nothing else is under way
     if found == 0:
         return False
     for i in range(found):
-        if still_needed(t.core, &t.resort_batch[i], t.cold.state):
+        if still_needed(t.core, &t.resort_batch[i]):
             t.resort_batch[n] = t.resort_batch[i]
             n += 1
     first = 0
@@ -221,12 +222,11 @@ cdef bint resort(Tiers *t) noexcept nogil:
         for i in range(piece):
             if moved[i].error:
                 continue
-            old = t.resort_batch[first + i].where
-            if copy_moved(t.core, &t.resort_batch[first + i], t.cold.state, moved[i].where):
-                t.cold.drop(t.cold, old, length_of(moved[i].length_codec))
+            if copy_moved(t.core, &t.resort_batch[first + i], moved[i].where):
+                t.cold.drop(t.cold, &t.resort_batch[first + i])
                 done += 1
             else:
-                t.cold.drop(t.cold, moved[i].where, length_of(moved[i].length_codec))
+                t.cold.drop(t.cold, &moved[i])
         first += piece
     t.cold.resorted(t.cold)
     t.cold.tick(t.cold)

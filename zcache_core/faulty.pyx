@@ -149,9 +149,9 @@ cdef void faulty_get_many(ColdTier *tier, ColdPage *pages, uint32_t n, uint8_t *
         pages[i].error = worsen(f, &pages[i], pages[i].error)
 
 
-cdef void faulty_drop(ColdTier *tier, uint64_t where, uint32_t length_bytes) noexcept nogil:
+cdef void faulty_drop(ColdTier *tier, const ColdPage *page) noexcept nogil:
     cdef ColdTier *below = (<Faulty *>tier).below
-    below.drop(below, where, length_bytes)
+    below.drop(below, page)
 
 
 cdef bint faulty_adopt(ColdTier *tier, uint64_t where, uint32_t length_bytes) noexcept nogil:
@@ -221,7 +221,6 @@ cdef class FaultyTier:
         f.seed = seed
         f.below = <ColdTier *>PyCapsule_GetPointer(below, COLD_CAPSULE)
         f.face.name = b"faulty"
-        f.face.state = f.below.state
         f.face.put = faulty_put
         f.face.get = faulty_get
         if f.below.get_many != NULL:

@@ -2,8 +2,8 @@
 
 A page that is read from below is only given a RAM copy when it is read a second
 time within the next 2 * pool reads from below (ghosts remember): a scan of the
-whole device cannot push the hot pages out.  Its copy below stays, so the RAM copy is
-ephemeral from the first moment.
+whole device cannot push the hot pages out.  Its copy on a disk stays, so the RAM copy is
+ephemeral from the first moment; its copies at peers are dropped, so it is the only one.
 
 Bound: one read of one object below, in the request's own slot, with no lock held; ghosts
 cost 8 to 16 bytes a frame of the pool.
@@ -16,17 +16,20 @@ from zcache_core.ahead cimport ahead_note, ahead_take
 from zcache_core.allocator cimport object_header
 from zcache_core.below cimport Tiers
 from zcache_core.codec cimport codec_decompress
-from zcache_core.cold cimport ColdPage
-from zcache_core.cooling cimport leave_damaged_copy, promote
+from zcache_core.cold cimport ColdPage, cold_page
+from zcache_core.cooling cimport leave_damaged_copy, leave_for_lost, promote
 from zcache_core.counter_ids cimport (
-    C_COLD_LOADS, C_DISK_CORRUPT_PAGES, C_DISK_READ_ERRORS, C_PROMOTED_PAGES,
+    C_COLD_LOADS, C_DISK_CORRUPT_PAGES, C_DISK_READ_ERRORS, C_LOST_PAGES, C_PROMOTED_PAGES,
 )
 from zcache_core.index cimport entry_load
-from zcache_core.layout cimport Entry, codec_of, header_lower, length_of, state_of, version_of, where_of
+from zcache_core.layout cimport ST_PEER, Entry, codec_of, header_lower, length_of, lower_state, state_of, version_of, where_of
 from zcache_core.native cimport zc_add64, zc_load32, zc_store32
 from zcache_core.pthread cimport lock_take, pthread_mutex_unlock
 from zcache_core.ramtier cimport place_is_possible
 from zcache_core.slots cimport Slot, count, slot_park, slot_unpark
+
+cdef extern from "<errno.h>":
+    enum: ENODATA
 
 cdef enum:
     GHOSTS_LEAST = 4096
@@ -111,16 +114,28 @@ cdef bint tiers_mend(void *tiers, void *slot_argument, uint64_t page, Entry e, u
         return False            # it is elsewhere by now: the caller looks again
     if read_below(t, <Slot *>slot_argument, page, e, lower, data):
         return False
-    leave_damaged_copy(t.core, page, e, t.cold.state, lower)
+    leave_damaged_copy(t.core, page, e, lower)
     return True
+
+
+cdef void count_failure(Tiers *t, Slot *slot, uint64_t page, Entry e, int error) noexcept nogil:
+    """A copy below could not be had.  Peers count for themselves; a page none of them has is lost."""
+    cdef ColdPage copy
+    if state_of(e.version) != ST_PEER:
+        count(slot, C_DISK_READ_ERRORS if error == EIO else C_DISK_CORRUPT_PAGES, 1)
+    elif error == ENODATA and leave_for_lost(t.core, page, e):
+        count(slot, C_LOST_PAGES, 1)
+        copy = cold_page(page, version_of(e.version), where_of(e.location), e.location)
+        t.cold.drop(t.cold, &copy)
 
 
 cdef int tiers_fetch(void *tiers, void *slot_argument, uint64_t page, Entry e, uint8_t *data) noexcept nogil:
     cdef Tiers *t = <Tiers *>tiers
     cdef Slot *slot = <Slot *>slot_argument
     cdef Entry now
+    cdef ColdPage copy
     cdef int error
-    if state_of(e.version) != t.cold.state:
+    if state_of(e.version) != lower_state(where_of(e.location)):
         return EIO
     count(slot, C_COLD_LOADS, 1)
     error = read_below(t, slot, page, e, where_of(e.location), data)
@@ -128,9 +143,12 @@ cdef int tiers_fetch(void *tiers, void *slot_argument, uint64_t page, Entry e, u
         # A copy that moved or died while it was read is no fault: the caller looks again.
         now = entry_load(&t.core.index, page)
         if now.location == e.location and now.version == e.version:
-            count(slot, C_DISK_READ_ERRORS if error == EIO else C_DISK_CORRUPT_PAGES, 1)
+            count_failure(t, slot, page, e, error)
         return EIO
     ahead_note(&t.ahead, page)
     if earns_ram(t, page) and promote(t.core, slot, page, e, slot.blob):
         count(slot, C_PROMOTED_PAGES, 1)
+        if state_of(e.version) == ST_PEER:
+            copy = cold_page(page, version_of(e.version), where_of(e.location), e.location)
+            t.cold.drop(t.cold, &copy)
     return 0

@@ -14,7 +14,8 @@ An index entry is two 64-bit words, changed only together:
                version (52 bits)          check     state
 
 `where` is a byte offset into the arena for RAM, and the tier's own address for
-DISK and PEER.  `check` is an extended Hamming code over the other 120 bits.
+DISK (a byte offset, its highest bit 0) and PEER (highest bit 1, then the numbers of
+the donors that hold copies).  So it also says which tier it is of.  `check` is an extended Hamming code over the other 120 bits.
 
 A blob header is three words; it stands before its blob in the frame, or, for a
 page kept raw (which fills its frame), in the table of frame headers:
@@ -47,6 +48,10 @@ cdef enum:
     NAME_BYTES = 64
     KEY_BYTES = 32              # of one key; the superblock has two
     DEVICE_NAME_BYTES = 16
+    DONORS = 96                 # rows in the superblock's donor table
+    DONOR_ID_BYTES = 16
+    COPIES_MOST = 3             # donors that an address has room for
+    DONOR_BITS = 15             # of each in it: the row's number + 1, 0 for none
 
     # Counters: one shard for each request slot and each background thread, so
     # that a count is a plain add; a reader sums them.  512 cells leave room for
@@ -83,6 +88,11 @@ ctypedef struct DeviceRow:      # 32 bytes
     uint64_t versions_reserved  # every version below may have been used; row 0 counts for all
     uint64_t generation         # of the last attach (fences workers of older ones)
 
+ctypedef struct DonorRow:       # 32 bytes: whom a number in the addresses of PEER means
+    uint8_t id[DONOR_ID_BYTES]  # all zeros: row unused
+    uint64_t epoch              # of the donor's memory; with another one our pages are gone
+    uint64_t reserved
+
 ctypedef struct Superblock:     # the first page of the file
     char magic[8]               # "ZCACHEMF"
     uint32_t format_version
@@ -110,6 +120,7 @@ ctypedef struct Superblock:     # the first page of the file
     char device_names[MAX_DEVICES][DEVICE_NAME_BYTES]   # padded with zeros
     uint64_t counters_id        # of the counter table that the cells were written by
     uint64_t devices_crc        # CRC-32 of what does not change of the rows, and of the names
+    DonorRow donors[DONORS]
 
 
 # ---- entry words --------------------------------------------------------------
@@ -138,6 +149,17 @@ cdef inline uint32_t length_of(uint64_t location) noexcept nogil:
 
 cdef inline uint32_t codec_of(uint64_t location) noexcept nogil:
     return location & 0xF
+
+
+# ---- addresses below ------------------------------------------------------------------
+
+cdef inline uint32_t lower_state(uint64_t where) noexcept nogil:
+    """Of which tier an address is: ST_PEER or ST_DISK."""
+    return ST_PEER if where >> 47 else ST_DISK
+
+cdef inline uint32_t donor_at(uint64_t where, uint32_t copy) noexcept nogil:
+    """Number + 1 of the donor that has this copy (0 .. COPIES_MOST - 1); 0: there is none."""
+    return <uint32_t>(where >> (DONOR_BITS * copy)) & ((1 << DONOR_BITS) - 1)
 
 
 # ---- blob headers ---------------------------------------------------------------

@@ -377,6 +377,16 @@ cdef class MemoryFile:
                 also += state == ST_RAM_EPHEMERAL
         return only, also
 
+    def pages_at_peers(self):
+        """How many pages are with peers only, by one look at the whole index."""
+        cdef uint64_t there = 0
+        cdef uint64_t page
+        cdef Superblock *s = self._open_super()
+        with nogil:
+            for page in range(s.device_pages):
+                there += state_of(self.index[page].version) == ST_PEER
+        return there
+
     def devices(self):
         """The devices that share this file: (name, bytes, generation, first page) of each."""
         cdef Superblock *s = self._open_super()

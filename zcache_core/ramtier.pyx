@@ -25,6 +25,7 @@ from posix.time cimport nanosleep, timespec
 from zcache_core.allocator cimport frame_next, object_blob, object_bytes, object_fill, object_header
 from zcache_core.arena cimport FRAME_TAIL, FRAME_TAKEN, FRAME_ZSMALLOC, NO_FRAME, Frame, arena_wait
 from zcache_core.codec cimport codec_compress, codec_decompress
+from zcache_core.cold cimport ColdPage, cold_page
 from zcache_core.core cimport RAN_OUT, WOULD_BLOCK, Core
 from zcache_core.counter_ids cimport (
     C_COMMIT_WAIT_US, C_COMMIT_WAITS, C_COMPRESS_POOR, C_CORRUPT_LOADS, C_DAMAGED_LOWER_ADDRESSES,
@@ -75,7 +76,7 @@ cdef bint place_is_possible(Core *core, uint64_t location) noexcept nogil:
     return where >> PAGE_SHIFT < core.arena.total and (where & (PAGE_BYTES - 1)) + least <= PAGE_BYTES
 
 
-cdef void drop_lower_copy(Core *core, Slot *slot, Entry old) noexcept nogil:
+cdef void drop_lower_copy(Core *core, Slot *slot, uint64_t page, Entry old) noexcept nogil:
     """Let go of the copy below an ephemeral page that is gone.
 
     Its address may just be changing (the tier moved it): under the allocator's lock,
@@ -84,31 +85,33 @@ cdef void drop_lower_copy(Core *core, Slot *slot, Entry old) noexcept nogil:
     is lost until the next start counts anew.
     """
     cdef BlobHeader *header = object_header(&core.arena, where_of(old.location), length_of(old.location))
-    cdef uint64_t lower
+    cdef ColdPage copy
     cdef bint sound
     lock_take(&core.allocator.lock)
-    lower = header_lower(header)
+    copy = cold_page(page, version_of(old.version), header_lower(header), old.location)
     sound = header_is_sound(header)
     pthread_mutex_unlock(&core.allocator.lock)
     if not sound:
         count(slot, C_DAMAGED_LOWER_ADDRESSES, 1)
     elif core.lower.tiers != NULL:
-        core.lower.drop(core.lower.tiers, ST_DISK, lower, length_of(old.location))
+        core.lower.drop(core.lower.tiers, &copy)
 
 
-cdef void dispose(Core *core, Slot *slot, Entry old) noexcept nogil:
+cdef void dispose(Core *core, Slot *slot, uint64_t page, Entry old) noexcept nogil:
     """Free what a replaced entry held.  A damaged one is left to the next rebuild."""
     cdef uint32_t state = state_of(old.version)
+    cdef ColdPage copy
     if not entry_is_sound(old.location, old.version):
         return
     if in_ram(state):
         if place_is_possible(core, old.location):
             if state == ST_RAM_EPHEMERAL:
-                drop_lower_copy(core, slot, old)
+                drop_lower_copy(core, slot, page, old)
             core.allocator.release(core.allocator, where_of(old.location), object_bytes(length_of(old.location)))
     elif is_below(state):
         if core.lower.tiers != NULL:
-            core.lower.drop(core.lower.tiers, state, where_of(old.location), length_of(old.location))
+            copy = cold_page(page, version_of(old.version), where_of(old.location), old.location)
+            core.lower.drop(core.lower.tiers, &copy)
     elif state == ST_SAME:
         count(slot, C_SAME_FILLED_PAGES, <uint64_t>-1)
         zc_add64(&core.same_filled, <uint64_t>-1)
@@ -254,9 +257,9 @@ cdef int store_replace(
             break
         count(slot, C_FLIP_RETRIES, 1)
         if expected != NULL:
-            dispose(core, slot, new)
+            dispose(core, slot, page, new)
             return RAN_OUT
-    dispose(core, slot, old)
+    dispose(core, slot, page, old)
     count(slot, C_SUCC_STORES, 1)
     return 0
 
@@ -417,7 +420,7 @@ cdef void store_invalidate(Core *core, Slot *slot, uint64_t page, uint64_t versi
         if entry_flip(&core.index, page, old, new):
             break
         count(slot, C_FLIP_RETRIES, 1)
-    dispose(core, slot, old)
+    dispose(core, slot, page, old)
     count(slot, C_INVALIDATES, 1)
 
 

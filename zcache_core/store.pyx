@@ -10,8 +10,7 @@ Locks, in the order in which they may be taken together
     arena.lock             free and uncommitted frames (a leaf)
     index.lock             reserving versions (a leaf)
     ahead.lock             pages read ahead (a leaf)
-    crew.lock              its thread's sleep (a leaf)
-    ahead.lock             pages read ahead (a leaf)
+    peers.lock             the end of the ring of copies dropped at peers (a leaf)
     crew.lock              its thread's sleep (a leaf)
     tidy.turn              emptying frames, one at a time; taken before all of these
     tidy.lock              its thread's sleep (a leaf)
@@ -322,5 +321,5 @@ cdef class Store:
         in_use = core.arena.committed - core.arena.free_count - core.arena.moving
         pthread_mutex_unlock(&core.arena.lock)
         broken += in_use != counted["pers_pageframes"] + counted["eph_pageframes"]
-        broken += counted["disk_pages"] != below + counted["eph_zpages"]
+        broken += counted["disk_pages"] + counted["pers_pages_remoted"] != below + counted["eph_zpages"]
         return broken

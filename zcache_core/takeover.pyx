@@ -17,8 +17,8 @@ from zcache_core.core cimport Core
 from zcache_core.counter_ids cimport C_LOST_PAGES, C_REBUILD_US, C_REBUILT_PAGES
 from zcache_core.index cimport entry_flip, entry_load, versions_start_at, versions_take
 from zcache_core.layout cimport (
-    ST_DISK, ST_LOST, ST_RAM, ST_RAM_EPHEMERAL, ST_SAME, BlobHeader, Entry, entry_is_sound,
-    header_is_sound, header_lower, header_page, header_version, length_of, state_of, version_of, version_word, where_of,
+    ST_LOST, ST_PEER, ST_RAM, ST_RAM_EPHEMERAL, ST_SAME, BlobHeader, Entry, entry_is_sound,
+    header_is_sound, header_lower, header_page, header_version, length_of, lower_state, state_of, version_of, version_word, where_of,
 )
 from zcache_core.native cimport zc_store32
 from zcache_core.pthread cimport lock_take, now_us, pthread_mutex_unlock
@@ -42,7 +42,7 @@ cdef void adopt_ephemeral(Core *core, uint64_t page, Entry e) noexcept nogil:
         header_is_sound(header) and header_page(header) == page and header_version(header) == version_of(e.version)
     )
     if sound and core.lower.tiers != NULL:
-        if core.lower.adopt(core.lower.tiers, ST_DISK, header_lower(header), length_of(e.location)):
+        if core.lower.adopt(core.lower.tiers, header_lower(header), length_of(e.location)):
             lock_take(&core.allocator.lock)
             core.allocator.ephemeral(core.allocator, where_of(e.location), object_bytes(length_of(e.location)), 1)
             pthread_mutex_unlock(&core.allocator.lock)
@@ -81,9 +81,11 @@ cdef void *takeover(void *argument) noexcept nogil:
             else:
                 mark_lost(core, slot, page, e)
         elif is_below(state):
-            if core.lower.tiers == NULL:
+            if not (core.lower.peers if state == ST_PEER else core.lower.disk):
                 pass                # its tier was not given this time: EIO, but not forgotten
-            elif core.lower.adopt(core.lower.tiers, state, where_of(e.location), length_of(e.location)):
+            elif state == lower_state(where_of(e.location)) and core.lower.adopt(
+                core.lower.tiers, where_of(e.location), length_of(e.location)
+            ):
                 count(slot, C_REBUILT_PAGES, 1)
             else:
                 mark_lost(core, slot, page, e)

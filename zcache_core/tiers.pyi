@@ -1,6 +1,7 @@
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from zcache_core.peertier import PeerTier
 from zcache_core.store import Store
 
 W = TypeVar("W")
@@ -9,13 +10,14 @@ class Cooling:
     def __init__(
         self,
         store: Store,
-        fd: int,
-        disk_bytes: int,
+        fd: int = -1,
+        disk_bytes: int = 0,
         preallocated: bool = False,
         high: int = 90,
         low: int = 80,
         encrypt: bool = False,
         writeback_limit: int = 0,
+        peers: PeerTier | None = None,
     ) -> None: ...
     def start(self) -> None: ...
     def stop(self) -> None: ...

@@ -1,6 +1,6 @@
 """Tiers: what leaves RAM and when, and what comes back; put together, started, stopped.
 
-    RAM tier -- drop, adopt --------------------------------> ColdTier (disk)
+    RAM tier -- drop, adopt --------------------------------> ColdTier (disk; peers; both)
              -- fetch ---------> fetching.pyx ---------------->
              -- wait for room -> cooler.pyx -> eviction.pyx -->
 
@@ -16,6 +16,7 @@ from libc.string cimport memset
 from posix.mman cimport MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, PROT_READ, PROT_WRITE, mmap, munmap
 
 from zcache_core.ahead cimport ahead_discard, ahead_make, ahead_start, ahead_stop
+from zcache_core.both cimport Both, both_make
 from zcache_core.below cimport GATHER_BYTES, RESORT_PAGES, Tiers
 from zcache_core.cold cimport COLD_BATCH, COLD_CAPSULE, ColdPage, ColdTier
 from zcache_core.cooler cimport cooling_thread, tiers_wait_room
@@ -31,6 +32,8 @@ from zcache_core.pthread cimport (
     cond_init, lock_init, lock_take, pthread_cond_broadcast, pthread_cond_signal, pthread_join,
     pthread_mutex_unlock, thread_start,
 )
+from zcache_core.peers cimport peers_memory_bytes
+from zcache_core.peertier cimport PeerTier
 from zcache_core.slots cimport SLOTS
 from zcache_core.store cimport Store
 
@@ -42,15 +45,14 @@ cdef extern from "<sys/mman.h>" nogil:
 
 # ---- what the RAM tier calls, beside fetch and wait_room -----------------------------------
 
-cdef void tiers_drop(void *tiers, uint32_t state, uint64_t where, uint32_t length_bytes) noexcept nogil:
+cdef void tiers_drop(void *tiers, const ColdPage *page) noexcept nogil:
     cdef Tiers *t = <Tiers *>tiers
-    if state == t.cold.state:
-        t.cold.drop(t.cold, where, length_bytes)
+    t.cold.drop(t.cold, page)
 
 
-cdef bint tiers_adopt(void *tiers, uint32_t state, uint64_t where, uint32_t length_bytes) noexcept nogil:
+cdef bint tiers_adopt(void *tiers, uint64_t where, uint32_t length_bytes) noexcept nogil:
     cdef Tiers *t = <Tiers *>tiers
-    return state == t.cold.state and t.cold.adopt(t.cold, where, length_bytes)
+    return t.cold.adopt(t.cold, where, length_bytes)
 
 
 cdef void tiers_adopted(void *tiers) noexcept nogil:
@@ -62,26 +64,31 @@ cdef void tiers_adopted(void *tiers) noexcept nogil:
 
 @cython.no_gc_clear         # its thread uses the store until it is stopped
 cdef class Cooling:
-    """The tiers below one store: a disk, so far.  Make it before store.start().
+    """The tiers below one store: a disk, peers, or both.  Make it before store.start().
 
-    `fd` is an open file or block device of which `disk_bytes` are ours; `preallocated`
+    `peers` is the tier of those.  `fd` (-1: no disk) is an open file or block device of which `disk_bytes` are ours; `preallocated`
     says that its room was promised, `encrypt` that pages are encrypted on it (what is
     there already is read either way), `writeback_limit` how many bytes a day may be written
     (0: as many as need be).  Raises ConfigError, MemoryFileError.
     """
 
     def __cinit__(
-        self, Store store not None, int fd, uint64_t disk_bytes, preallocated=False, int high=90, int low=80,
-        bint encrypt=False, uint64_t writeback_limit=0,
+        self, Store store not None, int fd=-1, uint64_t disk_bytes=0, preallocated=False, int high=90, int low=80,
+        bint encrypt=False, uint64_t writeback_limit=0, PeerTier peers=None,
     ):
         cdef Tiers *t = &self.tiers
         cdef Crypt *crypt = NULL
         memset(t, 0, sizeof(Tiers))
         if not 0 < low <= high <= 100:
             raise ConfigError(f"watermarks low={low} and high={high} are out of order; use 0 < low <= high <= 100")
-        if disk_bytes < DISK_BYTES_LEAST:
+        if fd < 0 and peers is None:
+            raise ConfigError("there is nothing below; give it a disk, or peers")
+        if fd >= 0 and disk_bytes < DISK_BYTES_LEAST:
             raise ConfigError(f"a disk of {disk_bytes} bytes is too small; use at least 8 MiB")
+        if disk_bytes >> 47:
+            raise ConfigError("a disk has less than 128 TiB; use a smaller disk_size")
         self.store = store
+        self.peers = peers
         t.core = &store.core
         t.orders.high_percent, t.orders.low_percent = high, low
         t.orders.writeback_limit_bytes = writeback_limit
@@ -92,13 +99,16 @@ cdef class Cooling:
         if encrypt or not store.memory.fresh:
             self.sealer = Sealer(store.memory)
             crypt = &self.sealer.crypt
-        t.cold = self.disk = disk_make(
-            fd, disk_bytes, store.memory.super, store.core.device, preallocated,
-            store.memory.counters + (SLOTS + 3) * COUNTER_CELLS, crypt, encrypt,
-            &t.orders.writeback_limit_bytes,
-        )
-        if self.disk != NULL:
+        if fd >= 0:
+            self.disk = disk_make(
+                fd, disk_bytes, store.memory.super, store.core.device, preallocated,
+                store.memory.counters + (SLOTS + 3) * COUNTER_CELLS, crypt, encrypt,
+                &t.orders.writeback_limit_bytes,
+            )
+            if self.disk == NULL:
+                raise MemoryFileError("no memory for the disk's tables; choose a smaller pool")
             self.disk.get_many = disk_get_many
+        t.cold = self._with_peers()
         t.orders.cells = store.memory.counters + (SLOTS + 4) * COUNTER_CELLS
         orders_tell(&t.orders)
         t.gathered = pages_of(GATHER_BYTES)
@@ -107,12 +117,13 @@ cdef class Cooling:
         t.resort_batch = <ColdPage *>pages_of(RESORT_PAGES * sizeof(ColdPage))
         t.ghost_cells = ghost_cells(store.core.arena.total)
         t.ghosts = <uint32_t *>pages_of(t.ghost_cells * sizeof(uint32_t))
-        if not (self.disk and t.gathered and t.batch and t.entries and t.resort_batch and t.ghosts):
+        if not (t.cold and t.gathered and t.batch and t.entries and t.resort_batch and t.ghosts):
             raise MemoryFileError("no memory for the tiers' buffers; choose a smaller pool")
         if not ahead_make(&t.ahead, t.core, t.cold, store.memory.counters + (SLOTS + 5) * COUNTER_CELLS):
             raise MemoryFileError("no memory for reading ahead; choose a smaller pool")
         t.cells[C_PRIVATE_TABLE_BYTES] = (
-            disk_memory_bytes(self.disk) + GATHER_BYTES + t.ghost_cells * sizeof(uint32_t)
+            (disk_memory_bytes(self.disk) if self.disk != NULL else 0)
+            + (peers_memory_bytes() + sizeof(Both) if peers is not None else 0) + GATHER_BYTES + t.ghost_cells * sizeof(uint32_t)
             + COLD_BATCH * (sizeof(ColdPage) + sizeof(Entry)) + RESORT_PAGES * sizeof(ColdPage)
         )
         lock_init(&t.lock)
@@ -125,7 +136,20 @@ cdef class Cooling:
         store.core.lower.adopt = tiers_adopt
         store.core.lower.adopted = tiers_adopted
         store.core.lower.wait_room = tiers_wait_room
+        store.core.lower.peers = peers is not None
+        store.core.lower.disk = self.disk != NULL
         store.core.lower.tiers = t
+
+    cdef ColdTier *_with_peers(self):
+        """The disk alone, or what puts peers before it; NULL without memory."""
+        if self.peers is None:
+            return self.disk
+        self.both = <Both *>pages_of(sizeof(Both))
+        if self.both == NULL:
+            return NULL
+        self.peers.peers.core = &self.store.core
+        both_make(self.both, &self.peers.peers.face, self.disk)
+        return &self.both.face
 
     def start(self):
         """Start the threads; the store is started."""
@@ -153,9 +177,11 @@ cdef class Cooling:
         self.stop()
         if self.store is not None:
             self.store.core.lower.tiers = NULL
+            self.store.core.lower.peers = self.store.core.lower.disk = False
         if self.disk != NULL:
             disk_discard(self.disk)
         ahead_discard(&self.tiers.ahead)
+        unmap(self.both, sizeof(Both))
         unmap(self.tiers.gathered, GATHER_BYTES)
         unmap(self.tiers.batch, COLD_BATCH * sizeof(ColdPage))
         unmap(self.tiers.entries, COLD_BATCH * sizeof(Entry))

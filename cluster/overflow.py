@@ -1,0 +1,127 @@
+"""The owner's side of the peers, put together: seats, replicas and renewal over one ledger.
+
+    ring or simulation --put, get, drop--> Overflow --> Donor objects
+                                              `-- look, every LOOK_S: who is there, what to do
+
+What it is not: what reads the ring (peerring.py), or what has sockets (peerlink.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+from collections.abc import Iterable, Sequence
+
+from cluster.peerwire import Donor, LinkState, Page, unpack
+from cluster.renewal import Renewal
+from cluster.replicas import DEVICE, Asked, Got, Options, Replicas, Stored
+from cluster.seats import Copy, Identity, Ledger, Seats
+from zcache_core.ringside import rows_of_where
+
+LOOK_S = 0.1
+COMPARE_S = 600.0  # what donors lost, or hold for nobody, is found within that time
+
+
+class Overflow:
+    """Everything that one owner does with its donors.  Made inside a running event loop."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        donors: Iterable[Donor],
+        rng: random.Random,
+        options: Options,
+        identity: Identity = lambda donor: donor.name,
+    ) -> None:
+        self._ledger, self.options = ledger, options
+        self.donors = list(donors)
+        loop = asyncio.get_running_loop()
+        self.seats = Seats(ledger, self.donors, loop.time(), identity)
+        self.replicas = Replicas(ledger, self.seats, rng, options, self._drop, self._doubt)
+        self.renewal = Renewal(ledger, self.seats, self.replicas, options)
+        self._were_up: set[int] = set()
+        self._next_compare_s = loop.time() + COMPARE_S
+        for donor in self.donors:
+            donor.on_state = self._on_state
+            donor.on_recall = self._on_recall
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begin to look after donors."""
+        self._task = asyncio.get_running_loop().create_task(self._run())
+
+    async def stop(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+        await self.replicas.close()
+
+    async def _run(self) -> None:
+        while True:
+            self.look()
+            await asyncio.sleep(LOOK_S)
+
+    def look(self) -> None:
+        """Who is there now, and what is to be done about it."""
+        now_s = asyncio.get_running_loop().time()
+        self.seats.refresh(now_s)
+        up = {seat.row for seat in self.seats.all() if seat.is_up}
+        self.renewal.to_compare |= up - self._were_up
+        if now_s >= self._next_compare_s:
+            self._next_compare_s = now_s + COMPARE_S
+            self.compare_all()
+        self._were_up = up
+        self.renewal.look(now_s)
+
+    # ---- what the owner asks ---------------------------------------------------------------
+
+    async def put(self, pages: Sequence[tuple[int, int, int, bytes]]) -> list[Stored]:
+        """Store sealed pages; the rows that have each, or an errno."""
+        return await self.replicas.put(pages)
+
+    def forget(
+        self, pages: Sequence[tuple[int, int, int, bytes]], stored: Sequence[Stored]
+    ) -> None:
+        """Nobody took note of what was stored: drop it."""
+        for (page, version, length_codec, _), where in zip(pages, stored, strict=True):
+            for row in where.rows:
+                self._drop(row, Page(DEVICE, page, version, length_codec))
+
+    async def get(self, asked: Sequence[Asked]) -> list[Got]:
+        """Pages with the same rows and the same wrong copies."""
+        return await self.replicas.get(asked)
+
+    def drop(self, copies: Iterable[Copy]) -> None:
+        """Copies that the owner does not need any more."""
+        for page, version, where, length_codec in copies:
+            for row in rows_of_where(where):
+                self._drop(row, Page(DEVICE, page, version, length_codec))
+
+    def compare_all(self) -> None:
+        """Drops went missing on the way to us: look at all donors for what nobody needs."""
+        self.renewal.to_compare |= {seat.row for seat in self.seats.all()}
+
+    @property
+    def room_bytes(self) -> int:
+        return self.replicas.room_bytes
+
+    # ---- what donors tell ------------------------------------------------------------------
+
+    def _drop(self, row: int, page: Page) -> None:
+        self.renewal.drop(row, page)
+
+    def _doubt(self, asked: Asked, row: int) -> None:
+        self.renewal.doubt(asked, row)
+
+    def _on_state(self, donor: Donor) -> None:
+        self.seats.refresh(asyncio.get_running_loop().time())
+        if donor.state is LinkState.UP:
+            seat = self.seats.of(donor)
+            if seat is not None:
+                self.renewal.to_compare.add(seat.row)
+        self.replicas.note_change()
+
+    def _on_recall(self, donor: Donor, records: bytes, seconds: float) -> None:
+        self.renewal.recall(donor, unpack(records))

@@ -1,0 +1,251 @@
+"""The node's side of overflow: the server's ring on one end, links to donors on the other.
+
+    server's peer tier <==ring==> RingPump --> Overflow --> PeerLink --TLS or plain--> donors
+    memory file, read-only ------> RingLedger ---^
+
+Pages pass as they are, sealed: this process has no key and sees none in the clear.  It keeps
+nothing that a successor would need: what is where stands in the server's index.
+
+Bound: as many gets as the ring has cells, one batch; the ring is emptied every LOOK_S even when
+nobody wakes us.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster import peeraddress
+from cluster.overflow import LOOK_S, Overflow
+from cluster.peeraddress import PeerAddress
+from cluster.peerlink import PeerLink
+from cluster.peerwire import NAME_BYTES, Hello
+from cluster.replicas import Asked, Options
+from cluster.seats import Copy
+from zcache_core import ringside
+from zcache_core.errors import MemoryFileError
+from zcache_core.memfile import MemoryFile
+from zcache_core.ringside import Batch, RingSide, Wanted, rows_of_where, where_of_rows
+
+DROPS_AT_ONCE = 8192
+ATTACH_S = 10.0  # a predecessor that is killed lets go of the ring when it is reaped
+
+
+class RingLedger:
+    """What the memory file and the ring say, as `seats.Ledger` wants it."""
+
+    def __init__(self, ring: RingSide, memory: MemoryFile) -> None:
+        self._ring, self._memory = ring, memory
+        self.device_pages = memory.device_bytes // 4096
+
+    @property
+    def ticks(self) -> int:
+        return self._ring.ticks
+
+    def rows(self) -> dict[int, tuple[bytes, int]]:
+        return ringside.donors(self._memory)
+
+    def copies(self) -> Sequence[int]:
+        return self._ring.copies()
+
+    def name_row(self, row: int, donor_id: bytes, epoch: int) -> bool:
+        return self._ring.donor(row, donor_id, epoch)
+
+    def moved(self, copy: Copy, new: int) -> bool:
+        page, version, where, length_codec = copy
+        return self._ring.moved(page, version, length_codec, where, new)
+
+    def pages(self, first: int, n: int, most: int) -> tuple[list[Copy], int]:
+        return ringside.pages_on_peers(self._memory, first, n, most)
+
+    def counts_on(self, page: int, version: int, row: int) -> bool:
+        return ringside.is_counted_on(self._memory, page, version, row)
+
+
+class RingPump:
+    """Moves what is asked from the ring to the Overflow, and answers back."""
+
+    def __init__(self, ring: RingSide, overflow: Overflow) -> None:
+        self._ring, self._overflow = ring, overflow
+        self._missed = ring.drops_missed
+        self._task: asyncio.Task[None] | None = None
+        self._spawn = overflow.replicas.spawn
+
+    def start(self) -> None:
+        loop = asyncio.get_running_loop()
+        loop.add_reader(self._ring.wake_fd, self._woken)
+        self._task = loop.create_task(self._beat())
+        self.pump()
+
+    async def stop(self) -> None:
+        asyncio.get_running_loop().remove_reader(self._ring.wake_fd)
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    def _woken(self) -> None:
+        try:
+            os.read(self._ring.wake_fd, 8)
+        except BlockingIOError:
+            return
+        self.pump()
+
+    async def _beat(self) -> None:
+        while True:
+            self._ring.beat()
+            self._publish()
+            self.pump()
+            await asyncio.sleep(LOOK_S)
+
+    def _publish(self) -> None:
+        replicas, room = self._overflow.replicas, self._overflow.room_bytes
+        numbers = replicas.numbers
+        self._ring.publish(
+            room > 0,
+            room,
+            replicas.live,
+            numbers.short_pages,
+            numbers.wrong_copies,
+            numbers.hedged_gets,
+        )
+
+    def pump(self) -> None:
+        """Take out everything there is."""
+        groups: dict[tuple[int, int], list[Wanted]] = {}
+        for wanted in self._ring.gets():
+            groups.setdefault((wanted.where, wanted.wrong), []).append(wanted)
+        for group in groups.values():
+            self._spawn(self._get(group))
+        if (drops := self._ring.drops(DROPS_AT_ONCE)) != []:
+            self._overflow.drop(drops)
+        if (batch := self._ring.batch()) is not None:
+            self._spawn(self._put(batch))
+        if self._ring.drops_missed != self._missed:
+            self._missed = self._ring.drops_missed
+            self._overflow.compare_all()
+
+    async def _get(self, group: list[Wanted]) -> None:
+        rows = rows_of_where(group[0].where)
+        asked = [Asked(w.page, w.version, w.length_codec, rows, w.wrong) for w in group]
+        for wanted, got in zip(group, await self._overflow.get(asked), strict=True):
+            self._ring.answer_get(wanted, got.error, got.sealed, got.copy)
+
+    async def _put(self, batch: Batch) -> None:
+        stored = await self._overflow.put(batch.pages)
+        answers = [
+            (where_of_rows(one.rows) if not one.error else 0, one.error or 0) for one in stored
+        ]
+        if not self._ring.answer_batch(batch.turn, answers):
+            self._overflow.forget(batch.pages, stored)
+
+
+@dataclass(frozen=True)
+class PeerOptions:
+    """What a person chose."""
+
+    peers: tuple[str, ...]
+    replicas: int
+    tls: str | None
+
+
+class PeerSide:
+    """All of it, for the node process: made, started, asked, stopped."""
+
+    def __init__(self, fd: int, wake_fd: int, memory: MemoryFile, options: PeerOptions) -> None:
+        self._fd, self._wake_fd, self._memory, self._options = fd, wake_fd, memory, options
+        self._links: list[PeerLink] = []
+        self._ring: RingSide | None = None
+        self._overflow: Overflow | None = None
+        self._pump: RingPump | None = None
+
+    async def start(self) -> None:
+        """Take the ring, dial the donors.  Raises ZcacheError."""
+        self._ring = await self._attach()
+        tls = peeraddress.context(self._options.tls, server=False) if self._options.tls else None
+        owner = owner_name(self._options.tls, self._memory)
+        hello = Hello(owner, self._memory.epoch)
+        self._links = [
+            PeerLink(PeerAddress.read("peers", text), hello, tls) for text in self._options.peers
+        ]
+        ledger = RingLedger(self._ring, self._memory)
+        options = Options(copies=self._options.replicas)
+        # A certificate's name is one node's; without, two donors may have the same name.
+        of_link = {id(link): str(link.address) for link in self._links}
+        self._overflow = Overflow(
+            ledger,
+            list(self._links),
+            random.Random(),
+            options,
+            lambda donor: donor.name if tls else f"{donor.name}@{of_link[id(donor)]}",
+        )
+        self._pump = RingPump(self._ring, self._overflow)
+        for link in self._links:
+            link.start()
+        self._overflow.start()
+        self._pump.start()
+
+    async def _attach(self) -> RingSide:
+        loop = asyncio.get_running_loop()
+        until = loop.time() + ATTACH_S
+        while True:
+            try:
+                return RingSide(self._fd, self._wake_fd)
+            except MemoryFileError:
+                if loop.time() > until:
+                    raise
+            await asyncio.sleep(0.05)
+
+    async def stop(self) -> None:
+        for part in (self._pump, self._overflow, *self._links):
+            if part is not None:
+                await part.stop()
+        if self._ring is not None:
+            self._ring.close()
+
+    def peers(self) -> list[dict[str, Any]]:
+        """What the method `peers` answers: every donor, how it is, what it has of ours."""
+        if self._overflow is None or self._ring is None:
+            return []
+        copies = self._ring.copies()
+        found = []
+        for link in self._links:
+            seat = self._overflow.seats.of(link)
+            found.append(
+                {
+                    "address": str(link.address),
+                    "name": link.name if link.epoch else "",
+                    "state": link.state.name.lower(),
+                    "why_down": link.why_down,
+                    "latency_us": round(link.latency_us),
+                    "room_bytes": link.offer.room_bytes,
+                    "held_bytes": link.offer.held_bytes,
+                    "health": link.offer.health.name.lower(),
+                    "copies": copies[seat.row] if seat is not None else 0,
+                    "wrong_copies": seat.lies if seat is not None else 0,
+                }
+            )
+        return found
+
+
+def owner_name(tls: str | None, memory: MemoryFile) -> str:
+    """Who we are to donors: the certificate's name (or the machine's), then the memory file's.
+
+    A private memory file has its epoch for a name: two servers of one machine must not
+    end each other's epochs.
+    """
+    machine = socket.gethostname()
+    if tls:
+        from cluster.certificates import name_in  # 10 MiB that a plain node does not need
+
+        machine = name_in(Path(tls))
+    instance = memory.name or f"{memory.epoch:016x}"
+    name = f"{machine}/{instance}"
+    if len(name.encode()) > NAME_BYTES:
+        name = f"{machine}/{memory.epoch:016x}"
+    return name.encode()[:NAME_BYTES].decode(errors="ignore")

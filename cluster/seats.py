@@ -1,0 +1,182 @@
+"""Who is behind the numbers in the addresses: donors and the rows they sit on.
+
+    peers= -> Donor objects --hello--> name and epoch --note--> row of the donor table
+    row -> LIVE (answers), AWAY (does not, yet), LOST (came back empty, lies, or away too long)
+
+A row is a donor and the epoch of its memory.  The same donor with another epoch is another
+row: what stood at the old one is gone.  A row is given to somebody else only when no address
+counts on it.  A donor that is away is waited for GIVE_UP_S, then its copies are renewed
+elsewhere; should it come back, what is still counted on there is used again.
+
+What it is not: what moves pages (replicas.py, renewal.py).  No clock of its own: time comes in.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from cluster.peerwire import Donor, Health, LinkState
+from cluster.placement import Candidate
+
+ID_BYTES = 16
+LIES_MOST = 3  # wrong copies, then a donor is believed in nothing
+Copy = tuple[int, int, int, int]  # page, version, where, length_codec
+
+
+Identity = Callable[[Donor], str]  # what tells donors apart, also after a restart of either
+
+
+class Ledger(Protocol):
+    """What the server and its memory file know: the donor table and which copies count."""
+
+    device_pages: int
+
+    @property
+    def ticks(self) -> int:
+        """Grows when all that was answered and told before its last value is in the index."""
+
+    def rows(self) -> dict[int, tuple[bytes, int]]:
+        """The donor table: row -> (id, epoch)."""
+
+    def copies(self) -> Sequence[int]:
+        """How many copies the index counts on, by row."""
+
+    def name_row(self, row: int, donor_id: bytes, epoch: int) -> bool:
+        """Ask for a row to be this donor; it is when `rows` says so."""
+
+    def moved(self, copy: Copy, new: int) -> bool:
+        """The page's copies are at address `new` from now on.  False: no room, tell it later."""
+
+    def pages(self, first: int, n: int, most: int) -> tuple[list[Copy], int]:
+        """Copies counted on among pages first .. first + n - 1, and where to go on."""
+
+    def counts_on(self, page: int, version: int, row: int) -> bool:
+        """Whether the index counts on this copy, or may do."""
+
+
+class Standing(enum.Enum):
+    """Of a row."""
+
+    LIVE = enum.auto()
+    AWAY = enum.auto()
+    LOST = enum.auto()
+
+
+@dataclass
+class Seat:
+    """One donor as long as it has one epoch."""
+
+    row: int
+    donor: Donor | None  # None: nobody of that name has been met since the start
+    since_s: float  # when it was last seen, or we started
+    lies: int = 0
+    empty: bool = False  # the donor of that name has another epoch now
+    slow_until_s: float = 0.0  # it kept somebody waiting: not chosen until then if others can be
+    reserved_bytes: int = 0  # of what is on its way there
+    dropping: set[tuple[int, int]] = field(default_factory=set)  # (page, version), not yet told
+    # Of CALLS_MOST calls of a connection; one each is left for drops, comparing and pings.
+    puts: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(4))
+    gets: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(9))
+
+    @property
+    def is_up(self) -> bool:
+        return (
+            self.donor is not None
+            and not self.empty
+            and self.donor.state in (LinkState.UP, LinkState.SUSPECT)
+        )
+
+    def standing(self, now_s: float, give_up_s: float) -> Standing:
+        if self.empty or self.lies >= LIES_MOST:
+            return Standing.LOST
+        if self.is_up:
+            return Standing.LIVE
+        return Standing.LOST if now_s - self.since_s > give_up_s else Standing.AWAY
+
+    def candidate(self) -> Candidate | None:
+        """What it may be given, or None."""
+        donor = self.donor
+        if donor is None or self.empty or self.lies >= LIES_MOST:
+            return None
+        if donor.state is not LinkState.UP or donor.offer.health is not Health.OK:
+            return None
+        free = max(0, donor.offer.room_bytes - self.reserved_bytes)
+        total = donor.offer.room_bytes + donor.offer.held_bytes
+        return Candidate(self.row, free, total, donor.latency_us)
+
+
+def donor_id(name: str) -> bytes:
+    """A donor's name as the donor table has it."""
+    return hashlib.blake2b(name.encode(), digest_size=ID_BYTES).digest()
+
+
+class Seats:
+    """All rows, and the donors that were met."""
+
+    def __init__(
+        self, ledger: Ledger, donors: Iterable[Donor], now_s: float, identity: Identity
+    ) -> None:
+        self._identity = identity
+        self._ledger, self._donors, self._started_s = ledger, list(donors), now_s
+        self._seats: dict[int, Seat] = {}
+        self._asked: dict[tuple[bytes, int], float] = {}
+        self.refresh(now_s)
+
+    def all(self) -> list[Seat]:
+        return list(self._seats.values())
+
+    def get(self, row: int) -> Seat | None:
+        return self._seats.get(row)
+
+    def of(self, donor: Donor) -> Seat | None:
+        """The seat of a donor that is known under its present epoch."""
+        for seat in self._seats.values():
+            if seat.donor is donor and not seat.empty:
+                return seat
+        return None
+
+    def refresh(self, now_s: float) -> None:
+        """Look again who sits where; ask for rows for those who have none."""
+        table = self._ledger.rows()
+        met = {}
+        for donor in self._donors:
+            if donor.epoch and donor.state in (LinkState.UP, LinkState.SUSPECT):
+                met[donor_id(self._identity(donor))] = donor
+        for row in [row for row in self._seats if row not in table]:
+            del self._seats[row]
+        for row, (name, epoch) in table.items():
+            seat = self._seats.get(row)
+            if seat is None:
+                seat = self._seats[row] = Seat(row, None, self._started_s)
+                self._asked.pop((name, epoch), None)
+            donor_met = met.get(name)
+            if donor_met is not None and donor_met.epoch == epoch:
+                seat.donor, seat.since_s, seat.empty = donor_met, now_s, False
+            elif donor_met is not None:
+                seat.empty = True
+                seat.donor = None
+        known = set(table.values())
+        for name, donor in met.items():
+            if (name, donor.epoch) not in known:
+                self._ask_for_row(name, donor.epoch, table, now_s)
+
+    def _ask_for_row(
+        self, name: bytes, epoch: int, table: dict[int, tuple[bytes, int]], now_s: float
+    ) -> None:
+        if now_s - self._asked.get((name, epoch), -1e9) < 1.0:
+            return
+        copies = self._ledger.copies()
+        pending = len(self._asked)
+        free = [row for row in range(len(copies)) if row not in table]
+        free += [
+            row
+            for row, seat in self._seats.items()
+            if copies[row] == 0 and not seat.is_up and not seat.reserved_bytes
+        ]
+        if pending < len(free) and self._ledger.name_row(free[pending], name, epoch):
+            self._asked[name, epoch] = now_s

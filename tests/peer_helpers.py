@@ -1,0 +1,104 @@
+"""A node process in a thread, over the ring, with donors that are dicts and do as they are told."""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import threading
+import time
+from typing import Any
+
+from zcache_core import ringside
+from zcache_core.memfile import MemoryFile
+from zcache_core.peertier import PeerTier
+from zcache_core.ringside import RingSide, Wanted, rows_of_where, where_of_rows
+
+Key = tuple[int, int, int]  # row, page, version
+
+
+class FakeNode:
+    """Attached until `die`; its donors outlive it: give `held` to the next one."""
+
+    def __init__(
+        self,
+        tier: PeerTier,
+        memory: MemoryFile,
+        donors: int = 3,
+        held: dict[Key, bytes] | None = None,
+    ) -> None:
+        self.ring = RingSide(tier.fd, tier.wake_fd)
+        self.memory, self.donors = memory, donors
+        self.held = {} if held is None else held
+        self.room_bytes = 1 << 40
+        self.copies = 2
+        self.lock = threading.Lock()
+        self.put_error = 0  # all puts fail with it
+        self.spoil: set[int] = set()  # rows that answer with other bytes
+        self.absent: set[int] = set()  # rows that answer nothing
+        self.silent = False  # takes and never answers
+        self.wrong_seen = 0
+        self.turn = 0
+        self.dead = False
+        known = ringside.donors(memory)
+        for row in range(donors):
+            if row not in known:
+                assert self.ring.donor(row, bytes([row + 1] * 16), 7)
+        self.ring.publish(True, self.room_bytes, donors, 0, 0, 0)
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self.dead:
+            if select.select([self.ring.wake_fd], [], [], 0.02)[0]:
+                os.read(self.ring.wake_fd, 8)
+            self.ring.beat()
+            if self.silent:
+                continue
+            with self.lock:
+                self._serve()
+        self.ring.close()
+
+    def _serve(self) -> None:
+        for wanted in self.ring.gets():
+            self._answer(wanted)
+        batch = self.ring.batch()
+        if batch is not None:
+            answers = []
+            for page, version, _, sealed in batch.pages:
+                self.turn += 1
+                rows = [(self.turn + n) % self.donors for n in range(self.copies)]
+                for row in rows:
+                    self.held[row, page, version] = sealed
+                answers.append((where_of_rows(rows), self.put_error))
+            self.ring.answer_batch(batch.turn, answers)
+        for page, version, where, _ in self.ring.drops(1 << 20):
+            for row in rows_of_where(where):
+                self.held.pop((row, page, version), None)
+
+    def _answer(self, wanted: Wanted) -> None:
+        self.wrong_seen += wanted.wrong.bit_count()
+        for place, row in enumerate(rows_of_where(wanted.where)):
+            sealed = self.held.get((row, wanted.page, wanted.version))
+            if wanted.wrong >> place & 1 or row in self.absent or sealed is None:
+                continue
+            if row in self.spoil:
+                sealed = bytes([sealed[0] ^ 1]) + sealed[1:]
+            self.ring.answer_get(wanted, 0, sealed, place)
+            return
+        self.ring.answer_get(wanted, errno.EIO if wanted.wrong else errno.ENODATA)
+
+    def publish(self, ready: bool = True) -> None:
+        self.ring.publish(ready, self.room_bytes, self.donors, 0, 0, 0)
+
+    def die(self) -> None:
+        """As a killed process: what it had taken stays taken."""
+        self.dead = True
+        self._thread.join()
+
+
+def wait_until(condition: Any, what: str, seconds: float = 20.0) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, f"waited in vain until {what}"
+        time.sleep(0.002)

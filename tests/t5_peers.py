@@ -1,0 +1,375 @@
+"""The peer tier over its ring, with a node in a thread: sealed, checked, bounded, found again."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cold_helpers import DISK_BYTES, make_object, refused
+from tests.core_helpers import PAGE
+from tests.peer_helpers import FakeNode, Key, wait_until
+from tests.tiers_helpers import open_file
+from zcache_core import counters, ringside
+from zcache_core.coldprobe import BATCH_MOST, ColdProbe
+from zcache_core.errors import MemoryFileError
+from zcache_core.memfile import MemoryFile
+from zcache_core.peertier import PeerTier
+from zcache_core.ringside import RingSide, rows_of_where, where_of_rows
+from zcache_core.store import Store
+from zcache_core.tiers import Cooling
+
+
+@pytest.fixture
+def memory() -> Iterator[MemoryFile]:
+    memory = MemoryFile.create(None, 64 * PAGE, 16 * PAGE)
+    yield memory
+    memory.close()
+
+
+@pytest.fixture
+def tier(memory: MemoryFile) -> PeerTier:
+    return PeerTier(memory)
+
+
+@pytest.fixture
+def probe(memory: MemoryFile, tier: PeerTier, tmp_path: Path) -> Iterator[ColdProbe]:
+    fd = open_file(tmp_path / "unused", DISK_BYTES)
+    probe = ColdProbe(memory, fd, DISK_BYTES)
+    probe.wrap(lambda _: tier)
+    yield probe
+    os.close(fd)
+
+
+@pytest.fixture
+def node(memory: MemoryFile, tier: PeerTier, probe: ColdProbe) -> Iterator[FakeNode]:
+    node = FakeNode(tier, memory)
+    probe.tick()  # the donor table
+    yield node
+    node.die()
+
+
+def test_addresses() -> None:
+    assert where_of_rows([0]) == 1 << 47 | 1
+    assert where_of_rows([2, 0, 95]) == 1 << 47 | 96 << 30 | 1 << 15 | 3
+    assert rows_of_where(where_of_rows([2, 0, 95])) == (2, 0, 95)
+    for rows in ([], [1, 1], [96], [0, 1, 2, 3]):
+        with pytest.raises(ValueError):  # noqa: PT011
+            where_of_rows(rows)
+
+
+def test_against_a_model(
+    probe: ColdProbe, node: FakeNode, memory: MemoryFile, rng: random.Random
+) -> None:
+    alive = {}
+    version = 1
+    for _ in range(60):
+        batch = [make_object(rng, rng.randrange(60), version + i) for i in range(rng.randrange(40))]
+        version += len(batch)
+        for thing, (where, error) in zip(batch, probe.put(batch), strict=True):
+            assert error == 0
+            assert len(rows_of_where(where)) == 2
+            alive[thing[1]] = thing, where
+        for thing, where in rng.sample(list(alive.values()), min(5, len(alive))):
+            assert probe.get(thing[0], thing[1], where, thing[2]) == thing[3]
+        for v in rng.sample(sorted(alive), len(alive) // 4):
+            thing, where = alive.pop(v)
+            probe.drop(where, len(thing[3]), thing[0], thing[1])
+        probe.tick()
+        now = counters.read(memory)
+        assert now["pers_pages_remoted"] == len(alive)
+        assert now["remote_bytes"] == sum(2 * (len(t[3]) + 24) for t, _ in alive.values())
+    wait_until(lambda: len(node.held) == 2 * len(alive), "nothing leaks at the donors")
+    for thing, where in alive.values():
+        assert probe.get(thing[0], thing[1], where, thing[2]) == thing[3]
+        assert thing[3] not in node.held.values(), "nothing plain leaves"
+    probe.put([make_object(rng, i % 64, version + i, PAGE) for i in range(BATCH_MOST)])
+
+
+def test_a_wrong_copy_is_found_and_the_other_one_used(
+    probe: ColdProbe, node: FakeNode, memory: MemoryFile, rng: random.Random
+) -> None:
+    things = [make_object(rng, i, i + 1) for i in range(30)]
+    where = [w for w, _ in probe.put(things)]
+    node.spoil = {0}
+    for thing, at in zip(things, where, strict=True):
+        assert probe.get(thing[0], thing[1], at, thing[2]) == thing[3]
+    found = counters.read(memory)["remote_corrupt_pages"]
+    assert found == node.wrong_seen == sum(rows_of_where(at)[0] == 0 for at in where)
+    node.spoil = {0, 1, 2}
+    assert refused(probe, 0, 1, where[0], things[0][2]) == errno.EILSEQ
+
+
+def test_exchanged_and_replayed_pages_are_refused(
+    probe: ColdProbe, node: FakeNode, rng: random.Random
+) -> None:
+    """Whoever answers with another page, or an older version, is found out."""
+    old, new, other = (make_object(rng, p, v, 100) for p, v in ((1, 1), (1, 2), (2, 3)))
+    new, other = (new[0], new[1], old[2], new[3]), (other[0], other[1], old[2], other[3])
+    (where, _), *_ = probe.put([new])
+    probe.put([old, other])
+    for liar in ((1, 1), (2, 3)):
+        with node.lock:
+            [sealed, *_] = [s for (_, p, v), s in node.held.items() if (p, v) == liar]
+            for row in range(3):
+                node.held[row, 1, 2] = sealed
+        assert refused(probe, 1, 2, where, new[2]) == errno.EILSEQ
+
+
+def test_impossible_addresses(probe: ColdProbe, node: FakeNode) -> None:
+    for where in (
+        0,
+        8,
+        1 << 47,
+        1 << 47 | 5,
+        1 << 47 | 1 << 15,
+        1 << 47 | 1 << 15 | 1,
+        1 << 46 | 1,
+    ):
+        assert refused(probe, 1, 1, where, 0xFFF0) == errno.EILSEQ
+        assert not probe.adopt(where, PAGE)
+    assert refused(probe, 1, 1, where_of_rows([0, 1]), 0xFFF0) == errno.ENODATA
+
+
+def test_nobody_answers_within_the_bounds(
+    probe: ColdProbe, tier: PeerTier, node: FakeNode, rng: random.Random
+) -> None:
+    thing = make_object(rng, 1, 1)
+    [(where, _)] = probe.put([thing])
+    node.silent = True
+    tier.set_bounds(50_000, 50_000)
+    assert refused(probe, 1, 1, where, thing[2]) == errno.EIO
+    assert probe.put([make_object(rng, 2, 2)])[0][1] == errno.EIO
+    node.silent = False
+    tier.set_bounds(10_000_000, 10_000_000)
+    assert probe.get(1, 1, where, thing[2]) == thing[3], "a late answer is nobody's"
+    assert probe.put([make_object(rng, 3, 3)])[0][1] == 0
+
+
+def test_a_dead_node_takes_nothing_and_the_next_one_answers(
+    probe: ColdProbe, tier: PeerTier, memory: MemoryFile, rng: random.Random
+) -> None:
+    node = FakeNode(tier, memory)
+    probe.tick()
+    thing = make_object(rng, 1, 1)
+    [(where, error)] = probe.put([thing])
+    assert error == 0
+    node.silent = True
+    got: list[bytes] = []
+    reader = threading.Thread(target=lambda: got.append(probe.get(1, 1, where, thing[2])))
+    reader.start()
+    node.ring.gets()  # taken, never answered
+    node.die()
+    assert not probe.takes()
+    assert probe.put([make_object(rng, 2, 2)])[0][1] == errno.EIO, "at once"
+    again = FakeNode(tier, memory, held=node.held)
+    reader.join(20)
+    assert got == [thing[3]]
+    assert probe.put([make_object(rng, 3, 3)])[0][1] == 0
+    with pytest.raises(MemoryFileError, match="another node"):
+        RingSide(tier.fd, tier.wake_fd)
+    again.die()
+
+
+def test_a_put_under_way_fails_when_the_node_dies(
+    probe: ColdProbe, tier: PeerTier, memory: MemoryFile, rng: random.Random
+) -> None:
+    node = FakeNode(tier, memory)
+    probe.tick()
+    node.silent = True
+    tier.set_bounds(60_000_000, 60_000_000)
+    answers: list[int] = []
+    things = [make_object(rng, 1, 1)]
+    putter = threading.Thread(target=lambda: answers.extend(e for _, e in probe.put(things)))
+    putter.start()
+    wait_until(lambda: node.ring.batch() is not None, "the batch is there")
+    node.die()
+    putter.join(20)
+    assert answers == [errno.EIO]
+
+
+# ---- below a store -------------------------------------------------------------------------
+
+
+class Below:
+    """A store over peers, and a disk if there is one."""
+
+    def __init__(
+        self, memory: MemoryFile, fd: int = -1, held: dict[Key, bytes] | None = None
+    ) -> None:
+        self.memory = memory
+        self.store = Store(memory)
+        self.tier = PeerTier(memory)
+        size = DISK_BYTES if fd >= 0 else 0
+        self.cooling = Cooling(self.store, fd, size, False, 50, 40, peers=self.tier)
+        self.node = FakeNode(self.tier, memory, held=held)
+        self.store.start()
+        self.cooling.start()
+
+    def stop(self) -> None:
+        self.cooling.stop()
+        self.store.stop()
+        self.node.die()
+
+    def state(self, page: int) -> int:
+        return self.store.entry(page)[1] & 0xF
+
+    def now(self) -> dict[str, int]:
+        return counters.read(self.memory)
+
+
+def content(rng: random.Random) -> bytes:
+    return rng.randbytes(rng.choice([900, 2000, 4000])).ljust(PAGE, b"z")
+
+
+PEER, RAM, LOST = 5, 2, 6
+
+
+@pytest.mark.parametrize("with_disk", [False, True])
+def test_a_store_over_peers(tmp_path: Path, rng: random.Random, with_disk: bool) -> None:
+    """More than three pools; every page as a dict has it; also after a restart."""
+    fd = open_file(tmp_path / "disk", DISK_BYTES) if with_disk else -1
+    name = f"t5peers{os.getpid()}x{rng.getrandbits(32)}"
+    memory = MemoryFile.create(name, 1024 * PAGE, 256 * PAGE)
+    below = Below(memory, fd)
+    model: dict[int, bytes] = {}
+    try:
+        for _ in range(4000):
+            page = rng.randrange(900)
+            dice = rng.random()
+            if dice < 0.6:
+                model[page] = content(rng)
+                below.store.put(page, model[page])
+            elif dice < 0.9:
+                assert below.store.get(page) == model.get(page, bytes(PAGE))
+            else:
+                below.store.invalidate(page)
+                model.pop(page, None)
+        assert below.now()["pers_pages_remoted"] > 200
+        assert below.store.check() == 0
+        held = below.node.held
+        below.stop()
+        memory.close()
+        memory = MemoryFile.open(name)
+        below = Below(memory, fd, held)
+        for page in range(900):
+            assert below.store.get(page) == model.get(page, bytes(PAGE)), page
+        assert below.store.check() == 0
+        now = below.now()
+        assert now["lost_pages"] == now["remote_pers_pages_unsucc_get"] == 0
+        below.store.invalidate(0, 1024)
+        wait_until(lambda: not below.node.held, "everything is dropped at the donors")
+        assert below.now()["pers_pages_remoted"] == below.now()["remote_bytes"] == 0
+    finally:
+        below.stop()
+        memory.destroy()
+        if fd >= 0:
+            os.close(fd)
+
+
+@pytest.fixture
+def below(rng: random.Random) -> Iterator[Below]:
+    memory = MemoryFile.create(None, 1024 * PAGE, 256 * PAGE)
+    below = Below(memory)
+    yield below
+    below.stop()
+    memory.close()
+
+
+def fill(below: Below, rng: random.Random, pages: int = 600) -> dict[int, bytes]:
+    """Write pages that do not all fit; which are at peers alone afterwards."""
+    model = {page: rng.randbytes(PAGE) for page in range(pages)}
+    for page, data in model.items():
+        below.store.put(page, data)
+    wait_until(lambda: any(below.state(p) == PEER for p in model), "pages are at peers")
+    return model
+
+
+def test_read_twice_is_moved_up_and_dropped_below(below: Below, rng: random.Random) -> None:
+    model = fill(below, rng, 300)
+    below.store.invalidate(150, 150)  # room for them
+    page = next(p for p in range(150) if below.state(p) == PEER)
+    version = below.store.entry(page)[1] >> 12
+    for _ in range(3):
+        assert below.store.get(page) == model[page]
+    assert below.state(page) == RAM
+    wait_until(
+        lambda: not any(key[1:] == (page, version) for key in below.node.held), "dropped below"
+    )
+    assert below.store.check() == 0
+
+
+def test_a_page_that_no_donor_has_is_lost_and_counted(below: Below, rng: random.Random) -> None:
+    fill(below, rng)
+    page = next(p for p in range(600) if below.state(p) == PEER)
+    with below.node.lock:
+        for key in [key for key in below.node.held if key[1] == page]:
+            del below.node.held[key]
+    for _ in range(2):
+        with pytest.raises(OSError) as error:  # noqa: PT011
+            below.store.get(page)
+        assert error.value.errno == errno.EIO
+    assert below.state(page) == LOST
+    assert below.now()["lost_pages"] == 1
+    assert below.store.check() == 0
+    below.store.put(page, b"n" * PAGE)
+    assert below.store.get(page) == b"n" * PAGE
+
+
+def test_moved_copies_are_found_at_their_new_place(below: Below, rng: random.Random) -> None:
+    model = fill(below, rng)
+    node = below.node
+    below.store.put(599, b"x" * PAGE)
+    found, end = ringside.pages_on_peers(below.memory, 0, 1024, 4096)
+    assert end == 1024
+    assert len(found) == below.now()["pers_pages_remoted"]
+    moved = 0
+    for page, version, where, length_codec in found:
+        a, b = rows_of_where(where)
+        c = 3 - a - b
+        with node.lock:
+            node.held[c, page, version] = node.held[b, page, version]
+            moved += node.ring.moved(page, version, length_codec, where, where_of_rows([b, c]))
+    wait_until(lambda: below.now()["remote_moved_pages"] == moved, "all is told")
+    wait_until(lambda: len(node.held) == 2 * moved, "the old copies are dropped")
+    for page, version, where, _ in found:
+        a, b = rows_of_where(where)
+        assert ringside.is_counted_on(below.memory, page, version, b)
+        assert not ringside.is_counted_on(below.memory, page, version, a)
+    assert [n for _, _, n in below.tier.donors()][:3] == [
+        sum(key[0] == row for key in node.held) for row in range(3)
+    ]
+    # what was overwritten meanwhile is not moved
+    page, version, where, length_codec = found[0]
+    below.store.put(page, model[page])
+    with node.lock:
+        assert node.ring.moved(page, version, length_codec, where, where_of_rows([0, 1]))
+    wait_until(node.ring.heard, "it is heard")
+    for p in range(599):
+        assert below.store.get(p) == model[p]
+    assert below.store.check() == 0
+
+
+def test_peers_that_refuse_leave_it_to_the_disk(tmp_path: Path, rng: random.Random) -> None:
+    fd = open_file(tmp_path / "disk", DISK_BYTES)
+    memory = MemoryFile.create(None, 1024 * PAGE, 256 * PAGE)
+    below = Below(memory, fd)
+    try:
+        below.node.put_error = errno.ENOSPC
+        model = {page: rng.randbytes(PAGE) for page in range(600)}
+        for page, data in model.items():
+            below.store.put(page, data)
+        assert below.now()["disk_pages"] > 0
+        assert below.now()["pers_pages_remoted"] == 0
+        for page, data in model.items():
+            assert below.store.get(page) == data
+        assert below.store.check() == 0
+    finally:
+        below.stop()
+        memory.close()
+        os.close(fd)

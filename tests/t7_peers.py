@@ -1,0 +1,177 @@
+"""A real owner and real donors: killed, stopped, started empty; no read fails or is wrong."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.plugin_helpers import WAIT_S, Server, environment, remove_memory, wait_for
+
+PAGE = 4096
+PAGES = 3000
+LENT = 24 << 20
+
+
+class Lender:
+    """One `zcache node` on a Unix socket of its own; killed, it comes back empty."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.folder = folder / name
+        self.folder.mkdir()
+        self.address = str(self.folder / "peer")
+        self.process: subprocess.Popen[bytes] | None = None
+        self.start()
+
+    def start(self) -> None:
+        words = ["--listen", self.address, "--donate", str(LENT)]
+        words += ["--control", str(self.folder / "ctl")]
+        log = open(self.folder / "log", "ab")  # noqa: SIM115
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "cluster.lending", *words],
+            env=environment(self.folder) | {"PYTHONPATH": os.getcwd()},
+            stdout=log,
+            stderr=log,
+        )
+        log.close()
+        wait_for("the donor's socket", Path(self.address).exists)
+
+    def signal(self, number: int) -> None:
+        assert self.process is not None
+        self.process.send_signal(number)
+
+    def kill(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait(WAIT_S)
+            self.process = None
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.address)
+
+
+@pytest.fixture
+def lenders(tmp_path: Path) -> Iterator[list[Lender]]:
+    made = [Lender(tmp_path, f"d{i}") for i in range(3)]
+    yield made
+    for lender in made:
+        if lender.process is not None:
+            lender.signal(signal.SIGCONT)
+        lender.kill()
+
+
+class Model:
+    """What each page of the device is."""
+
+    def __init__(self, server: Server, rng: random.Random) -> None:
+        self.server, self.rng = server, rng
+        self.handle = server.connect()
+        self.pages: dict[int, bytes] = {}
+
+    def write(self, page: int) -> None:
+        self.pages[page] = self.rng.randbytes(self.rng.choice([1000, 3000, 4096])).ljust(PAGE, b"x")
+        self.handle.pwrite(self.pages[page], page * PAGE)
+
+    def check(self, n: int | None = None) -> None:
+        """Every page, or n of them, as written."""
+        pages = list(self.pages)
+        for page in pages if n is None else self.rng.sample(pages, min(n, len(pages))):
+            assert self.handle.pread(PAGE, page * PAGE) == self.pages[page], page
+
+    def churn(self, n: int) -> None:
+        for _ in range(n):
+            if self.rng.random() < 0.4:
+                self.write(self.rng.randrange(PAGES))
+            else:
+                self.check(1)
+
+
+def words(lenders: list[Lender], *more: str) -> list[str]:
+    addresses = ",".join(lender.address for lender in lenders)
+    return ["size=16M", "pool=2M", f"peers={addresses}", *more]
+
+
+def live(server: Server) -> int:
+    return sum(peer["state"] == "up" for peer in server.rpc("peers"))
+
+
+def stats(server: Server) -> dict[str, Any]:
+    found: dict[str, Any] = server.rpc("stats")
+    return found
+
+
+@pytest.mark.timeout(300)
+def test_donors_fail_one_after_the_other(
+    tmp_path: Path, lenders: list[Lender], rng: random.Random
+) -> None:
+    """Two copies: kill -9, SIGSTOP, and back; the device never notices."""
+    with Server(tmp_path, *words(lenders)) as server:
+        wait_for("all donors", lambda: live(server) == 3)
+        wait_for("room", lambda: stats(server)["remote_room_bytes"] > 0)
+        model = Model(server, rng)
+        for page in range(PAGES):
+            model.write(page)
+        assert stats(server)["pers_pages_remoted"] > 1500
+        model.check()
+        for lender in lenders:
+            lender.kill()
+            model.churn(300)
+            wait_for("it is missed", lambda: stats(server)["remote_short_pages"])
+            lender.start()
+            wait_for("it is back", lambda: live(server) == 3)
+            wait_for("copies are renewed", lambda: not stats(server)["remote_short_pages"])
+            model.churn(100)
+            lender.signal(signal.SIGSTOP)
+            model.churn(100)
+            lender.signal(signal.SIGCONT)
+            wait_for("it answers again", lambda: live(server) == 3)
+        model.check()
+        now = stats(server)
+        assert now["remote_pers_pages_unsucc_get"] == now["lost_pages"] == 0
+        assert now["failed_requests"] == now["remote_corrupt_pages"] == 0
+        assert now["remote_moved_pages"] > 0
+        model.handle.trim(16 << 20, 0)
+        wait_for(
+            "everything is dropped at the donors",
+            lambda: sum(peer["held_bytes"] for peer in server.rpc("peers")) == 0,
+        )
+        assert stats(server)["pers_pages_remoted"] == 0
+
+
+@pytest.mark.timeout(300)
+def test_the_owner_is_killed_and_finds_its_pages(
+    tmp_path: Path, lenders: list[Lender], rng: random.Random
+) -> None:
+    name = f"t7peers{os.getpid()}x{rng.getrandbits(32)}"
+    try:
+        with Server(tmp_path, *words(lenders, f"memory={name}")) as server:
+            wait_for("room", lambda: stats(server)["remote_room_bytes"] > 0)
+            model = Model(server, rng)
+            for page in range(PAGES):
+                model.write(page)
+            before = stats(server)["pers_pages_remoted"]
+            assert before > 1500
+            node = server.node_pid
+            os.kill(node, signal.SIGKILL)  # its node first: gets wait for the next one
+            model.check(50)
+            assert server.ping()["pid"] != node
+            server.disconnect()
+            server.process.kill()
+            server.process.wait(WAIT_S)
+            server.socket.unlink()
+            with Server(tmp_path, *words(lenders, f"memory={name}")) as successor:
+                model.server, model.handle = successor, successor.connect()
+                model.check()
+                now = stats(successor)
+                assert now["lost_pages"] == now["remote_pers_pages_unsucc_get"] == 0
+                assert now["pers_pages_remoted"] > 1000
+            remove_memory(name)
+    finally:
+        remove_memory(name)

@@ -1,0 +1,478 @@
+"""The peer tier: pages in the RAM of other machines, through the node process.
+
+    put   seal -> the ring -> the node sends copies to donors -> every one acknowledged -> where
+    get   the ring -> the node asks a donor -> open the seal, or have the next copy asked for
+    drop  the ring -> the node tells the donors, in time
+
+A `where` is the numbers of the donors that hold a copy, up to three:
+
+    47  46 45  44 .......... 30  29 .......... 15  14 ........... 0
+    1   0      third copy        second copy       first copy         row + 1 in the donor table
+
+The table, in the memory file, says who a number is, so a restarted server or node finds all
+again.  When copies move to another donor, the node says so and each entry is told, as when
+a disk is cleaned (copy_moved): the page's version stays, an overwrite in between wins.
+
+A page is sealed before it enters the ring and opened after it came back: epoch of the memory file,
+device, page, version and length are bound to it, so neither a donor nor the node can
+change, exchange or replay one unnoticed.  A wrong copy is counted and the next one asked.
+
+Bounds: a put waits PUT_BOUND_US, a get GET_BOUND_US (long enough for a node process to be
+started again), a drop for nothing: what finds no room in its ring is counted and found
+by the node when it compares (reconciles).  Memory: sizeof(Ring), 3 MiB.
+Lock: `lock` (a leaf) guards the end of the ring of drops.
+"""
+
+from libc.errno cimport EILSEQ, EIO
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.string cimport memcpy, memset
+from posix.mman cimport MAP_FAILED, MAP_SHARED, PROT_READ, PROT_WRITE, mmap, munmap
+from posix.unistd cimport close, ftruncate
+
+from zcache_core.cold cimport ColdPage, ColdTier, cold_page
+from zcache_core.cooling cimport copy_moved
+from zcache_core.core cimport Core
+from zcache_core.counter_ids cimport (
+    C_HEDGED_REMOTE_GETS, C_LIVE_PEERS, C_MISSED_REMOTE_FLUSHES, C_PERS_PAGES_REMOTED, C_REMOTE_BYTES,
+    C_REMOTE_CORRUPT_PAGES, C_REMOTE_FAILED_PUTS, C_REMOTE_MOVED_PAGES, C_REMOTE_PAGE_FLUSHES,
+    C_REMOTE_PERS_PAGES_SUCC_GET, C_REMOTE_PERS_PAGES_SUCC_PUT, C_REMOTE_PERS_PAGES_UNSUCC_GET,
+    C_REMOTE_ROOM_BYTES, C_REMOTE_SHORT_PAGES,
+)
+from zcache_core.crypt cimport FOR_PEER, SEAL_BYTES, Associated, crypt_open, crypt_seal
+from zcache_core.layout cimport (
+    COPIES_MOST, DONOR_ID_BYTES, DONORS, ST_PEER, DonorRow, Superblock, donor_at, length_of, lower_state,
+)
+from zcache_core.native cimport (
+    zc_acquire_fence, zc_add64, zc_cas32, zc_load32, zc_load64, zc_release_fence, zc_store32, zc_store64,
+)
+from zcache_core.peerwhere cimport where_is_possible, where_without
+from zcache_core.pthread cimport lock_init, lock_take, now_us, pthread_mutex_unlock, sched_yield
+from zcache_core.ring cimport (
+    DROPS, NOTE_DONOR, NOTE_MOVED, NOTES, PUT_ROOM, RING_ANSWERED, RING_ASKED, RING_CELLS, RING_FREE, RING_MAGIC,
+    RING_STATE, RING_VERSION, Drop, GetCell, Note, PutRow, Ring, RingHead, zc_futex_wait, zc_is_locked, zc_kick,
+    zc_memory_fd,
+)
+
+cdef extern from "<sys/mman.h>" nogil:
+    enum: MAP_POPULATE
+cdef extern from "<sys/eventfd.h>" nogil:
+    enum: EFD_CLOEXEC, EFD_NONBLOCK
+    int eventfd(unsigned int initial, int flags)
+cdef extern from "<errno.h>":
+    enum: EHOSTUNREACH, ENODATA
+
+cdef enum:
+    # A node process that died is started after 0.1 s, and answers within a second or two
+    GET_BOUND_US = 8000000
+    PUT_BOUND_US = 4000000
+    STEP_US = 10000             # how soon a put notices that the node died
+    BEAT_LATE_US = 1000000      # a node that did not show itself for so long takes nothing new
+    NOTES_AT_ONCE = 1024
+
+
+# ---- what is counted on ----------------------------------------------------------------------
+
+cdef void count_copies(Peers *p, uint64_t where, uint32_t length_bytes, int sign) noexcept nogil:
+    cdef uint32_t i, donor
+    for i in range(COPIES_MOST):
+        donor = donor_at(where, i)
+        if donor and donor <= DONORS:
+            zc_add64(&p.ring.head.copies[donor - 1], <uint64_t><int64_t>sign)
+            zc_add64(&p.cells[C_REMOTE_BYTES], <uint64_t>(<int64_t>sign * <int64_t>(length_bytes + SEAL_BYTES)))
+
+
+cdef void count_page(Peers *p, uint64_t where, uint32_t length_bytes, int sign) noexcept nogil:
+    zc_add64(&p.cells[C_PERS_PAGES_REMOTED], <uint64_t><int64_t>sign)
+    count_copies(p, where, length_bytes, sign)
+
+
+cdef Associated about(Peers *p, const ColdPage *page) noexcept nogil:
+    cdef Associated bound
+    memset(&bound, 0, sizeof(bound))
+    bound.epoch = p.super.epoch
+    bound.version = page.version
+    bound.page = page.page
+    bound.length_codec = page.length_codec & 0xFFFF
+    bound.device = <uint8_t>p.device
+    bound.purpose = FOR_PEER
+    return bound
+
+
+# ---- reading -----------------------------------------------------------------------------------
+
+cdef GetCell *cell_take(Peers *p) noexcept nogil:
+    """A cell of ours; NULL when all are taken."""
+    cdef uint32_t i
+    for i in range(RING_CELLS):
+        if zc_load32(&p.busy[i]) == 0 and zc_cas32(&p.busy[i], 0, 1):
+            return &p.ring.cell[i]
+    return NULL
+
+
+cdef void cell_release(Peers *p, GetCell *cell) noexcept nogil:
+    zc_store32(&cell.word, (zc_load32(&cell.word) & ~<uint32_t>RING_STATE) + RING_STATE + 1)
+    zc_store32(&p.busy[cell - &p.ring.cell[0]], 0)
+
+
+cdef void ask(Peers *p, GetCell *cell, const ColdPage *page, uint32_t wrong) noexcept nogil:
+    cell.page = page.page
+    cell.version = page.version
+    cell.where = page.where
+    cell.wrong = wrong
+    cell.length_codec = page.length_codec & 0xFFFF
+    zc_release_fence()
+    zc_store32(&cell.word, (zc_load32(&cell.word) & ~<uint32_t>RING_STATE) + RING_STATE + 1 + RING_ASKED)
+    zc_kick(p.wake_fd)
+
+
+cdef bint answered(uint32_t *word, int64_t until_us) noexcept nogil:
+    """Wait for the answer; False when it is too late, and none can come any more."""
+    cdef uint32_t seen
+    cdef int64_t left_us
+    while True:
+        seen = zc_load32(word)
+        if seen & RING_STATE == RING_ANSWERED:
+            zc_acquire_fence()
+            return True
+        left_us = until_us - now_us()
+        if left_us > 0:
+            zc_futex_wait(word, seen, left_us)
+        elif zc_cas32(word, seen, (seen & ~<uint32_t>RING_STATE) + RING_STATE + 1):
+            return False
+
+
+cdef int finish_get(Peers *p, GetCell *cell, ColdPage *page, int64_t until_us) noexcept nogil:
+    """The blob of the page that was asked for, from whichever copy is right."""
+    cdef Associated bound = about(p, page)
+    cdef uint32_t length = length_of(page.length_codec)
+    cdef uint32_t wrong = 0
+    cdef uint32_t copies = 0
+    cdef int error
+    while donor_at(page.where, copies) and copies < COPIES_MOST:
+        copies += 1
+    while True:
+        if not answered(&cell.word, until_us):
+            error = EIO
+            break
+        error = cell.error
+        if error:
+            error = ENODATA if error == ENODATA and wrong == 0 else EIO
+            break
+        if cell.length_bytes == length + SEAL_BYTES and crypt_open(
+            p.crypt, p.crypt.cipher, &bound, cell.sealed, length, page.blob
+        ):
+            break
+        zc_add64(&p.cells[C_REMOTE_CORRUPT_PAGES], 1)
+        error = EILSEQ
+        wrong |= 1 << (cell.copy % COPIES_MOST)
+        if wrong + 1 >= <uint32_t>(1 << copies):
+            break
+        ask(p, cell, page, wrong)
+    zc_add64(&p.cells[C_REMOTE_PERS_PAGES_UNSUCC_GET if error else C_REMOTE_PERS_PAGES_SUCC_GET], 1)
+    cell_release(p, cell)
+    return error
+
+
+cdef int peers_get(ColdTier *tier, ColdPage *page, uint8_t *io) noexcept nogil:
+    cdef Peers *p = <Peers *>tier
+    cdef int64_t until_us = now_us() + p.get_bound_us
+    cdef GetCell *cell
+    if not where_is_possible(p.super, page.where):
+        return EILSEQ
+    cell = cell_take(p)
+    while cell == NULL and now_us() < until_us:
+        sched_yield()
+        cell = cell_take(p)
+    if cell == NULL:
+        return EIO
+    ask(p, cell, page, 0)
+    return finish_get(p, cell, page, until_us)
+
+
+cdef void peers_get_many(ColdTier *tier, ColdPage *pages, uint32_t n, uint8_t *room, uint64_t room_bytes) noexcept nogil:
+    """All are asked for before the first is waited for; those without a cell come after them."""
+    cdef Peers *p = <Peers *>tier
+    cdef int64_t until_us = now_us() + p.get_bound_us
+    cdef GetCell *cell[RING_CELLS]
+    cdef uint32_t first = 0
+    cdef uint32_t end, i
+    while first < n:
+        end = min(n, first + <uint32_t>RING_CELLS // 3)
+        for i in range(first, end):
+            cell[i - first] = cell_take(p) if where_is_possible(p.super, pages[i].where) else NULL
+            if cell[i - first] != NULL:
+                ask(p, cell[i - first], &pages[i], 0)
+        for i in range(first, end):
+            if cell[i - first] != NULL:
+                pages[i].error = finish_get(p, cell[i - first], &pages[i], until_us)
+            else:
+                pages[i].error = peers_get(tier, &pages[i], room)
+        first = end
+
+
+# ---- putting -----------------------------------------------------------------------------------
+
+cdef bint node_lives(Peers *p) noexcept nogil:
+    return zc_is_locked(p.fd)
+
+
+cdef bint peers_takes(ColdTier *tier) noexcept nogil:
+    """Whether a node is there, is not stuck, and has enough donors."""
+    cdef Peers *p = <Peers *>tier
+    cdef RingHead *head = &p.ring.head
+    return (
+        zc_load32(&head.ready) != 0 and now_us() - <int64_t>zc_load64(<uint64_t *>&head.beat_us) < BEAT_LATE_US
+        and node_lives(p)
+    )
+
+
+cdef uint32_t fill(Peers *p, const ColdPage *pages, uint32_t n) noexcept nogil:
+    """Seal pages into the put area, as many as fit; how many."""
+    cdef Associated bound
+    cdef PutRow *row
+    cdef uint32_t i, length
+    cdef uint32_t at = 0
+    for i in range(n):
+        length = length_of(pages[i].length_codec)
+        if at + length + SEAL_BYTES > PUT_ROOM:
+            return i
+        row = &p.ring.row[i]
+        bound = about(p, &pages[i])
+        if not crypt_seal(p.crypt, &bound, pages[i].blob, length, p.ring.put_bytes + at):
+            return i
+        row.version = pages[i].version
+        row.page = pages[i].page
+        row.where = 0
+        row.offset = at
+        row.length_codec = pages[i].length_codec & 0xFFFF
+        row.error = EIO
+        at += length + SEAL_BYTES
+    return n
+
+
+cdef bint put_answered(Peers *p) noexcept nogil:
+    """Wait for the node's answer; False when it is dead or too late.  Its notes are heard meanwhile."""
+    cdef RingHead *head = &p.ring.head
+    cdef int64_t until_us = now_us() + p.put_bound_us
+    cdef int64_t step_us
+    cdef uint32_t seen
+    while True:
+        step_us = now_us() + STEP_US
+        seen = zc_load32(&head.put_word)
+        if seen & RING_STATE == RING_ANSWERED:
+            zc_acquire_fence()
+            return True
+        if (step_us > until_us or not node_lives(p)) and zc_cas32(
+            &head.put_word, seen, (seen & ~<uint32_t>RING_STATE) + RING_STATE + 1
+        ):
+            return False
+        zc_futex_wait(&head.put_word, seen, STEP_US)
+        hear_notes(p)
+
+
+cdef uint32_t put_piece(Peers *p, ColdPage *pages, uint32_t n) noexcept nogil:
+    """One answer for the first pages; how many were asked for, 0 when nobody answered."""
+    cdef RingHead *head = &p.ring.head
+    cdef uint32_t filled = fill(p, pages, n)
+    cdef uint32_t i
+    cdef PutRow *row
+    if filled == 0:
+        return 0
+    head.put_rows = filled
+    zc_release_fence()
+    zc_store32(&head.put_word, (zc_load32(&head.put_word) & ~<uint32_t>RING_STATE) + RING_STATE + 1 + RING_ASKED)
+    zc_kick(p.wake_fd)
+    if not put_answered(p):
+        return 0
+    for i in range(filled):
+        row = &p.ring.row[i]
+        pages[i].error = row.error
+        pages[i].where = row.where
+        if pages[i].error == 0 and not where_is_possible(p.super, pages[i].where):
+            pages[i].error = EIO
+    zc_store32(&head.put_word, (zc_load32(&head.put_word) & ~<uint32_t>RING_STATE) + RING_STATE + 1)
+    return filled
+
+
+cdef uint32_t peers_put(ColdTier *tier, ColdPage *pages, uint32_t n) noexcept nogil:
+    cdef Peers *p = <Peers *>tier
+    cdef uint32_t done = 0
+    cdef uint32_t good = 0
+    cdef uint32_t asked = 1
+    cdef uint32_t i
+    if not peers_takes(tier):
+        asked = 0
+    while done < n and asked:
+        asked = put_piece(p, pages + done, n - done)
+        done += asked
+    for i in range(done, n):
+        pages[i].error = EIO
+    for i in range(done):
+        if pages[i].error == 0:
+            count_page(p, pages[i].where, length_of(pages[i].length_codec), 1)
+            good += 1
+    zc_add64(&p.cells[C_REMOTE_PERS_PAGES_SUCC_PUT], good)
+    zc_add64(&p.cells[C_REMOTE_FAILED_PUTS], n - good)
+    return good
+
+
+# ---- dropping ----------------------------------------------------------------------------------
+
+cdef void tell_dropped(Peers *p, const ColdPage *page, uint64_t where) noexcept nogil:
+    """Have the donors of `where` told; what finds no room in the ring is found out by comparing."""
+    cdef RingHead *head = &p.ring.head
+    cdef Drop *drop
+    if where == 0:
+        return
+    lock_take(&p.lock)
+    if head.drops_end - zc_load64(&head.drops_begin) < DROPS:
+        drop = &p.ring.drop[head.drops_end % DROPS]
+        drop.page = page.page
+        drop.version = page.version
+        drop.where = where
+        drop.length_codec = page.length_codec & 0xFFFF
+        zc_store64(&head.drops_end, head.drops_end + 1)
+    else:
+        head.drops_missed += 1
+    pthread_mutex_unlock(&p.lock)
+
+
+cdef void peers_drop(ColdTier *tier, const ColdPage *page) noexcept nogil:
+    cdef Peers *p = <Peers *>tier
+    if lower_state(page.where) == ST_PEER:
+        count_page(p, page.where, length_of(page.length_codec), -1)
+        zc_add64(&p.cells[C_REMOTE_PAGE_FLUSHES], 1)
+        tell_dropped(p, page, page.where)
+
+
+# ---- what the node tells -----------------------------------------------------------------------
+
+cdef void hear_moved(Peers *p, const Note *note) noexcept nogil:
+    """The copies of a page are elsewhere: its entry is told, or the new ones are nobody's."""
+    cdef ColdPage old = cold_page(note.page, note.version, note.old, note.length_codec)
+    cdef uint32_t length = length_of(note.length_codec)
+    if p.core == NULL or not where_is_possible(p.super, note.new) or note.page >= p.core.index.pages:
+        return
+    count_copies(p, note.new, length, 1)
+    if copy_moved(p.core, &old, note.new):
+        count_copies(p, note.old, length, -1)
+        tell_dropped(p, &old, where_without(note.old, note.new))
+        zc_add64(&p.cells[C_REMOTE_MOVED_PAGES], 1)
+    else:
+        count_copies(p, note.new, length, -1)
+        tell_dropped(p, &old, where_without(note.new, note.old))
+
+
+cdef void hear_donor(Peers *p, const Note *note) noexcept nogil:
+    """Who a number is.  One that addresses count on stays who it is."""
+    cdef DonorRow *row
+    if note.page < DONORS and zc_load64(&p.ring.head.copies[note.page]) == 0:
+        row = &p.super.donors[note.page]
+        row.epoch = note.new
+        memcpy(row.id, note.id, DONOR_ID_BYTES)
+
+
+cdef void hear_notes(Peers *p) noexcept nogil:
+    """By the thread that puts, alone."""
+    cdef RingHead *head = &p.ring.head
+    cdef uint32_t i
+    cdef Note note
+    for i in range(NOTES_AT_ONCE):
+        if head.notes_begin == zc_load64(&head.notes_end):
+            break
+        zc_acquire_fence()
+        note = p.ring.note[head.notes_begin % NOTES]
+        zc_store64(&head.notes_begin, head.notes_begin + 1)
+        if note.kind == NOTE_MOVED:
+            hear_moved(p, &note)
+        elif note.kind == NOTE_DONOR:
+            hear_donor(p, &note)
+
+
+cdef void peers_tick(ColdTier *tier) noexcept nogil:
+    cdef Peers *p = <Peers *>tier
+    cdef RingHead *head = &p.ring.head
+    cdef bint lives = node_lives(p)
+    hear_notes(p)
+    p.cells[C_LIVE_PEERS] = zc_load64(&head.live_peers) if lives else 0
+    p.cells[C_REMOTE_ROOM_BYTES] = zc_load64(&head.room_bytes) if lives else 0
+    p.cells[C_REMOTE_SHORT_PAGES] = zc_load64(&head.short_pages)
+    p.cells[C_HEDGED_REMOTE_GETS] = zc_load64(&head.hedged_gets)
+    p.cells[C_MISSED_REMOTE_FLUSHES] = head.drops_missed
+    zc_store64(&head.ticks, head.ticks + 1)
+
+
+# ---- the rest of the face -------------------------------------------------------------------------
+
+cdef bint peers_adopt(ColdTier *tier, uint64_t where, uint32_t length_bytes) noexcept nogil:
+    cdef Peers *p = <Peers *>tier
+    if not where_is_possible(p.super, where):
+        return False
+    count_page(p, where, length_bytes, 1)
+    return True
+
+
+cdef void peers_adopted(ColdTier *tier) noexcept nogil:
+    pass
+
+
+cdef bint peers_has_room(ColdTier *tier, uint64_t bytes) noexcept nogil:
+    return zc_load64(&(<Peers *>tier).ring.head.room_bytes) >= bytes
+
+
+cdef uint32_t peers_resort(ColdTier *tier, ColdPage *pages, uint32_t most, uint8_t *room, uint64_t room_bytes) noexcept nogil:
+    return 0                    # donors tidy up by themselves
+
+
+cdef void peers_resorted(ColdTier *tier) noexcept nogil:
+    pass
+
+
+cdef int peers_reason(ColdTier *tier) noexcept nogil:
+    return 0 if peers_takes(tier) else EHOSTUNREACH
+
+
+# ---- made and discarded -----------------------------------------------------------------------------
+
+cdef void peers_discard(Peers *p) noexcept nogil:
+    if p.ring != NULL and <void *>p.ring != MAP_FAILED:
+        munmap(p.ring, sizeof(Ring))
+    if p.fd >= 0:
+        close(p.fd)
+    if p.wake_fd >= 0:
+        close(p.wake_fd)
+    p.ring = NULL
+    p.fd = p.wake_fd = -1
+
+
+cdef bint peers_make(Peers *p, Superblock *super, uint32_t device, uint64_t *cells) noexcept nogil:
+    """False: no memory, or no descriptors."""
+    p.super, p.device, p.cells = super, device, cells
+    p.get_bound_us, p.put_bound_us = GET_BOUND_US, PUT_BOUND_US
+    lock_init(&p.lock)
+    p.fd = zc_memory_fd()
+    p.wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
+    if p.fd < 0 or p.wake_fd < 0 or ftruncate(p.fd, sizeof(Ring)):
+        return False
+    p.ring = <Ring *>mmap(NULL, sizeof(Ring), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, p.fd, 0)
+    if <void *>p.ring == MAP_FAILED:
+        return False
+    p.ring.head.magic, p.ring.head.ring_version = RING_MAGIC, RING_VERSION
+    p.face.name = b"peers"
+    p.face.put = peers_put
+    p.face.get = peers_get
+    p.face.get_many = peers_get_many
+    p.face.drop = peers_drop
+    p.face.adopt = peers_adopt
+    p.face.adopted = peers_adopted
+    p.face.takes = peers_takes
+    p.face.has_room = peers_has_room
+    p.face.resort = peers_resort
+    p.face.resorted = peers_resorted
+    p.face.tick = peers_tick
+    p.face.reason = peers_reason
+    return True
+
+
+cdef uint64_t peers_memory_bytes() noexcept nogil:
+    return sizeof(Ring)

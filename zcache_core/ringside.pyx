@@ -1,0 +1,385 @@
+"""The node's end of the ring: what is asked taken out, answers put in.
+
+    RingSide.attach -> [woken by wake_fd] -> gets, batch, drops -> answer_get, answer_batch, moved
+
+Called by one thread, the node's event loop; nothing here waits.  A node that attaches takes
+everything over that the last one left unanswered: gets are asked anew, a batch under way
+is answered as failed.
+
+A page is (page, version, where, length_codec); `where` as peers.pyx has it.
+"""
+
+from libc.errno cimport EIO
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.string cimport memcpy, memset
+from posix.fcntl cimport O_RDWR, open
+from posix.mman cimport MAP_FAILED, MAP_SHARED, PROT_READ, PROT_WRITE, mmap, munmap
+from posix.unistd cimport close
+
+from zcache_core.allocator cimport object_bytes
+from zcache_core.cold cimport COLD_BATCH
+from zcache_core.crypt cimport SEAL_BYTES
+from zcache_core.layout cimport (
+    COPIES_MOST, DONOR_BITS, DONOR_ID_BYTES, DONORS, HEADER_BYTES, PAGE_BYTES, PAGE_SHIFT, ST_PEER, ST_RAM_EPHEMERAL,
+    BlobHeader, Entry, donor_at, entry_is_sound, header_is_sound, header_lower, header_page, header_version,
+    length_of, lower_state, state_of, version_of, where_of,
+)
+from zcache_core.memfile cimport MemoryFile
+from zcache_core.native cimport (
+    zc_acquire_fence, zc_cas32, zc_load32, zc_load64, zc_release_fence, zc_store32, zc_store64,
+)
+from zcache_core.pthread cimport now_us
+from zcache_core.ring cimport (
+    DROPS, NOTE_DONOR, NOTE_MOVED, NOTES, PUT_ROOM, RING_ANSWERED, RING_ASKED, RING_CELLS, RING_MAGIC, RING_STATE,
+    RING_TAKEN, RING_VERSION, SEALED_MOST, Drop, GetCell, Note, PutRow, Ring, zc_futex_wake, zc_is_locked, zc_lock_it,
+)
+
+import os
+from typing import NamedTuple
+
+from zcache_core.errors import MemoryFileError
+
+ROWS = DONORS
+COPIES = COPIES_MOST
+
+
+class Wanted(NamedTuple):
+    """A page that is asked for; `turn` and `cell` go back with the answer."""
+
+    cell: int
+    turn: int
+    page: int
+    version: int
+    where: int
+    length_codec: int
+    wrong: int
+
+
+class Batch(NamedTuple):
+    """Pages to be put: (page, version, length_codec, sealed bytes) each."""
+
+    turn: int
+    pages: list[tuple[int, int, int, bytes]]
+
+
+def where_of_rows(rows):
+    """The address of a page whose copies are with the donors of these rows (1 to COPIES)."""
+    cdef uint64_t where = <uint64_t>1 << 47
+    cdef uint32_t i
+    if not 0 < len(rows) <= COPIES_MOST or len(set(rows)) != len(rows):
+        raise ValueError(f"copies are with 1 to {COPIES_MOST} different donors")
+    for i, row in enumerate(rows):
+        if not 0 <= row < DONORS:
+            raise ValueError(f"there is no row {row}")
+        where |= (<uint64_t>row + 1) << (DONOR_BITS * i)
+    return where
+
+
+def rows_of_where(uint64_t where):
+    """The donors' rows in an address, in its order."""
+    cdef uint32_t i
+    return tuple([donor_at(where, i) - 1 for i in range(COPIES_MOST) if donor_at(where, i)])
+
+
+cdef class RingSide:
+    """The ring of the descriptors `fd` and `wake_fd`, which the server gave us.
+
+    Raises MemoryFileError when it is none, or when another living node has it.
+    """
+
+    cdef Ring *ring
+    cdef int lock_fd
+    cdef readonly int wake_fd
+    cdef uint64_t attached
+
+    def __cinit__(self, int fd, int wake_fd):
+        cdef bytes path = f"/proc/self/fd/{fd}".encode()
+        self.ring = NULL
+        self.wake_fd = wake_fd
+        # A description of our own: the lock goes with us, not with who inherits the descriptor.
+        self.lock_fd = open(path, O_RDWR | os.O_CLOEXEC)
+        if self.lock_fd < 0 or os.fstat(self.lock_fd).st_size != sizeof(Ring):
+            raise MemoryFileError(f"descriptor {fd} is no ring of this version; restart the server")
+        if not zc_lock_it(self.lock_fd):
+            raise MemoryFileError("another node process has the ring; wait for its end")
+        self.ring = <Ring *>mmap(NULL, sizeof(Ring), PROT_READ | PROT_WRITE, MAP_SHARED, self.lock_fd, 0)
+        if <void *>self.ring == MAP_FAILED:
+            self.ring = NULL
+            raise MemoryFileError("no memory for the ring; restart the server")
+        if self.ring.head.magic != RING_MAGIC or self.ring.head.ring_version != RING_VERSION:
+            raise MemoryFileError(f"descriptor {fd} is no ring of this version; restart the server")
+        self._take_over()
+
+    cdef object _take_over(self):
+        """What a predecessor had taken is to be done."""
+        cdef uint32_t i, word
+        self.ring.head.ready = 0
+        self.ring.head.room_bytes = 0
+        self.ring.head.attached += 1
+        for i in range(RING_CELLS):
+            word = zc_load32(&self.ring.cell[i].word)
+            if word & RING_STATE == RING_TAKEN:
+                zc_cas32(&self.ring.cell[i].word, word, word - RING_TAKEN + RING_ASKED)
+        word = zc_load32(&self.ring.head.put_word)
+        if word & RING_STATE == RING_TAKEN:
+            zc_cas32(&self.ring.head.put_word, word, word - RING_TAKEN + RING_ANSWERED)
+            zc_futex_wake(&self.ring.head.put_word)
+        self.beat()
+
+    def close(self):
+        """Let go of the ring: the server sees it at once."""
+        if self.ring != NULL:
+            munmap(self.ring, sizeof(Ring))
+            self.ring = NULL
+        if self.lock_fd >= 0:
+            close(self.lock_fd)
+            self.lock_fd = -1
+
+    def __dealloc__(self):
+        self.close()
+
+    # ---- what is asked -----------------------------------------------------------------
+
+    def gets(self):
+        """The pages that are asked for since the last call, as a list of Wanted."""
+        cdef uint32_t i, word
+        cdef GetCell *cell
+        found = []
+        for i in range(RING_CELLS):
+            cell = &self.ring.cell[i]
+            word = zc_load32(&cell.word)
+            if word & RING_STATE != RING_ASKED:
+                continue
+            zc_acquire_fence()
+            wanted = Wanted(i, word >> 4, cell.page, cell.version, cell.where, cell.length_codec, cell.wrong)
+            if zc_cas32(&cell.word, word, word - RING_ASKED + RING_TAKEN):
+                found.append(wanted)
+        return found
+
+    def answer_get(self, wanted, int error, bytes sealed=b"", uint32_t copy=0):
+        """Answer one; False when nobody waits for it any more."""
+        cdef GetCell *cell = &self.ring.cell[wanted.cell]
+        cdef uint32_t word = (<uint32_t>wanted.turn << 4) + RING_TAKEN
+        cdef const uint8_t *data = sealed
+        cdef uint32_t length = len(sealed)
+        assert length <= SEALED_MOST
+        if zc_load32(&cell.word) != word:
+            return False
+        cell.error = error
+        cell.copy = copy
+        cell.length_bytes = length
+        memcpy(cell.sealed, data, length)
+        zc_release_fence()
+        if not zc_cas32(&cell.word, word, word - RING_TAKEN + RING_ANSWERED):
+            return False
+        zc_futex_wake(&cell.word)
+        return True
+
+    def batch(self):
+        """The batch that is to be put, or None."""
+        cdef uint32_t word = zc_load32(&self.ring.head.put_word)
+        cdef uint32_t i
+        cdef PutRow *row
+        if word & RING_STATE != RING_ASKED:
+            return None
+        zc_acquire_fence()
+        pages = []
+        for i in range(min(self.ring.head.put_rows, <uint32_t>COLD_BATCH)):
+            row = &self.ring.row[i]
+            length = length_of(row.length_codec) + SEAL_BYTES
+            if row.offset + <uint64_t>length > PUT_ROOM:
+                break
+            sealed = (<char *>self.ring.put_bytes + row.offset)[:length]
+            pages.append((row.page, row.version, row.length_codec & 0xFFFF, sealed))
+        if not zc_cas32(&self.ring.head.put_word, word, word - RING_ASKED + RING_TAKEN):
+            return None
+        return Batch(word >> 4, pages)
+
+    def is_wanted(self, turn):
+        """Whether the server still waits for the batch of that turn."""
+        return zc_load32(&self.ring.head.put_word) == (<uint32_t>turn << 4) + RING_TAKEN
+
+    def answer_batch(self, turn, answers):
+        """(where, errno) of each page; False when nobody waits any more: then nothing was put."""
+        cdef uint32_t word = (<uint32_t>turn << 4) + RING_TAKEN
+        cdef uint32_t i
+        if zc_load32(&self.ring.head.put_word) != word:
+            return False
+        for i, (where, error) in enumerate(answers):
+            self.ring.row[i].where = where
+            self.ring.row[i].error = error
+        zc_release_fence()
+        if not zc_cas32(&self.ring.head.put_word, word, word - RING_TAKEN + RING_ANSWERED):
+            return False
+        zc_futex_wake(&self.ring.head.put_word)
+        return True
+
+    def drops(self, uint32_t most):
+        """Up to `most` copies not needed any more: (page, version, where, length_codec) each."""
+        cdef uint64_t at = self.ring.head.drops_begin
+        cdef uint64_t end = zc_load64(&self.ring.head.drops_end)
+        cdef Drop *drop
+        found = []
+        zc_acquire_fence()
+        while at != end and len(found) < most:
+            drop = &self.ring.drop[at % DROPS]
+            found.append((drop.page, drop.version, drop.where, drop.length_codec))
+            at += 1
+        zc_store64(&self.ring.head.drops_begin, at)
+        return found
+
+    @property
+    def drops_missed(self):
+        """How many drops found no room in the ring so far."""
+        return self.ring.head.drops_missed
+
+    # ---- what we tell ------------------------------------------------------------------
+
+    cdef Note *_note(self):
+        """Room for a note; NULL: the server has not heard the last ones yet."""
+        if self.ring.head.notes_end - zc_load64(&self.ring.head.notes_begin) >= NOTES:
+            return NULL
+        cdef Note *note = &self.ring.note[self.ring.head.notes_end % NOTES]
+        memset(note, 0, sizeof(Note))
+        return note
+
+    cdef object _send(self):
+        zc_store64(&self.ring.head.notes_end, self.ring.head.notes_end + 1)
+
+    def moved(self, uint32_t page, uint64_t version, uint32_t length_codec, uint64_t old, uint64_t new):
+        """The page's copies are at `new`, not `old`, from now on.  False: no room, tell it later."""
+        cdef Note *note = self._note()
+        if note == NULL:
+            return False
+        note.kind, note.page, note.version, note.length_codec = NOTE_MOVED, page, version, length_codec
+        note.old, note.new = old, new
+        self._send()
+        return True
+
+    def donor(self, uint32_t row, bytes name not None, uint64_t epoch):
+        """Row `row` of the donor table should be this donor.  It is when `donors` says so."""
+        cdef Note *note = self._note()
+        assert len(name) == DONOR_ID_BYTES and row < DONORS
+        if note == NULL:
+            return False
+        note.kind, note.page, note.new = NOTE_DONOR, row, epoch
+        memcpy(note.id, <const char *>name, DONOR_ID_BYTES)
+        self._send()
+        return True
+
+    def heard(self):
+        """Whether the server has heard all notes."""
+        return self.ring.head.notes_end == zc_load64(&self.ring.head.notes_begin)
+
+    @property
+    def ticks(self):
+        """Grows when all that was answered and told before its last value is in the index."""
+        return zc_load64(&self.ring.head.ticks)
+
+    def beat(self):
+        """We are not stuck."""
+        zc_store64(<uint64_t *>&self.ring.head.beat_us, <uint64_t>now_us())
+
+    def publish(
+        self, bint ready, uint64_t room_bytes, uint64_t live_peers, uint64_t short_pages, uint64_t wrong_copies,
+        uint64_t hedged_gets,
+    ):
+        """How it is: what decides whether pages come to us, and what the counters say."""
+        self.ring.head.room_bytes = room_bytes
+        self.ring.head.live_peers = live_peers
+        self.ring.head.short_pages = short_pages
+        self.ring.head.wrong_copies = wrong_copies
+        self.ring.head.hedged_gets = hedged_gets
+        zc_store32(&self.ring.head.ready, ready)
+
+    def copies(self):
+        """How many copies the index counts on, by the donors' rows."""
+        cdef uint32_t i
+        return [zc_load64(&self.ring.head.copies[i]) for i in range(DONORS)]
+
+
+def donors(MemoryFile memory not None):
+    """{row: (id, epoch)} of the donor table."""
+    cdef uint32_t i
+    found = {}
+    for i in range(DONORS):
+        name = (<char *>memory.super.donors[i].id)[:DONOR_ID_BYTES]
+        if name.strip(b"\0"):
+            found[i] = (name, memory.super.donors[i].epoch)
+    return found
+
+
+cdef bint copy_of(MemoryFile memory, uint64_t page, uint64_t *version, uint64_t *where, uint32_t *length_codec) noexcept nogil:
+    """Whether the page has copies on peers, and which."""
+    cdef Entry e = memory.index[page]
+    cdef BlobHeader header
+    cdef uint64_t at
+    if not entry_is_sound(e.location, e.version):
+        return False            # torn, most likely: looked at again the next time
+    version[0] = version_of(e.version)
+    length_codec[0] = e.location & 0xFFFF
+    where[0] = where_of(e.location)
+    if state_of(e.version) == ST_PEER:
+        return True
+    if state_of(e.version) != ST_RAM_EPHEMERAL:
+        return False
+    at = where_of(e.location)
+    if at >> PAGE_SHIFT >= memory.super.pool_frames:
+        return False
+    if object_bytes(length_of(e.location)) >= PAGE_BYTES:
+        header = memory.frame_headers[at >> PAGE_SHIFT]
+    elif (at & (PAGE_BYTES - 1)) + HEADER_BYTES <= PAGE_BYTES:
+        header = (<BlobHeader *>(memory.arena + at))[0]
+    else:
+        return False
+    where[0] = header_lower(&header)
+    return (
+        header_is_sound(&header) and header_page(&header) == page and header_version(&header) == version[0]
+        and lower_state(where[0]) == ST_PEER
+    )
+
+
+def pages_on_peers(MemoryFile memory not None, uint64_t first, uint64_t n, uint32_t most):
+    """(pages, where to go on): copies that the index counts on among pages first .. first + n - 1.
+
+    At most `most` of them, (page, version, where, length_codec) each.  To be called again from
+    where it says, until that is first + n or the device's end.
+    """
+    cdef uint64_t page = first
+    cdef uint64_t end = min(first + n, memory.super.device_pages)
+    cdef uint64_t version = 0
+    cdef uint64_t where = 0
+    cdef uint32_t length_codec = 0
+    found = []
+    while page < end and len(found) < most:
+        if copy_of(memory, page, &version, &where, &length_codec):
+            found.append((page, version, where, length_codec))
+        page += 1
+    return found, page
+
+
+def is_counted_on(MemoryFile memory not None, uint64_t page, uint64_t wanted, uint32_t row):
+    """Whether the index counts on version `wanted` of a page at the donor of `row`, or may do.
+
+    An entry or header that is just changing, or damaged, may.
+    """
+    cdef uint64_t version = 0
+    cdef uint64_t where = 0
+    cdef uint32_t length_codec = 0
+    cdef uint32_t i
+    cdef Entry e
+    if page >= memory.super.device_pages:
+        return False
+    e = memory.index[page]
+    if not entry_is_sound(e.location, e.version):
+        return True
+    if version_of(e.version) != wanted or state_of(e.version) not in (ST_PEER, ST_RAM_EPHEMERAL):
+        return False
+    if not copy_of(memory, page, &version, &where, &length_codec):
+        return state_of(e.version) == ST_RAM_EPHEMERAL and lower_state(where) == ST_PEER
+    if version != wanted:
+        return True
+    for i in range(COPIES_MOST):
+        if donor_at(where, i) == row + 1:
+            return True
+    return False
