@@ -20,13 +20,13 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from cluster.addresses import read_address
+from plugin.amounts import PAGE_BYTES, human, size_bytes, total_ram_bytes, whole_pages
 from plugin.instance import DEVICE_PATTERN
 from plugin.peerkeys import check_peer_keys, read_peers, read_replicas
 from zcache_core import PAGES_PER_FRAME
 from zcache_core.diskfile import LEAST_BYTES as DISK_BYTES_MIN
 from zcache_core.errors import ConfigError
 
-PAGE_BYTES = 4096
 DEVICE_BYTES_MAX = 1 << 44  # 2^32 pages, what the index can name, of all devices
 DEVICES_MAX = 8  # rows of the memory file's table
 POOL_BYTES_MIN = 1 << 20  # below, the reserve of frames would be the whole pool
@@ -37,8 +37,12 @@ HIGH_PERCENT = 90
 LOW_BELOW_HIGH_PERCENT = 10  # enough that writeback comes in long sequential runs
 WRITEBACK_LIMIT_BYTES_MIN = 1 << 20
 REALTIME = ("auto", "yes", "no")
+AHEAD = (
+    "with commit=ahead the pool grows when memory is short, and a machine that swaps onto itself "
+    "may hang then; where this machine is the one that swaps, use commit=all ('zcache up' does)"
+)
+STANDBY = ("auto", "yes", "no")
 PRESSURE = ("psi", "none")
-UNITS = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 # Keys that the design has and this version has not: a clear no, not "unknown".
 KEYS_LATER = ("recompress", "recompress_age", "backup", "listen", "donate", "etcd")
 
@@ -67,6 +71,7 @@ class Config:
     metrics: str | None = None  # HOST:PORT for OpenMetrics and the web page
     memory: str | None = None  # None: private to the process
     realtime: str = "auto"  # or "yes", "no"
+    standby: str = "auto"  # or "yes", "no": of a supervised server
     devices: tuple[tuple[str, int], ...] = ()  # (name, bytes) of several, size_bytes in all
 
     def as_dict(self) -> dict[str, Any]:
@@ -140,20 +145,6 @@ def _check_disk_keys(config: Config, given: set[str]) -> None:
         )
 
 
-def total_ram_bytes() -> int:
-    """RAM of this machine, as the kernel counts it."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def human(size_bytes: int) -> str:
-    """A size as one would write it for a key: exact, in the largest unit that divides it."""
-    for letter in "TGMK":
-        unit = UNITS[letter.lower()]
-        if size_bytes and size_bytes % unit == 0:
-            return f"{size_bytes // unit}{letter}"
-    return str(size_bytes)
-
-
 def _key(name: str) -> Key:
     for key in KEYS:
         if key.name == name:
@@ -167,31 +158,6 @@ def _key(name: str) -> Key:
 
 
 # ---- one reader for each kind of value ------------------------------------------
-
-
-def size_bytes(name: str, text: str, example: str) -> int:
-    """'8G', '512M', '1.5g', '4096' as bytes; letters are powers of 1024."""
-    match = re.fullmatch(r"(\d{1,19})(\.\d{1,9})?\s*([kmgt]?)(?:i?b)?", text.strip().lower())
-    if match is None:
-        raise ConfigError(f"{name}={text} is no size; write a number and K, M, G or T: {example}")
-    whole, fraction, letter = match.groups()
-    unit = UNITS[letter]
-    total = int(whole) * unit
-    if fraction:
-        numerator, denominator = int(fraction[1:]), 10 ** (len(fraction) - 1)
-        if numerator * unit % denominator:
-            near = total + numerator * unit // denominator
-            raise ConfigError(
-                f"{name}={text} is no whole number of bytes; write {name}={whole_pages(near)}"
-            )
-        total += numerator * unit // denominator
-    return total
-
-
-def whole_pages(size_bytes: int) -> str:
-    """The nearest usable size, as one would write it."""
-    pages = max(1, round(size_bytes / PAGE_BYTES))
-    return human(pages * PAGE_BYTES)
 
 
 def _size(text: str, ram_bytes: int) -> int:
@@ -498,6 +464,15 @@ KEYS: tuple[Key, ...] = (
         "auto: yes, but no on TCP, where another machine swaps (in a virtual machine with idle "
         "cores it costs about 15 us a request)",
         _choice("realtime", *REALTIME),
+    ),
+    Key(
+        "standby",
+        "standby",
+        "auto",
+        "with zcache serve and up: a second server waits, loaded and locked, and goes on at once "
+        "when the first is killed, also where there is no memory to start one; auto: while a "
+        "device of this machine is attached to it",
+        _choice("standby", *STANDBY),
     ),
 )
 KEY_OF_FIELD = {key.field: key.name for key in KEYS}

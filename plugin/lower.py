@@ -13,7 +13,8 @@ What it is not: what moves pages; that is `zcache_core.tiers`.
 
 from __future__ import annotations
 
-from plugin.config import PAGE_BYTES, Config, human
+from plugin.amounts import PAGE_BYTES, human
+from plugin.config import Config
 from zcache_core import PAGES_PER_FRAME, memfile
 from zcache_core.diskfile import PROMISE, RESERVE_BYTES, DiskFile, open_disk, promised_bytes
 from zcache_core.errors import ConfigError, MemoryFileError

@@ -19,7 +19,7 @@ from typing import Any
 
 from cluster.link import BlockingClient
 from plugin import drain, show
-from plugin.config import size_bytes, total_ram_bytes
+from plugin.amounts import size_bytes, total_ram_bytes
 from plugin.show import Line
 from zcache_core.errors import ConfigError
 from zcache_core.owner import runtime_dir

@@ -18,7 +18,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, TextIO
 
 from plugin import topview
-from plugin.config import KEYS, total_ram_bytes
+from plugin.amounts import total_ram_bytes
+from plugin.config import KEYS
 from plugin.terminal import Screen
 from plugin.topview import View
 from zcache_core.errors import ConfigError, ControlError

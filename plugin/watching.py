@@ -20,7 +20,8 @@ from collections.abc import Callable
 from typing import Any
 
 from cluster import health as rules
-from plugin import config, doctor, plot, record, show, statsfs, terminal, top
+from plugin import doctor, plot, record, show, statsfs, terminal, top
+from plugin.amounts import size_bytes
 from plugin.reach import reach
 from plugin.recording import Recorder
 from zcache_core.errors import ConfigError
@@ -117,7 +118,7 @@ def _record(args: argparse.Namespace, find: Find) -> int:
     interval_s = top.interval(args.interval)
     if args.count is not None and args.count < 1:
         raise ConfigError(f"--count {args.count} is not possible; write 1 or more")
-    limit_bytes = config.size_bytes("--limit", args.limit, "--limit 16M")
+    limit_bytes = size_bytes("--limit", args.limit, "--limit 16M")
     control = args.control or find()
     with contextlib.closing(reach(control)) as call:
         call("ping")  # whoever does not answer at first is an error

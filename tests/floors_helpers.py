@@ -40,12 +40,12 @@ FLOORS = {
         5: "node lending",
     },
     "plugin": {
-        6: "interrupts messages logpipe instance peerkeys config liaison teller handshake dialer "
-        "statepage spare",
+        6: "interrupts messages logpipe amounts instance peerkeys config liaison teller handshake "
+        "dialer statepage spare",
         7: "spawn keeper leave places fitness show lower wiring servestate supervised "
         "nbdnetlink swaparea upfile rates terminal reach counterfiles recording",
-        8: "control drain supervisor serve mender attach swapping topview top statsfs record "
-        "plot doctor watching",
+        8: "control drain standby supervisor serve mender attach swapping topview top statsfs "
+        "record plot doctor watching",
         9: "zcache_plugin attachcli nodecli reference fitswap cli writepages",
     },
 }

@@ -10,16 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from plugin.config import (
-    DEVICE_BYTES_MAX,
-    KEYS,
-    KEYS_LATER,
-    PAGE_BYTES,
-    Config,
-    human,
-    parse,
-    total_ram_bytes,
-)
+from plugin.amounts import PAGE_BYTES, human, total_ram_bytes
+from plugin.config import DEVICE_BYTES_MAX, KEYS, KEYS_LATER, Config, parse
 from plugin.lower import guaranteed_bytes, needed_disk, refusal_warning
 from plugin.places import Listening, control_path, listening
 from plugin.wiring import wants_realtime

@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from tests.core_helpers import PAGE, make_page, opened_store
+from tests.plugin_helpers import wait_for
 from zcache_core import counters
 from zcache_core.device import Device
 from zcache_core.memfile import MemoryFile
@@ -290,11 +291,64 @@ def test_serving_takes_no_page_fault(codec: str, rng: random.Random) -> None:
         memory = MemoryFile.open(f"faults-{os.getpid()}")
         store = Store(memory, codec=codec)
         store.start()
-        store.wait_ready()
+        wait_until_sorted(store)
         device = Device(store)
         assert faults_of(lambda i: device.pread(None, out, i * run, 0), runs) < 16
         assert out == data
         assert faults_of(lambda i: device.pwrite(None, data, i * run), runs) < 16
+    finally:
+        store.stop()
+        memory.destroy()
+
+
+def wait_until_sorted(store: Store) -> None:
+    store.wait_ready()
+    wait_for("the frames", lambda: counters.read(store.memory)["unsorted_frames"] == 0)
+
+
+def page_tables_kb() -> int:
+    rows = Path("/proc/self/status").read_text().splitlines()
+    return next(int(row.split()[1]) for row in rows if row.startswith("VmPTE"))
+
+
+def resident_pages(memory: MemoryFile) -> int:
+    """Pages of the memory file that have memory, as the kernel counts them."""
+    rows = [row.split() for row in Path("/proc/sysvipc/shm").read_text().splitlines()]
+    at = rows[0].index("rss")
+    return next(int(row[at]) for row in rows[1:] if int(row[1]) == memory.shmid) // PAGE
+
+
+def test_what_faults_after_a_takeover_needs_no_memory() -> None:
+    """Frames are mapped behind the first requests, into page tables that are there before them.
+
+    Free frames are nobody's yet: theirs are made behind (four at most), and headers'.
+    And no frame's memory is given up, or taken, for it.
+    """
+    name, size = f"tables-{os.getpid()}", 64 << 20
+    memory = MemoryFile.create(name, size, size + (32 << 20))
+    store = Store(memory, codec="none")
+    store.start()
+    try:
+        noise = random.Random(2).randbytes(1 << 20)
+        device = Device(store)
+        for start in range(0, size, len(noise)):
+            device.pwrite(None, noise, start)
+        wait_for("the reserve", lambda: counters.read(memory)["free_frames"] >= 1024)
+        before = resident_pages(memory)
+        store.stop()
+        memory.close()
+        memory = MemoryFile.open(name)
+        store = Store(memory, codec="none")
+        store.start()
+        store.wait_ready()
+        tables = page_tables_kb()
+        wait_until_sorted(store)
+        assert page_tables_kb() - tables <= 8 * 4, "32 are needed for all"
+        assert store.check() == 0
+        frames = counters.read(memory)["free_frames"]
+        assert frames >= 1024, "what was free still is"
+        assert resident_pages(memory) - before < 64, "nothing is taken twice"
+        assert counters.read(memory)["punched_frames"] == 0
     finally:
         store.stop()
         memory.destroy()

@@ -112,7 +112,7 @@ cdef inline uint32_t frame_next(Arena *arena, uint32_t frame) noexcept nogil:
     """The frame in which an object that starts in this one goes on; NO_FRAME when there is none.
 
     For readers without a lock: what is read may be old, but never leads to a frame without
-    memory (unless nothing is known yet of a taken-over file; then nothing changes either).
+    memory (unless a taken-over file is still being sorted; then no frame loses it).
     """
     cdef uint32_t next = <uint32_t>arena.headers[frame].page_checksum
     if frame_opener(arena, frame) != FRAME_ZSMALLOC or next >= arena.total:

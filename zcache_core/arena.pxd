@@ -55,7 +55,7 @@ ctypedef struct Arena:
     bint failing                # no memory is to be had: who needs some is refused at once
     int64_t short_since_us      # memory is short: nothing was committed since; 0: it is not
     int64_t punch_after_us      # the kernel refused to take memory back: try again then
-    uint32_t held               # atomic: a taken-over file: nothing is known to be free yet
+    uint32_t held               # atomic: of a taken-over file, what is free is being found: nothing is committed, nothing punched
     bint settling               # quiet: the reserve is enough
     bint keep_all               # commit=all: the reserve is the whole pool
     bint squeezed               # memory is short: give back what is not in use

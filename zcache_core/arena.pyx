@@ -118,6 +118,8 @@ cdef uint32_t wanted(Arena *arena) noexcept nogil:
 cdef uint32_t surplus(Arena *arena) noexcept nogil:
     """Free frames to give back now.  Lock held."""
     cdef uint32_t n = 0
+    if arena.held:
+        return 0
     if arena.free_count > 2 * arena.reserve + BATCH:
         n = BATCH
     if arena.settling and arena.free_count > arena.reserve + arena.reserve // 8:
@@ -192,7 +194,7 @@ cdef bint arena_wait(Arena *arena, uint32_t frames, int64_t deadline_us, bint ov
     while arena.free_count < frames:
         if arena.failing or not arena.running:
             break
-        if arena.committed >= (arena.goal if over else arena.target) and arena.moving == 0:
+        if arena.committed >= (arena.goal if over else arena.target) and arena.moving == 0 and not arena.held:
             break
         arena.over_waiting += over
         arena.over_frames = frames

@@ -15,3 +15,4 @@ cdef void backing_close(Backing *b) noexcept nogil
 cdef void backing_round(Backing *b, uint64_t round_bytes) noexcept nogil
 cdef bint backing_may(Backing *b, uint64_t bytes) noexcept nogil
 cdef void backing_round_ends(Backing *b) noexcept nogil
+cdef void change_class(int policy, int priority) noexcept nogil

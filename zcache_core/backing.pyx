@@ -68,6 +68,7 @@ cdef void backing_close(Backing *b) noexcept nogil:
 
 
 cdef void change_class(int policy, int priority) noexcept nogil:
+    """The calling thread's."""
     cdef sched_param param
     param.sched_priority = priority
     sched_setscheduler(0, policy, &param)       # refused: then as it is

@@ -13,7 +13,7 @@ from zcache_core.allocator cimport Allocator, frame_next, object_header
 from zcache_core.arena cimport (
     Arena, arena_init, arena_wait,
 )
-from zcache_core.committer cimport arena_commit_now, arena_free, arena_start
+from zcache_core.committer cimport arena_adopt_rest, arena_commit_now, arena_free, arena_start
 from zcache_core.layout cimport COUNTER_CELLS, PAGE_BYTES, BlobHeader
 from zcache_core.memfile cimport MemoryFile
 from zcache_core.pthread cimport now_us
@@ -98,6 +98,7 @@ cdef class Probe:
     def adopted(self):
         """All has been adopted: the rest of the arena is free."""
         self.allocator.adopted(self.allocator)
+        arena_adopt_rest(&self.arena)
 
     def objects(self, uint32_t frame):
         """[(where, size in bytes as the allocator knows it)] of what lives in a frame."""

@@ -39,7 +39,7 @@ from zcache_core.layout cimport (
 from zcache_core.memfile cimport MemoryFile
 from zcache_core.native cimport zc_store32
 from zcache_core.pthread cimport (
-    lock_init, lock_take, pthread_join, pthread_mutex_unlock, thread_start,
+    lock_init, lock_take, pthread_join, pthread_mutex_unlock, thread_start_alike,
 )
 from zcache_core.ramtier cimport (
     in_ram, is_below, load_blob, store_get, store_invalidate, store_put, store_victims, store_wait_ready,
@@ -128,7 +128,7 @@ cdef class Store:
             arena_keep_all(&core.arena)
         if not self.memory.fresh:
             core.arena.held = 1
-            if thread_start(&core.rebuilder, takeover, core, b"zc-takeover") != 0:
+            if thread_start_alike(&core.rebuilder, takeover, core, b"zc-takeover") != 0:
                 raise MemoryFileError("no thread could be started; raise the limit of processes")
             core.rebuilding = True
         else:

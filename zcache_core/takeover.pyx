@@ -3,16 +3,19 @@
     index, once through:  RAM -> allocator.adopt     same-filled -> counted
                           damaged or impossible -> LOST (EIO for that page alone)
     versions              start above the highest found, should the reserved range be damaged
-    then                  everything not adopted goes back to the system
+    then                  ready; frames are mapped and free ones found behind (committer.pyx)
 
 Readers are served meanwhile, from the first moment; writers and trims wait until
-`ready` (about 10 ns a page of the device).  Nothing else of the predecessor is
+`ready` (about 10 ns a page of the device).  So until then this is of the serving threads'
+class (as an ordinary thread it was starved by what waited for it), and lets them run often.  Nothing else of the predecessor is
 needed: no list, no lock, no count.
 """
 
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from zcache_core.allocator cimport object_bytes, object_header
+from zcache_core.backing cimport change_class
+from zcache_core.committer cimport arena_adopt_rest
 from zcache_core.core cimport Core
 from zcache_core.counter_ids cimport C_LOST_PAGES, C_REBUILD_US, C_REBUILT_PAGES
 from zcache_core.index cimport entry_flip, entry_load, versions_start_at, versions_take
@@ -21,9 +24,12 @@ from zcache_core.layout cimport (
     header_is_sound, header_lower, header_page, header_version, length_of, lower_state, state_of, version_of, version_word, where_of,
 )
 from zcache_core.native cimport zc_store32
-from zcache_core.pthread cimport lock_take, now_us, pthread_mutex_unlock
+from zcache_core.pthread cimport SCHED_OTHER, lock_take, now_us, pthread_mutex_unlock, sched_yield
 from zcache_core.ramtier cimport count_same_filled, in_ram, is_below, place_is_possible
 from zcache_core.slots cimport Slot, count, slot_park, slot_release, slot_take
+
+cdef enum:
+    TURN_PAGES = 16384          # 160 us
 
 
 cdef void mark_lost(Core *core, Slot *slot, uint64_t page, Entry old) noexcept nogil:
@@ -65,6 +71,8 @@ cdef void *takeover(void *argument) noexcept nogil:
     # serve the first read, must not wait for it (measured: 1 s for each GiB of the pool).
     slot_park(slot)
     for page in range(core.index.pages):
+        if page % TURN_PAGES == 0:
+            sched_yield()
         e = entry_load(&core.index, page)
         state = state_of(e.version)
         if version_of(e.version) >= above and entry_is_sound(e.location, e.version):
@@ -101,4 +109,6 @@ cdef void *takeover(void *argument) noexcept nogil:
     count(slot, C_REBUILD_US, <uint64_t>(now_us() - start))
     slot_release(slot)
     zc_store32(&core.ready, 1)
+    change_class(SCHED_OTHER, 0)
+    arena_adopt_rest(&core.arena)
     return NULL
