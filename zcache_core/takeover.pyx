@@ -23,7 +23,7 @@ from zcache_core.layout cimport (
 from zcache_core.native cimport zc_store32
 from zcache_core.pthread cimport lock_take, now_us, pthread_mutex_unlock
 from zcache_core.ramtier cimport count_same_filled, in_ram, is_below, place_is_possible
-from zcache_core.slots cimport Slot, count, slot_park, slot_release, slot_take
+from zcache_core.slots cimport Slot, count, slot_park, slot_release, slot_take_own
 
 
 cdef void mark_lost(Core *core, Slot *slot, uint64_t page, Entry old) noexcept nogil:
@@ -55,7 +55,7 @@ cdef void adopt_ephemeral(Core *core, uint64_t page, Entry e) noexcept nogil:
 cdef void *takeover(void *argument) noexcept nogil:
     """Tell the allocator what the index holds.  Readers are served meanwhile."""
     cdef Core *core = <Core *>argument
-    cdef Slot *slot = slot_take(&core.slots)
+    cdef Slot *slot = slot_take_own(&core.slots)
     cdef int64_t start = now_us()
     cdef uint64_t page
     cdef uint32_t state
