@@ -127,7 +127,7 @@ def test_taken_over_after_damage(tmp_path: Path, rng: random.Random) -> None:
 
 
 def test_mended_while_taken_over(tmp_path: Path, rng: random.Random) -> None:
-    """A damaged RAM copy is read before the takeover came to it: nothing is freed twice, or too early."""
+    """A damaged RAM copy is read before the takeover came to it: its room is not freed yet."""
     device_pages = 1 << 21  # the takeover needs a while
     last = range(device_pages - PAGES, device_pages)
     memory = MemoryFile.create(None, device_pages * PAGE, POOL)
