@@ -17,6 +17,7 @@ import pytest
 from tests.core_helpers import PAGE
 from tests.tiers_helpers import Cold, cold_store, errno_of, open_file
 from zcache_core.memfile import MemoryFile
+from zcache_core.several import ALLOCATORS
 
 MIB = 1 << 20
 PAGES = 600
@@ -127,7 +128,7 @@ def test_taken_over_after_damage(tmp_path: Path, rng: random.Random) -> None:
 
 
 def test_mended_while_taken_over(tmp_path: Path, rng: random.Random) -> None:
-    """A damaged RAM copy is read before the takeover came to it: nothing is freed too early."""
+    """A damaged RAM copy is read before the takeover came to it: its room is not freed yet."""
     device_pages = 1 << 21  # the takeover needs a while
     last = range(device_pages - PAGES, device_pages)
     memory = MemoryFile.create(None, device_pages * PAGE, POOL)
@@ -148,5 +149,29 @@ def test_mended_while_taken_over(tmp_path: Path, rng: random.Random) -> None:
     for page, data in pages.items():
         assert again.store.get(page) == data
     assert again.store.check() == 0
+    again.stop()
+    memory.close()
+
+
+@pytest.mark.parametrize("allocator", ALLOCATORS)
+def test_below_when_the_frames_are_not_known(
+    tmp_path: Path, allocator: str, rng: random.Random
+) -> None:
+    """Whose a frame is was damaged: of its pages those that lie on the disk too are read there."""
+    memory = MemoryFile.create(None, PAGES * PAGE, POOL)
+    disk = tmp_path / "disk"
+    cold = Cold(memory, open_file(disk, DISK_BYTES), DISK_BYTES, 2, 1, allocator=allocator)
+    pages = fill(cold, rng)
+    hit = set(rng.sample(ephemeral(cold), 30))
+    for frame in {cold.where(page) // PAGE for page in hit}:
+        memory.poke(memory.offsets()["frame_headers"] + 24 * frame, b"\xff" * 8)
+    cold.stop()
+    again = Cold(memory, open_file(disk, DISK_BYTES), DISK_BYTES, 100, 99, allocator=allocator)
+    again.store.wait_ready()
+    assert {again.state(page) for page in hit} == {"disk"}
+    again.assert_sound()
+    for page, data in pages.items():
+        if again.state(page) != "lost":  # it was in RAM alone
+            assert again.store.get(page) == data
     again.stop()
     memory.close()

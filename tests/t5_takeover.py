@@ -187,7 +187,7 @@ def test_promised_disk_never_refuses(tmp_path: Path, rng: random.Random) -> None
 def test_read_back_by_an_allocator_of_smaller_objects(
     name: str, tmp_path: Path, rng: random.Random
 ) -> None:
-    """A page that shared a frame in one allocator is kept raw by another: the others stay whole."""
+    """Blobs on the disk that are larger than what shares a frame now overrun nobody."""
     pages = {}
     for page in range(200):
         noise = rng.randrange(1000, 3960)

@@ -25,7 +25,7 @@ from zcache_core.pthread cimport (
     pthread_mutex_unlock,
 )
 from zcache_core.ramtier cimport store_wait_ready
-from zcache_core.slots cimport Slot, slot_park, slot_release, slot_take, slot_unpark
+from zcache_core.slots cimport Slot, slot_park, slot_release, slot_take_own, slot_unpark
 
 cdef enum:
     # A tier with less room gets smaller batches; one frame's time must fit (see gather_batch).
@@ -49,7 +49,7 @@ cdef bint turn(Tiers *t) noexcept nogil:
     cdef bint moved = False
     cdef Slot *slot
     if t.orders.draining or left < target:
-        slot = slot_take(&t.core.slots)     # of a small pool 64 frames may be all that is hot
+        slot = slot_take_own(&t.core.slots)     # of a small pool 64 frames may be all that is hot
         moved = drop_frames(t, FRAMES_AT_ONCE if t.orders.draining else min(<uint32_t>FRAMES_AT_ONCE, 2 * target - left)) > 0
         slot_release(slot)
     if must_cool(t) and t.cold.takes(t.cold):

@@ -34,7 +34,7 @@ from zcache_core.pthread cimport (
     cond_init, lock_init, lock_take, pthread_cond_signal, pthread_cond_wait, pthread_join,
     pthread_mutex_unlock, sched_yield, thread_start_alike, zc_pause,
 )
-from zcache_core.slots cimport BLOB_ROOM, SLOTS, slot_park, slot_release, slot_take
+from zcache_core.slots cimport BLOB_ROOM, SLOTS, slot_park, slot_release, slot_take_own
 
 cdef extern from "<sys/mman.h>" nogil:
     enum: MAP_POPULATE
@@ -78,7 +78,7 @@ cdef int crew_start(Crew *crew, Slots *slots, CodecChoice choice, uint32_t room_
         return -1
     lock_init(&crew.lock)
     cond_init(&crew.wake)
-    crew.slot = slot_take(slots)
+    crew.slot = slot_take_own(slots)
     slot_park(crew.slot)
     if thread_start_alike(&crew.thread, crew_run, crew, b"zc-crew"):
         slot_release(crew.slot)

@@ -30,7 +30,7 @@ from zcache_core.index cimport entry_load
 from zcache_core.layout cimport PAGE_BYTES, ST_RAM_EPHEMERAL, Entry, length_of, state_of, version_of, where_of
 from zcache_core.pthread cimport lock_take, pthread_mutex_unlock
 from zcache_core.ramtier cimport store_victims
-from zcache_core.slots cimport Slot, slot_release, slot_take
+from zcache_core.slots cimport Slot, slot_release, slot_take_own
 
 cdef enum:
     MOST_OBJECTS = 64           # in one frame, of any allocator
@@ -67,7 +67,7 @@ cdef uint32_t gather_batch(Tiers *t, uint64_t most_bytes) noexcept nogil:
     cdef uint64_t bytes_at_once = t.core.allocator.frames_at_once * <uint64_t>PAGE_BYTES
     cdef uint32_t most = min(FRAMES_AT_ONCE, min(COLD_BATCH // objects_at_once, <uint32_t>(most_bytes // bytes_at_once)))
     cdef uint32_t found = most
-    cdef Slot *slot = slot_take(&t.core.slots)
+    cdef Slot *slot = slot_take_own(&t.core.slots)
     while (
         found == most and known + most <= COLD_BATCH and n + most * objects_at_once <= COLD_BATCH
         and filled + most * bytes_at_once <= most_bytes
@@ -176,7 +176,7 @@ cdef uint32_t keep_hot(Tiers *t, uint32_t most) noexcept nogil:
     cdef uint32_t kept = 0
     cdef bint any_will_do = False
     cdef Frame *f
-    cdef Slot *slot = slot_take(&t.core.slots)
+    cdef Slot *slot = slot_take_own(&t.core.slots)
     lock_take(&t.dropping)
     while True:
         for steps in range(t.core.arena.total):

@@ -6,7 +6,8 @@ from zcache_core.layout cimport COUNTER_CELLS
 from zcache_core.native cimport zc_bits64, zc_load64
 
 cdef enum:
-    SLOTS = 32                  # requests in flight inside the core; nbdkit starts 16 threads
+    SLOTS = 32
+    REQUEST_SLOTS = 28          # of them: requests in flight inside the core; nbdkit starts 16 threads
     BLOB_ROOM = 4096 + 64       # one compressed page, and what a codec may write past it
     IO_ROOM = 16384             # one object from a disk, with the blocks around it
 
@@ -38,6 +39,7 @@ ctypedef struct Slots:
 cdef int slots_init(Slots *slots, uint64_t *counters) noexcept nogil
 cdef void slots_free(Slots *slots) noexcept nogil
 cdef Slot *slot_take(Slots *slots) noexcept nogil
+cdef Slot *slot_take_own(Slots *slots) noexcept nogil
 cdef void slot_release(Slot *slot) noexcept nogil
 cdef void slot_park(Slot *slot) noexcept nogil
 cdef void slot_unpark(Slot *slot) noexcept nogil

@@ -1,9 +1,11 @@
 """Request slots: everything a request needs, allocated once, at start.
 
-A request takes one of 32 slots for its time inside the core and finds there its
+A request takes one of 28 slots for its time inside the core and finds there its
 compression states, its buffers and its shard of the counters.  So the hot path
-allocates nothing, and the number of requests inside is bounded; a thirty-third
-waits (counted as slot_waits).
+allocates nothing, and the number of requests inside is bounded; a twenty-ninth
+waits (counted as slot_waits).  Four more are for the core's own threads (crew, takeover,
+cooling, tidying: one each): they must find one while every request waits for the room
+that they make (40 writers, without: a write waited 1.6 s and was refused beside an empty disk).
 
 The slots are also how the core knows that no reader can still look at a frame
 that has left the index: `slots_quiesce` waits until every request that was inside
@@ -75,7 +77,17 @@ cdef void slots_free(Slots *slots) noexcept nogil:
 
 
 cdef Slot *slot_take(Slots *slots) noexcept nogil:
-    """A free slot, the one this thread had last if possible; waits when all are taken."""
+    """A free slot for a request; waits when all of those are taken."""
+    return take_one(slots, 0, REQUEST_SLOTS)
+
+
+cdef Slot *slot_take_own(Slots *slots) noexcept nogil:
+    """A slot for one of the core's own threads."""
+    return take_one(slots, REQUEST_SLOTS, SLOTS - REQUEST_SLOTS)
+
+
+cdef Slot *take_one(Slots *slots, uint32_t start, uint32_t n) noexcept nogil:
+    """A free one of `n` slots from `start` on, the one this thread had last if possible."""
     global zc_last_slot
     cdef uint32_t first = zc_last_slot
     cdef uint32_t i, at
@@ -84,10 +96,10 @@ cdef Slot *slot_take(Slots *slots) noexcept nogil:
     nap.tv_sec = 0
     nap.tv_nsec = 50000
     while True:
-        for i in range(SLOTS):
-            at = (first + i) % SLOTS
+        for i in range(n):
+            at = start + (first + i) % n
             if zc_load32(&slots.slot[at].busy) == 0 and zc_cas32(&slots.slot[at].busy, 0, 1):
-                zc_last_slot = at
+                zc_last_slot = at - start
                 slots.slot[at].room_until_us = 0
                 slots.slot[at].ahead = NULL
                 slots.slot[at].generation = 0

@@ -1,6 +1,7 @@
 """Taking a memory file over: the index tells the allocator what is taken.
 
     index, once through:  RAM -> allocator.adopt     same-filled -> counted
+                          impossible, but below too -> there
                           damaged or impossible -> LOST (EIO for that page alone)
     versions              start above the highest found, should the reserved range be damaged
     then                  ready; frames are mapped and free ones found behind (committer.pyx)
@@ -20,13 +21,14 @@ from zcache_core.core cimport Core
 from zcache_core.counter_ids cimport C_LOST_PAGES, C_REBUILD_US, C_REBUILT_PAGES
 from zcache_core.index cimport entry_flip, entry_load, versions_start_at, versions_take
 from zcache_core.layout cimport (
-    ST_LOST, ST_PEER, ST_RAM, ST_RAM_EPHEMERAL, ST_SAME, BlobHeader, Entry, entry_is_sound,
-    header_is_sound, header_lower, header_page, header_version, length_of, lower_state, state_of, version_of, version_word, where_of,
+    ST_LOST, ST_PEER, ST_RAM, ST_RAM_EPHEMERAL, ST_SAME, BlobHeader, Entry, codec_of, entry_is_sound,
+    header_is_sound, header_lower, header_page, header_version, length_of, lower_state, place_word, state_of,
+    version_of, version_word, where_of,
 )
 from zcache_core.native cimport zc_store32
 from zcache_core.pthread cimport SCHED_OTHER, lock_take, now_us, pthread_mutex_unlock, sched_yield
 from zcache_core.ramtier cimport count_same_filled, in_ram, is_below, place_is_possible
-from zcache_core.slots cimport Slot, count, slot_park, slot_release, slot_take
+from zcache_core.slots cimport Slot, count, slot_park, slot_release, slot_take_own
 
 cdef enum:
     TURN_PAGES = 16384          # 160 us
@@ -40,14 +42,19 @@ cdef void mark_lost(Core *core, Slot *slot, uint64_t page, Entry old) noexcept n
         count(slot, C_LOST_PAGES, 1)
 
 
+cdef bint lower_is_sure(Core *core, uint64_t page, Entry e) noexcept nogil:
+    """Whether the header of this ephemeral page tells where its copy below is; not if there is no tier."""
+    cdef BlobHeader *header = object_header(&core.arena, where_of(e.location), length_of(e.location))
+    return core.lower.tiers != NULL and (
+        header_is_sound(header) and header_page(header) == page and header_version(header) == version_of(e.version)
+    )
+
+
 cdef void adopt_ephemeral(Core *core, uint64_t page, Entry e) noexcept nogil:
     """Its copy below is known again, or it is the only copy from now on."""
     cdef Entry persistent
     cdef BlobHeader *header = object_header(&core.arena, where_of(e.location), length_of(e.location))
-    cdef bint sound = (
-        header_is_sound(header) and header_page(header) == page and header_version(header) == version_of(e.version)
-    )
-    if sound and core.lower.tiers != NULL:
+    if lower_is_sure(core, page, e):
         if core.lower.adopt(core.lower.tiers, header_lower(header), length_of(e.location)):
             lock_take(&core.allocator.lock)
             core.allocator.ephemeral(core.allocator, where_of(e.location), object_bytes(length_of(e.location)), 1)
@@ -58,10 +65,26 @@ cdef void adopt_ephemeral(Core *core, uint64_t page, Entry e) noexcept nogil:
     entry_flip(&core.index, page, e, persistent)
 
 
+cdef bint adopt_below(Core *core, uint64_t page, Entry e) noexcept nogil:
+    """The RAM of an ephemeral page cannot be: it is below from now on.  False when it is not there."""
+    cdef uint32_t length = length_of(e.location)
+    cdef uint64_t lower
+    cdef Entry below
+    if state_of(e.version) != ST_RAM_EPHEMERAL or not place_is_possible(core, e.location):
+        return False
+    lower = header_lower(object_header(&core.arena, where_of(e.location), length))
+    if not lower_is_sure(core, page, e) or not core.lower.adopt(core.lower.tiers, lower, length):
+        return False
+    below.location = place_word(lower, length, codec_of(e.location))
+    below.version = version_word(version_of(e.version), lower_state(lower), below.location)
+    entry_flip(&core.index, page, e, below)
+    return True
+
+
 cdef void *takeover(void *argument) noexcept nogil:
     """Tell the allocator what the index holds.  Readers are served meanwhile."""
     cdef Core *core = <Core *>argument
-    cdef Slot *slot = slot_take(&core.slots)
+    cdef Slot *slot = slot_take_own(&core.slots)
     cdef int64_t start = now_us()
     cdef uint64_t page
     cdef uint32_t state
@@ -86,6 +109,8 @@ cdef void *takeover(void *argument) noexcept nogil:
                 count(slot, C_REBUILT_PAGES, 1)
                 if state == ST_RAM_EPHEMERAL:
                     adopt_ephemeral(core, page, e)
+            elif adopt_below(core, page, e):
+                count(slot, C_REBUILT_PAGES, 1)
             else:
                 mark_lost(core, slot, page, e)
         elif is_below(state):

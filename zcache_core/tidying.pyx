@@ -29,7 +29,7 @@ from zcache_core.pthread cimport (
     pthread_join, pthread_mutex_unlock, thread_start,
 )
 from zcache_core.ramtier cimport store_wait_ready
-from zcache_core.slots cimport SLOTS, Slot, count, slot_release, slot_take
+from zcache_core.slots cimport SLOTS, Slot, count, slot_release, slot_take_own
 
 cdef enum:
     TICK_US = 100000
@@ -67,7 +67,7 @@ cdef bint tidy_one(Core *core, bint *emptied) noexcept nogil:
     lock_take(&core.tidy.turn)
     frame = core.allocator.thin(core.allocator)
     if frame != NO_FRAME:
-        slot = slot_take(&core.slots)
+        slot = slot_take_own(&core.slots)
         empty_frame(core, slot, frame)
         emptied[0] = core.allocator.put_back(core.allocator)
         count(slot, C_COMPACTED_FRAMES, emptied[0])
