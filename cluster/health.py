@@ -103,6 +103,42 @@ def disk_copies_bad(stats: Stats, config: Config) -> Reason | None:
     )
 
 
+def peer_copies_bad(stats: Stats, config: Config) -> Reason | None:
+    """A donor answered with something else than what it was given."""
+    if not (corrupt := stats["remote_corrupt_pages"]):
+        return None
+    return Reason(
+        DEGRADED,
+        f"{corrupt} copies of peers were found wrong; other copies were used where there are any.",
+        "See which peer it is (RPC peers, wrong_copies) and check that machine's memory.",
+    )
+
+
+def peers_missing(stats: Stats, config: Config) -> Reason | None:
+    """Fewer donors than copies: nothing goes to peers."""
+    wanted = config.get("replicas", 0) if config.get("peers") else 0
+    if stats["live_peers"] >= wanted:
+        return None
+    return Reason(
+        DEGRADED,
+        f"{stats['live_peers']} of {len(config['peers'])} peers answer and {wanted} are needed, so "
+        f"no page goes to peers.",
+        "See why the others do not answer (RPC peers, why_down).",
+    )
+
+
+def peers_short(stats: Stats, config: Config) -> Reason | None:
+    """Copies are missing, and are being renewed if there is a donor for them."""
+    if not (short := stats["remote_short_pages"]):
+        return None
+    return Reason(
+        DEGRADED,
+        f"{short} copies of pages are with peers that are away or gone.",
+        "They are renewed elsewhere when such a peer does not come back; see that there are more "
+        "peers than replicas=, with room.",
+    )
+
+
 def disk_stalls(stats: Stats, config: Config) -> Reason | None:
     """It neither takes what is written nor says that it fails; reads may hang as well."""
     if stats["disk_stalled_us"] < STALLED_US:
@@ -343,6 +379,9 @@ RULES: tuple[Rule, ...] = (
     pages_lost,
     copies_damaged,
     disk_copies_bad,
+    peer_copies_bad,
+    peers_missing,
+    peers_short,
     copies_mended,
     pool_full,
     disk_fails,

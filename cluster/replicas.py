@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 from cluster.peerwire import BATCH_PAGES, Code, Donor, Page, PeerError, pack, pieces, sealed_bytes
 from cluster.placement import Candidate, choose, room_bytes
-from cluster.seats import Copy, Ledger, Seat, Seats, Standing
+from cluster.seats import LIES_MOST, Copy, Ledger, Seat, Seats, Standing
 
 DEVICE = 0  # pages are numbered through all devices of a memory file
 GROUP_PAGES = 64
@@ -337,11 +337,14 @@ class Replicas:
         running[task] = (row, places)
 
     def _order(self, rows: Iterable[int]) -> list[int]:
-        """The rows that answer, believed and fast ones first."""
+        """The rows that answer: believed and fast ones first.
+
+        Who was wrong once is asked as before: the next lies show what it is.
+        """
         live = [seat for row in rows if (seat := self.seats.get(row)) is not None and seat.is_up]
         live.sort(
             key=lambda seat: (
-                seat.lies,
+                seat.lies >= LIES_MOST,
                 self._is_slow(seat),
                 seat.donor.latency_us if seat.donor else 0.0,
             )

@@ -414,20 +414,8 @@ KEYS: tuple[Key, ...] = (
         "that of a cgroup (its memory.pressure); none (the default with commit=all)",
         _pressure,
     ),
-    Key(
-        "peers",
-        "peers",
-        "none",
-        "donors (zcache node) to overflow to before the disk: HOST:PORT or a socket's path, ...",
-        read_peers,
-    ),
-    Key(
-        "replicas",
-        "replicas",
-        "2",
-        "copies of a page on different peers, 2 or 3; with fewer donors nothing goes to them",
-        read_replicas,
-    ),
+    Key("peers", "peers", "none", "donors to overflow to: HOST:PORT or a path, ...", read_peers),
+    Key("replicas", "replicas", "2", "copies of a page on different peers: 2 or 3", read_replicas),
     Key(
         "tls",
         "tls",

@@ -101,6 +101,7 @@ def lines(
             f"{size(stats['committed_frames'] * PAGE_BYTES)} committed, "
             f"{config['allocator']}, {config['codec']}",
         ),
+        *peer_lines(stats, config),
         *disk_lines(stats, config),
         Line(
             "device",
@@ -138,6 +139,23 @@ def worst(stats: Mapping[str, Any]) -> str:
     """What 99 % of the waits were below, when there were any."""
     waits = stats["histograms"]["pool_wait"]
     return f" (99 % below {below(waits, 0.99) / 1000:.0f} ms)" if waits["count"] else ""
+
+
+def peer_lines(stats: Mapping[str, Any], config: Mapping[str, Any]) -> list[Line]:
+    """What is with peers; nothing without peers=."""
+    if not config.get("peers"):
+        return []
+    found = [
+        Line(
+            "peers",
+            f"{stats['live_peers']} of {len(config['peers'])} answer; "
+            f"{count(stats['pers_pages_remoted'])} pages there in "
+            f"{size(stats['remote_bytes'])}, room for {size(stats['remote_room_bytes'])} more",
+        )
+    ]
+    if stats["remote_short_pages"]:
+        found.append(Line("", f"{count(stats['remote_short_pages'])} copies are to be renewed"))
+    return found
 
 
 def disk_lines(stats: Mapping[str, Any], config: Mapping[str, Any]) -> list[Line]:

@@ -24,7 +24,8 @@ LENT = 24 << 20
 class Lender:
     """One `zcache node` on a Unix socket of its own; killed, it comes back empty."""
 
-    def __init__(self, folder: Path, name: str) -> None:
+    def __init__(self, folder: Path, name: str, module: str = "cluster.lending") -> None:
+        self.module = module
         self.folder = folder / name
         self.folder.mkdir()
         self.address = str(self.folder / "peer")
@@ -36,7 +37,7 @@ class Lender:
         words += ["--control", str(self.folder / "ctl")]
         log = open(self.folder / "log", "ab")  # noqa: SIM115
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "cluster.lending", *words],
+            [sys.executable, "-m", self.module, *words],
             env=environment(self.folder) | {"PYTHONPATH": os.getcwd()},
             stdout=log,
             stderr=log,
@@ -102,6 +103,13 @@ def live(server: Server) -> int:
     return sum(peer["state"] == "up" for peer in server.rpc("peers"))
 
 
+def zcache_status(server: Server) -> str:
+    """What a person reads."""
+    command = [sys.executable, "-m", "plugin.cli", "status", "--control", str(server.control)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=WAIT_S, check=True)
+    return done.stdout
+
+
 def stats(server: Server) -> dict[str, Any]:
     found: dict[str, Any] = server.rpc("stats")
     return found
@@ -133,6 +141,7 @@ def test_donors_fail_one_after_the_other(
             lender.signal(signal.SIGCONT)
             wait_for("it answers again", lambda: live(server) == 3)
         model.check()
+        assert "3 of 3 answer" in zcache_status(server)
         now = stats(server)
         assert now["remote_pers_pages_unsucc_get"] == now["lost_pages"] == 0
         assert now["failed_requests"] == now["remote_corrupt_pages"] == 0
@@ -175,3 +184,26 @@ def test_the_owner_is_killed_and_finds_its_pages(
             remove_memory(name)
     finally:
         remove_memory(name)
+
+
+@pytest.mark.timeout(300)
+def test_a_donor_that_lies(tmp_path: Path, lenders: list[Lender], rng: random.Random) -> None:
+    """It flips bits and answers with other pages: found, counted, answered by the other copy."""
+    lenders[1].kill()
+    lenders[1] = Lender(tmp_path, "liar", "tests.lying_lender")
+    with Server(tmp_path, *words(lenders)) as server:
+        wait_for("all donors", lambda: live(server) == 3)
+        wait_for("room", lambda: stats(server)["remote_room_bytes"] > 0)
+        model = Model(server, rng)
+        for page in range(PAGES):
+            model.write(page)
+        for _ in range(3):
+            model.check()
+        now = stats(server)
+        assert now["remote_corrupt_pages"] >= 3
+        assert now["lost_pages"] == now["failed_requests"] == 0
+        liar = next(p for p in server.rpc("peers") if p["address"] == lenders[1].address)
+        assert liar["wrong_copies"] >= 3
+        assert "copies of peers were found wrong" in str(server.rpc("health"))
+        wait_for("its copies are renewed", lambda: not stats(server)["remote_short_pages"])
+        model.check()
