@@ -70,11 +70,13 @@ def test_without_psi_available_memory_tells(tmp_path: Path) -> None:
     machine = Machine(tmp_path)
     machine.psi.unlink()
     generosity = Generosity(machine.psi, machine.meminfo)
-    generosity.look()
-    assert not generosity.is_short
-    machine.available(5)
-    generosity.look()
-    assert generosity.is_short
+    seen = []
+    for percent in (50, 5, 50):
+        machine.available(percent)
+        generosity.look()
+        seen.append((generosity.permille, generosity.is_short))
+    low = 1000 - DOWN_PERMILLE
+    assert seen == [(1000, False), (low, True), (low, True)]
     machine.meminfo.write_text("nonsense")
     for _ in range(CALM_S):
         generosity.look()
