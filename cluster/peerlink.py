@@ -84,7 +84,10 @@ class _OwnersEnd(Channel):
 
 
 class PeerLink:
-    """The donor at `address`; `start` in a running loop, `stop` at the end."""
+    """The donor at `address`; `start` in a running loop, `stop` at the end.
+
+    Raises ConfigError for an address of a network without `tls`.
+    """
 
     def __init__(
         self,
@@ -94,6 +97,8 @@ class PeerLink:
         times: LinkTimes | None = None,
         rng: random.Random | None = None,
     ) -> None:
+        if tls is None:
+            address.require_safe("peers", None)
         self.address, self.name = address, str(address)
         self.state = LinkState.CONNECTING
         self.epoch = 0

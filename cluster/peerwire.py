@@ -91,6 +91,9 @@ class Health(enum.IntEnum):
     DRAINING = 2  # it is being emptied: it takes nothing new and recalls everything
 
 
+HEALTH: Final = {int(health): health for health in Health}
+
+
 class Offer(NamedTuple):
     """What a donor would take from this owner now, what it holds for it, and how it is."""
 
@@ -318,8 +321,7 @@ def offer(value: Any) -> Offer:
     if not (isinstance(value, list) and len(value) == 3 and all(map(_is_word, value))):
         raise BadAnswerError("a call", "its offer is not three numbers")
     room, held, health = value
-    known = health in (Health.OK, Health.SHORT, Health.DRAINING)
-    return Offer(room, held, Health(health) if known else Health.SHORT)
+    return Offer(room, held, HEALTH.get(health, Health.SHORT))
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,7 @@ from zcache_core.errors import ZcacheError
 class State(enum.Enum):
     """Of the connection."""
 
+    __hash__ = object.__hash__  # Enum's own is Python code, and is asked ten times a call
     OPEN = enum.auto()
     PEER_DONE = enum.auto()  # the peer has closed its side; owed answers may still go
     BROKEN = enum.auto()  # the peer broke a rule; only closing is left
@@ -58,6 +59,7 @@ class State(enum.Enum):
 class Did(enum.Enum):
     """What can happen to a connection."""
 
+    __hash__ = object.__hash__
     SENT_CALL = enum.auto()
     SENT_NOTIFICATION = enum.auto()
     SENT_ANSWER = enum.auto()

@@ -35,6 +35,7 @@ from zcache_core.errors import ZcacheError
 
 REQUEST, RESPONSE, NOTIFICATION = 0, 1, 2
 MSGID_MAX = 2**32 - 1
+FLAT = frozenset({bytes, str, int, float, bool, type(None)})
 
 
 class WireError(ZcacheError):
@@ -289,7 +290,12 @@ def _check_shape(value: Sequence[Any], limits: Limits) -> None:
             if len(item) > limits.items:
                 raise NotAMessageError(f"a container of more than {limits.items} elements")
             inner = item.values() if isinstance(item, dict) else item
-            below += [child for child in inner if isinstance(child, (list, tuple, dict))]
+            # most are flat, and looking their type up is half of what isinstance costs
+            below += [
+                child
+                for child in inner
+                if type(child) not in FLAT and isinstance(child, (list, tuple, dict))
+            ]
         if not below:
             return
         level = below

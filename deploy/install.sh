@@ -7,7 +7,7 @@
 #                                  they import, as requirements.lock has them: a folder of our own,
 #                                  so that Debian's versions of them and ours never meet
 #   PREFIX/bin/zcache              the command, run by Debian's Python
-#   PREFIX/lib/systemd/system/     zcache@.service, zcache-server@.service
+#   PREFIX/lib/systemd/system/     zcache@.service, zcache-server@.service, zcache-node.service
 #   PREFIX/share/                  man pages, an example of /etc/zcache/NAME.toml
 #
 # A running server is not touched: `zcache upgrade` replaces it by what is installed now.
@@ -33,6 +33,7 @@ uninstall() {
     remove_code
     rm -f "$root/bin/zcache" "$root/lib/systemd/system/zcache@.service" \
         "$root/lib/systemd/system/zcache-server@.service" \
+        "$root/lib/systemd/system/zcache-node.service" \
         "$root/share/man/man1/zcache.1" "$root/share/man/man1/zcache-plugin.1"
     rm -rf "$root/share/doc/zcache"
     reload
@@ -69,7 +70,7 @@ sys.exit(main())
 END
     chmod 755 "$root/bin/zcache.new"
     mv "$root/bin/zcache.new" "$root/bin/zcache"
-    for unit in zcache@.service zcache-server@.service; do
+    for unit in zcache@.service zcache-server@.service zcache-node.service; do
         sed "s|@BIN@|$prefix/bin|g" deploy/systemd/$unit >"$root/lib/systemd/system/$unit"
         chmod 644 "$root/lib/systemd/system/$unit"
     done

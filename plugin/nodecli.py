@@ -70,9 +70,11 @@ def default_control() -> str:
 def _node(args: argparse.Namespace) -> int:
     control = args.control or default_control()
     if args.action != "drain":
+        from plugin.wiring import node_env  # it knows every part
+
         words = lending_words(args, control)
         sys.stdout.flush()
-        os.execv(sys.executable, [sys.executable, "-m", "cluster.lending", *words])
+        os.execve(sys.executable, [sys.executable, "-m", "cluster.lending", *words], node_env())
     with BlockingClient(control) as client:
         if args.off:
             return drain.off(client.call, what=drain.NODE)

@@ -270,6 +270,55 @@ def test_damaged_ram_costs_that_page_and_is_told(rng: random.Random) -> None:
         assert donation.check() == 0
 
 
+@pytest.mark.usefixtures("runtime")
+def test_damaged_places_cost_only_their_pages(rng: random.Random) -> None:
+    """Any flip of up to three bits of a place: its page is not there or damaged, all others are."""
+    memory = create_memory("damaged")
+    donation = Donation(memory)
+    donation.start()
+    row = donation.owner("owner", 1 << 63 | 3, 0)
+    assert row is not None
+    pages = make_pages(rng, 300)
+    sealed = [make_sealed(rng, page) for page in pages]
+    assert not any(put(donation, row, pages, sealed))
+    hit = set(rng.sample(range(300), 60))
+    for place in hit:  # the n-th page put has the n-th place
+        for _ in range(rng.randrange(1, 4)):
+            at = memory.offsets()["index"] + 8192 + 32 * place + rng.randrange(32)
+            memory.poke(at, bytes([memory.peek(at, 1)[0] ^ 1 << rng.randrange(8)]))
+
+    def verify(lenient: set[int]) -> None:
+        for i, data in enumerate(get(donation, row, pages)):
+            assert data == sealed[i] or (data is None and i in lenient)
+
+    verify(hit)
+    donation.coldest(600)
+    donation.listing(row, 0, 600)
+    donation.sweep(1 << 20)
+    some = set(range(0, 300, 3))
+    gone = donation.drop(row, pack([pages[i] for i in some]))
+    assert len(some - hit) <= gone <= len(some)
+    for epoch in (8, 1 << 63 | 3):  # over, with what is damaged; and back again, empty
+        assert donation.owner("owner", epoch, 0) == row
+        donation.sweep(1 << 20)
+        assert not any(data for i, data in enumerate(get(donation, row, pages)) if i not in hit)
+    assert not any(put(donation, row, pages, sealed))
+    some = set()
+    donation.stop()
+    memory.close()
+    memory = MemoryFile.open("damaged")
+    donation = Donation(memory)
+    donation.start()
+    assert donation.owner("owner", 1 << 63 | 3, 0) == row
+    verify(hit | some)
+    assert donation.drop(row, pack(pages)) >= 300 - len(hit | some)
+    donation.owner("owner", 9, 0)
+    assert donation.sweep(1 << 20) == 0
+    assert put(donation, row, pages, sealed).count(Code.OK) == 300
+    donation.stop()
+    memory.destroy()
+
+
 def test_quota_and_full(rng: random.Random) -> None:
     with opened_donation() as donation:
         small, large = donation.owner("small", 1, 0), donation.owner("large", 1, 0)

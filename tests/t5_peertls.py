@@ -188,3 +188,5 @@ def test_plain_only_where_nobody_else_is(text: str, stays: bool) -> None:
     else:
         with pytest.raises(ConfigError, match="it needs certificates; write tls=FOLDER"):
             address.require_safe("listen", None)
+        with pytest.raises(ConfigError, match="it needs certificates"):
+            PeerLink(address, Hello("owner", 1))

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-UNITS = ("zcache-server@.service", "zcache@.service")
+UNITS = ("zcache-server@.service", "zcache@.service", "zcache-node.service")
 
 
 def run(*command: str | Path, fail: bool = False, env: Mapping[str, str] | None = None) -> str:
@@ -56,6 +56,28 @@ def test_installed_server_serves(prefix: Path, tmp_path: Path) -> None:
         assert all(path.startswith(str(prefix / "lib/zcache")) for path in ours), ours
     finally:
         run(zcache, "stop", "--name", "x", env=env)
+
+
+def test_installed_node_lends(prefix: Path, tmp_path: Path) -> None:
+    """Certificates and all, from the private folder alone."""
+    zcache = prefix / "bin/zcache"
+    env = {"PATH": os.environ["PATH"], "ZCACHE_RUNTIME_DIR": str(tmp_path)}
+    run(zcache, "cluster-init", tmp_path / "ca")
+    run(zcache, "cluster-add", "rack", "--folder", tmp_path / "ca")
+    words = ("--listen", "127.0.0.1:0", "--donate", "16M", "--tls", str(tmp_path / "ca/rack"))
+    with subprocess.Popen(
+        [zcache, "node", *words], cwd="/", env=env, stdout=subprocess.PIPE, text=True
+    ) as node:
+        try:
+            assert node.stdout is not None
+            assert node.stdout.readline().startswith("zcache node: rack lends")
+            modules = Path(f"/proc/{node.pid}/maps").read_text().split()
+            ours = {path for path in modules if "zcache_core" in path or "cryptography" in path}
+            assert ours
+            assert all(path.startswith(str(prefix / "lib/zcache")) for path in ours), ours
+        finally:
+            node.terminate()
+    assert node.returncode == 0
 
 
 def test_installing_over_an_older_one_and_away(tmp_path: Path) -> None:

@@ -109,7 +109,7 @@ cdef class Donation:
             f.held[row].quota_bytes = <uint64_t>-1
         f.cells[C_PRIVATE_TABLE_BYTES] = f.arena.total * <uint64_t>sizeof(Frame) + 8 * <uint64_t>f.arena.total + 4 * (
             <uint64_t>f.total + f.mask + 1
-        )
+        ) + f.allocator.table_bytes
         self.open = True
 
     def start(self):
@@ -125,7 +125,7 @@ cdef class Donation:
             if arena_commit_now(&f.arena, f.arena.reserve):
                 raise MemoryFileError("there is not enough memory for the reserve; lend less")
         else:
-            f.arena.held = True
+            f.arena.held = 1
             with nogil:
                 foreign_take_over(f)
         if arena_start(&f.arena):
@@ -360,8 +360,7 @@ cdef class Donation:
         return left
 
     cdef object _sweep_all(self):
-        while self.sweep(1 << 20):
-            pass
+        self.sweep(self.f.total)
 
     def check(self):
         """Broken invariants (0 when all is well), for tests."""

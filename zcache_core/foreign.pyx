@@ -121,20 +121,26 @@ cdef void link_place(Foreign *f, uint32_t at) noexcept nogil:
     f.cells[C_FOREIGN_PERS_PAGES_MAX] = max(f.cells[C_FOREIGN_PERS_PAGES_MAX], f.cells[C_FOREIGN_PERS_PAGES])
 
 
-cdef void remove_place(Foreign *f, uint32_t at) noexcept nogil:
-    """The page is gone: out of its chain, its room given back."""
+cdef bint remove_place(Foreign *f, uint32_t at) noexcept nogil:
+    """The page is gone: out of its chain, its room given back.
+
+    False when its words in the memory file are damaged: then it stays as it is, found by
+    nobody or answered as damaged, until the next start, which frees it.
+    """
     cdef Place *p = &f.places[at]
     cdef uint64_t location = p.entry.location
     cdef uint32_t room = room_for(f, length_of(location))
     cdef uint32_t *link = &f.heads[bucket(f, p.whose, <uint32_t>(p.page_checksum >> 32), version_of(p.entry.version))]
-    while link[0] != at:
+    while link[0] != at and link[0] != NO_PLACE:
         link = &f.next[link[0]]
+    if link[0] == NO_PLACE or not entry_is_sound(location, p.entry.version):
+        return False
     link[0] = f.next[at]
-    if is_current(f, p.whose):
+    if not is_current(f, p.whose):
+        f.stale -= f.stale > 0
+    elif f.held[row_of(p.whose)].pages:
         f.held[row_of(p.whose)].pages -= 1
         f.held[row_of(p.whose)].bytes -= room
-    else:
-        f.stale -= 1
     f.cells[C_FOREIGN_PERS_PAGES] -= 1
     f.cells[C_FOREIGN_PERS_BYTES] -= room
     f.at_bud[bud_at(where_of(location))] = NO_PLACE
@@ -144,6 +150,7 @@ cdef void remove_place(Foreign *f, uint32_t at) noexcept nogil:
     f.next[at] = f.free_head
     f.free_head = at
     f.allocator.release(f.allocator, where_of(location), room)
+    return True
 
 
 cdef uint32_t take_place(Foreign *f) noexcept nogil:
@@ -245,6 +252,8 @@ cdef uint32_t get_one(Foreign *f, uint32_t row, const Record *r, uint8_t *sealed
     if at == NO_PLACE:
         return PAGE_ABSENT
     p = &f.places[at]
+    if not entry_is_sound(p.entry.location, p.entry.version):
+        return PAGE_DAMAGED
     if (p.entry.location & 0xFFFF) != r.length_codec:
         return PAGE_ABSENT
     where = where_of(p.entry.location)
@@ -252,9 +261,7 @@ cdef uint32_t get_one(Foreign *f, uint32_t row, const Record *r, uint8_t *sealed
     blob = blob_start(&f.arena, where, frame_or_length)
     memcpy(sealed, seal, SEAL_BYTES)
     memcpy(sealed + SEAL_BYTES, blob, length)
-    if not entry_is_sound(p.entry.location, p.entry.version) or <uint32_t>p.page_checksum != sum_of(
-        p, <const uint64_t *>sealed, sealed + SEAL_BYTES
-    ):
+    if <uint32_t>p.page_checksum != sum_of(p, <const uint64_t *>sealed, sealed + SEAL_BYTES):
         remove_place(f, at)
         return PAGE_DAMAGED
     f.arena.frames[where >> PAGE_SHIFT].referenced = 1
@@ -289,8 +296,7 @@ cdef uint32_t foreign_drop(Foreign *f, uint32_t row, const Record *records, uint
     for i in range(n):
         at = find(f, whose_word(f, row, records[i].device), records[i].page, records[i].version)
         if at != NO_PLACE:
-            remove_place(f, at)
-            gone += 1
+            gone += remove_place(f, at)
     f.cells[C_FOREIGN_DROPS] += gone
     pthread_mutex_unlock(&f.lock)
     return gone
@@ -341,7 +347,7 @@ cdef uint32_t foreign_coldest(Foreign *f, Record *records, uint8_t *rows, uint32
         at = f.clock_hand
         f.clock_hand = (f.clock_hand + 1) % f.arena.total
         frame = &f.arena.frames[at]
-        if frame.state != FRAME_TAKEN:
+        if frame.state < FRAME_TAKEN:
             continue
         if frame.referenced:
             frame.referenced = 0
@@ -367,7 +373,10 @@ cdef void foreign_set_epoch(Foreign *f, uint32_t row, uint64_t epoch) noexcept n
 
 
 cdef uint32_t foreign_sweep(Foreign *f, uint32_t most) noexcept nogil:
-    """Look at up to `most` places for what is over, and free it; how many are left."""
+    """Look at up to `most` places, none twice, for what is over, and free it; how many are left.
+
+    Those that are damaged stay, and are counted: call it so often as is of use, not until 0.
+    """
     cdef uint32_t i, left
     lock_take(&f.lock)
     for i in range(min(most, f.used)):
