@@ -457,9 +457,8 @@ KEYS: tuple[Key, ...] = (
         "standby",
         "standby",
         "auto",
-        "with zcache serve and up: a second server waits, loaded and locked, and goes on at once "
-        "when the first is killed, also where there is no memory to start one; auto: while a "
-        "device of this machine is attached to it",
+        "with zcache serve and up: a second server waits, locked, and goes on when the first is "
+        "killed, also without memory to start one; auto: while this machine has it attached",
         _choice("standby", *STANDBY),
     ),
 )
