@@ -1,6 +1,6 @@
 """How long a killed server is away, by the size of its pool, and what being replaceable costs.
 
-    .venv/bin/python -m bench.restart [--gib 0.5 1 2 4] [--kills N]
+    .venv/bin/python -m bench.restart [--gib 0.5 1 2 4] [--kills N] [--standby]
 
 For each pool: a memory file is filled with pages that compress to a half (two in a frame: as many
 entries as a pool can have), a supervised server takes it over and is killed -9 N times.  From
@@ -8,6 +8,7 @@ the kill on, in ms, medians:
 
     read     a new connection has its first page back: all that a stalled machine waits for
     write    its first write is answered: the index has been gone through
+             (--standby: a second server waits already)
     rebuild  the going through alone, as the server counts it (rebuild_us)
 
 Cost: 4 KiB reads of the compiled Device with a generation (the fence is looked at) and without,
@@ -81,7 +82,7 @@ def zcache(*words: str) -> None:
 
 
 @contextmanager
-def served(pool_bytes: int) -> Iterator[tuple[Instance, int]]:
+def served(pool_bytes: int, standby: bool = False) -> Iterator[tuple[Instance, int]]:
     """A supervised server on a full memory file, and how many pages it holds."""
     instance = Instance(f"bench{os.getpid()}")
     size_bytes = 2 * pool_bytes
@@ -89,7 +90,7 @@ def served(pool_bytes: int) -> Iterator[tuple[Instance, int]]:
     try:
         zcache(
             "serve", "--name", instance.name, "--detach", f"size={size_bytes}",
-            f"pool={pool_bytes}",
+            f"pool={pool_bytes}", f"standby={'yes' if standby else 'no'}",
         )  # fmt: skip
         yield instance, stored
     finally:
@@ -139,6 +140,11 @@ def server_of(instance: Instance) -> int:
     return state.server_pid
 
 
+def has_standby(instance: Instance) -> bool:
+    state = servestate.read(instance)
+    return state is not None and state.standby_ready
+
+
 def rebuild_ms(instance: Instance) -> float:
     shmid = memfile.find(instance.name)
     assert shmid is not None
@@ -165,10 +171,12 @@ def kill_once(instance: Instance) -> tuple[float, float, float]:
     return read_s * 1000, write_s * 1000, rebuilt_ms
 
 
-def restarts(gib: float, kills: int) -> str:
-    with served(int(gib * GIB)) as (instance, stored):
+def restarts(gib: float, kills: int, standby: bool) -> str:
+    with served(int(gib * GIB), standby) as (instance, stored):
         rows = []
         for _ in range(kills):
+            while standby and not has_standby(instance):
+                time.sleep(0.01)
             rows.append(kill_once(instance))
             time.sleep(6)  # the next one is a first one again: no back-off (supervisor.CALM_S)
         read, write, rebuild = (statistics.median(column) for column in zip(*rows, strict=True))
@@ -230,13 +238,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="bench.restart", description=about)
     parser.add_argument("--gib", type=float, nargs="*", default=[0.5, 1, 2, 4])
     parser.add_argument("--kills", type=int, default=5)
+    parser.add_argument("--standby", action="store_true", help="with a second server that waits")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="zcache-restart-") as folder:
         os.environ["ZCACHE_RUNTIME_DIR"] = folder
         print(fence(), flush=True)
         print(supervision(), flush=True)
         for gib in args.gib:
-            print(restarts(gib, args.kills), flush=True)
+            print(restarts(gib, args.kills, args.standby), flush=True)
     return 0
 
 

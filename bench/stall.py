@@ -35,7 +35,7 @@ SAMPLE_MS = 20
 TIMEOUT_S = 3
 GOAL_MEDIAN_S, GOAL_UPGRADE_S = 1.5, 0.5
 OUTSIDE = GuestConfig(mem_mib=128, sample_ms=SAMPLE_MS, sysctl={"vm.min_free_kbytes": "8192"})
-INSIDE = GuestConfig(mem_mib=352, sample_ms=SAMPLE_MS, sysctl=SELF_SERVING_SYSCTL)
+INSIDE = GuestConfig(mem_mib=384, sample_ms=SAMPLE_MS, sysctl=SELF_SERVING_SYSCTL)
 HOG_S = LIMIT_S  # it is ended when the last kill is over
 
 

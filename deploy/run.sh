@@ -1,7 +1,7 @@
 #!/bin/sh
 # Serves a swap device in the foreground and tells how to use it; `make run` calls this.
 #
-#   deploy/run.sh size=4G pool=20% [key=value ...]     keys: see README.md
+#   deploy/run.sh size=4G pool=20% [key=value ...]     keys: see README.md; commit=all is added
 #
 # The socket lies in /run/zcache (root) or the user's own runtime folder.  Ctrl-C stops
 # the server, but the first one does not while a network block device is in use as swap:
@@ -22,6 +22,12 @@ if [ -S "$socket" ] && answers >/dev/null; then
     echo "zcache: a server already answers on $socket; stop that one first." >&2
     exit 1
 fi
+
+# This machine is the one that swaps onto it: the pool must not have to grow without memory.
+case " $* " in
+*" commit="* | *" pressure="*) ;;
+*) set -- "$@" commit=all ;;
+esac
 
 # In a session of its own: Ctrl-C comes here, not to the server.
 MALLOC_ARENA_MAX=1 setsid nbdkit -f -U "$socket" \
@@ -74,8 +80,7 @@ cat <<END
 
 zcache serves a swap device of $((size / 1048576)) MiB on $socket
 
-  Swap onto it ($looking; if this machine itself is short of memory,
-  serve with OPTIONS="commit=all"):
+  Swap onto it ($looking):
       sysctl -w vm.watermark_boost_factor=0 vm.min_free_kbytes=16384
       modprobe nbd
       nbd-client -unix $socket /dev/nbd0 -b 4096 -swap

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from plugin import nbdnetlink, statepage
+from plugin import nbdnetlink, servestate, statepage
 from plugin.dialer import Generations, Target, dial, explain
 from plugin.instance import Instance, parse_export
 from plugin.nbdnetlink import Family, Timeouts
@@ -156,6 +156,7 @@ def attach(instance: Instance, wish: Wish, say: Say) -> Attached:
         return _adopt(instance, wish, target, found.index, fd, say)
     finally:
         os.close(fd)  # the helper has it too
+        servestate.tell_attached(instance)
 
 
 def _already(instance: Instance, wish: Wish) -> Attached:
@@ -312,6 +313,7 @@ def detach(instance: Instance, say: Say) -> None:
     else:
         say(f"nothing is attached as {instance.name}")
     instance.attach.unlink(missing_ok=True)
+    servestate.tell_attached(instance)
 
 
 def refuse_if_in_use(found: Attached) -> None:

@@ -36,6 +36,11 @@ HIGH_PERCENT = 90
 LOW_BELOW_HIGH_PERCENT = 10  # enough that writeback comes in long sequential runs
 WRITEBACK_LIMIT_BYTES_MIN = 1 << 20
 REALTIME = ("auto", "yes", "no")
+AHEAD = (
+    "with commit=ahead the pool grows when memory is short, and a machine that swaps onto itself "
+    "may hang then; where this machine is the one that swaps, use commit=all ('zcache up' does)"
+)
+STANDBY = ("auto", "yes", "no")
 PRESSURE = ("psi", "none")
 UNITS = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 # Keys that the design has and this version has not: a clear no, not "unknown".
@@ -73,6 +78,7 @@ class Config:
     metrics: str | None = None  # HOST:PORT for OpenMetrics and the web page
     memory: str | None = None  # None: private to the process
     realtime: str = "auto"  # or "yes", "no"
+    standby: str = "auto"  # or "yes", "no": of a supervised server
     devices: tuple[tuple[str, int], ...] = ()  # (name, bytes) of several, size_bytes in all
 
     def as_dict(self) -> dict[str, Any]:
@@ -481,6 +487,14 @@ KEYS: tuple[Key, ...] = (
         "auto: yes, but no on TCP, where another machine swaps (in a virtual machine with idle "
         "cores it costs about 15 us a request)",
         _choice("realtime", *REALTIME),
+    ),
+    Key(
+        "standby",
+        "standby",
+        "auto",
+        "with zcache serve and up: a second server waits, locked, and goes on when the first is "
+        "killed, also without memory to start one; auto: while this machine has it attached",
+        _choice("standby", *STANDBY),
     ),
 )
 KEY_OF_FIELD = {key.field: key.name for key in KEYS}

@@ -6,15 +6,18 @@ module is loaded, so its netlink family can be asked for only where it is loaded
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from pathlib import Path
 
+from cluster.link import BlockingClient
 from plugin import swaparea
 from plugin.attachcli import SWAP_PRIORITY
 from plugin.fitness import CAP_SYS_ADMIN, NOTE, OK, TODO, Finding, grant, has_capability
-from zcache_core.errors import AttachError
+from zcache_core.errors import AttachError, ControlError
 
 MODULE = Path("/sys/module/nbd")
+SYS_BLOCK = Path("/sys/block")
 ZSWAP = Path("/sys/module/zswap/parameters/enabled")
 DISK_FOLDER = "/var/lib"  # where the documents put `disk=`
 DISK_BYTES_MIN = 1 << 30
@@ -82,4 +85,30 @@ def other_swap() -> Finding:
     return Finding(OK, subject, "none: pages that a full pool refuses stay in RAM")
 
 
-LOOKS = (netlink_family, may_swapon, disk_space, other_swap)
+def own_swap() -> Finding:
+    """Whether this machine swaps onto a server of its own whose pool still has to grow."""
+    subject = "own swap"
+    grows = []
+    with contextlib.suppress(OSError):
+        for area in swaparea.areas():
+            backend = SYS_BLOCK / Path(area.path).name / "backend"
+            if not backend.exists():
+                continue
+            kind, _, place = backend.read_text().strip().partition(":")
+            with contextlib.suppress(ControlError, OSError):
+                if kind == "zcache":
+                    with BlockingClient(Path(f"{place}.ctl")) as client:
+                        if client.call("config").get("commit") == "ahead":
+                            grows.append(area.path)
+    if grows:
+        return Finding(
+            TODO,
+            subject,
+            f"{', '.join(grows)} has commit=ahead: its pool may have to grow when there is no "
+            f"memory, and this machine hang",
+            "zcache down, then zcache up with commit=all (its default)",
+        )
+    return Finding(OK, subject, "no pool here has to grow under pressure")
+
+
+LOOKS = (netlink_family, may_swapon, disk_space, other_swap, own_swap)

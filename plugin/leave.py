@@ -1,15 +1,17 @@
-"""An orderly end on SIGUSR1: connections are finished, not cut off; then SIGTERM to ourselves.
+"""An orderly end on SIGUSR1: connections are finished, not cut off; then we are gone.
 
 nbdkit alone, told to end, waits for its clients, which a kernel that swaps never does
 for it.  So, in this order:
 
+    the node process ends              while its pages, if swapped out to us, can come back
     the socket's name is removed       nobody new comes
     SHUT_RD on every connection        nothing more is taken in; what is in flight is
                                        answered; a kernel's next request fails at once
                                        on a Unix socket and is sent again elsewhere,
                                        instead of waiting for its timeout
     wait until they are closed         bounded by DRAIN_S, then cut off
-    SIGTERM to ourselves               nbdkit ends, and with it everything
+    exit                               at once: all that a successor needs is in the memory file
+                                       at any moment, and every page waits until we are gone
 
 The thread waits in sigwait, without the GIL: it costs nothing until then.  SIGUSR1 is
 blocked in every thread that is made after `prepare`.
@@ -23,6 +25,7 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from cluster import unixsock
@@ -38,21 +41,27 @@ def prepare() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, {LEAVE})
 
 
-def watch(unix: str | None, inode: int) -> None:
-    """Start the thread.  `unix` is the NBD socket's path and inode, None without one."""
+def watch(unix: str | None, inode: int, first: Callable[[], None]) -> None:
+    """Start the thread.  `unix` is the NBD socket's path and inode, None without one.
+
+    `first` is done while requests are still answered.
+    """
     before = threading.stack_size(STACK_BYTES)
     try:
-        threading.Thread(target=_run, args=(unix, inode), name="zcache-leave", daemon=True).start()
+        threading.Thread(
+            target=_run, args=(unix, inode, first), name="zcache-leave", daemon=True
+        ).start()
     finally:
         threading.stack_size(before)
 
 
-def _run(unix: str | None, inode: int) -> None:
+def _run(unix: str | None, inode: int, first: Callable[[], None]) -> None:
     signal.sigwait({LEAVE})
+    first()
     if unix is not None:
         unixsock.remove(unix, inode)
     _finish_connections()
-    os.kill(os.getpid(), signal.SIGTERM)
+    os._exit(0)
 
 
 def _finish_connections() -> None:

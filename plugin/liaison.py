@@ -1,8 +1,10 @@
 """What a server tells the supervisor that started it, over a socket pair.
 
-    server -> supervisor   "waiting\n"            a standby is ready to take over
+    server -> supervisor   "waiting\n"            an origin can be forked; a standby can take over
+                           "forked PID\n"         an origin has made a standby; its line goes along
                            "serving\n"            pages are answered from now on
                            "refused CODE TEXT\n"  it will not start, and why: one sentence
+    supervisor -> origin   "f"                    make a standby (standby.py)
     supervisor -> standby  "g"                    the predecessor is gone: go on
     end of file            the other one is gone
 
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
 from collections.abc import Iterator
 
@@ -23,6 +26,7 @@ from zcache_core.errors import InUseError, ZcacheError
 
 SUPERVISOR_FD = "ZCACHE_SUPERVISOR"
 STANDBY = "ZCACHE_STANDBY"
+FORK, GO = b"f", b"g"
 SENTENCE_BYTES_MAX = 4000
 
 
@@ -43,13 +47,34 @@ class Liaison:
         sock.set_inheritable(False)
         return cls(sock, bool(standby))
 
+    def be_forked(self) -> None:
+        """The origin: say that we are ready; returns in each fork, with a line of its own."""
+        assert self._sock is not None
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for them here
+        self._send("waiting\n")
+        while True:
+            self._hear(FORK)
+            ours, its = socket.socketpair()
+            pid = os.fork()
+            if pid == 0:
+                break
+            its.close()
+            with ours:
+                socket.send_fds(self._sock, [b"forked %d\n" % pid], [ours.fileno()])
+        ours.close()
+        self._sock.close()
+        self._sock = its
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
     def wait_turn(self) -> None:
         """A standby: say that we are ready, return when the predecessor is gone."""
-        if not self.is_standby or self._sock is None:
-            return
         self._send("waiting\n")
         self.is_standby = False
-        if self._sock.recv(1) != b"g":
+        self._hear(GO)
+
+    def _hear(self, order: bytes) -> None:
+        assert self._sock is not None
+        if self._sock.recv(1) != order:
             raise InUseError("the supervisor is gone; start it again with 'zcache serve'")
 
     def serving(self) -> None:

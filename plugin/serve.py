@@ -11,7 +11,6 @@ Whoever asks waits for the answer in NAME.serve (servestate.py) or on a pipe, bo
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -26,7 +25,7 @@ from cluster import unixsock
 from plugin import config, servestate
 from plugin.instance import Instance
 from plugin.leave import LEAVE
-from plugin.servestate import State, is_alive
+from plugin.servestate import State, attached_device, is_alive
 from zcache_core import memfile
 from zcache_core.errors import ConfigError, InUseError, ZcacheError
 
@@ -144,18 +143,6 @@ def upgrade(instance: Instance) -> State:
     late = f"the upgrade takes too long; see {log_path(instance)}"
     after: State = _wait(answered, UPGRADE_S, late)
     return after
-
-
-def attached_device(instance: Instance) -> str | None:
-    """The kernel's device that this instance serves, as far as can be known; None without one."""
-    sys_block = Path(os.environ.get("ZCACHE_SYS_BLOCK", "/sys/block"))
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-        told = json.loads(instance.attach.read_bytes().rstrip(b"\0"))
-        for device in told["devices"] if "devices" in told else [told["device"]]:
-            name = str(device).removeprefix("/dev/")
-            if (sys_block / name / "pid").exists() or int((sys_block / name / "size").read_text()):
-                return f"/dev/{name}"
-    return None
 
 
 def log_path(instance: Instance) -> Path:

@@ -18,6 +18,7 @@ import fcntl
 import json
 import mmap
 import os
+import signal
 import time
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -27,6 +28,7 @@ from zcache_core.errors import InUseError
 from zcache_core.owner import start_ticks
 
 FILE_BYTES = 16384
+LOOK = signal.SIGUSR2  # to the supervisor: look whether this machine has its device attached
 READ_TRIES = 20
 READ_PAUSE_S = 0.005
 
@@ -41,7 +43,8 @@ class State:
 
     A process is its number and its start in clock ticks since boot; 0 is none.
     `starts` counts servers started or adopted, `upgrades` those that took over from a
-    living one; `upgrade_error` is why the last `zcache upgrade` was not done.
+    living one, `takeovers` a standby's after a death; `upgrade_error` is why the last
+    `zcache upgrade` was not done.
     """
 
     supervisor_pid: int = 0
@@ -57,6 +60,10 @@ class State:
     upgrades_asked: int = 0
     upgrades: int = 0
     upgrade_error: str = ""
+    takeovers: int = 0  # of them, by a standby after a server's death
+    standby_pid: int = 0
+    standby_ready: bool = False
+    looks: bool = False  # it knows the signal LOOK
     error: str = ""  # why the last server ended
 
     @property
@@ -96,6 +103,26 @@ def read(instance: Instance) -> State | None:
             return State(**{name: found[name] for name in found if name in known})
         time.sleep(READ_PAUSE_S)
     return None
+
+
+def attached_device(instance: Instance) -> str | None:
+    """The kernel's device that this instance serves, as far as can be known; None without one."""
+    sys_block = Path(os.environ.get("ZCACHE_SYS_BLOCK", "/sys/block"))
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        told = json.loads(instance.attach.read_bytes().rstrip(b"\0"))
+        for device in told["devices"] if "devices" in told else [told["device"]]:
+            name = str(device).removeprefix("/dev/")
+            if (sys_block / name / "pid").exists() or int((sys_block / name / "size").read_text()):
+                return f"/dev/{name}"
+    return None
+
+
+def tell_attached(instance: Instance) -> None:
+    """A device was attached or detached: its supervisor, if there is one, is to look."""
+    state = read(instance)
+    if state is not None and state.looks and state.is_supervised:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(state.supervisor_pid, LOOK)
 
 
 class Kept:

@@ -43,12 +43,20 @@ class Server:
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self.pidfd, number)
 
-    def heard(self) -> list[str]:
-        """Whole lines that came, [] when none; the line is closed at its end."""
+    def heard(self, fds: list[int] | None = None) -> list[str]:
+        """Whole lines that came, [] when none; the line is closed at its end.
+
+        `fds` gets the descriptors that came along, to be closed by the caller.
+        """
         assert self.line is not None
-        data = b""
+        data, came = b"", list[int]()
         with contextlib.suppress(OSError):
-            data = self.line.recv(8192)
+            data, came, _, _ = socket.recv_fds(self.line, 8192, 4)
+        for fd in came:
+            if fds is None:
+                os.close(fd)
+            else:
+                fds.append(fd)
         if not data:
             self.hang_up()
         *lines, self.said = (self.said + data).split(b"\n")
@@ -71,7 +79,7 @@ class Server:
         try:
             code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
         except ChildProcessError:
-            return "it was no child of this supervisor"
+            return "how is not known: it was no child of this supervisor"
         return f"exit code {code}" if code >= 0 else f"signal {-code}"
 
 
@@ -108,7 +116,7 @@ def spawn(words: Sequence[str], standby: bool) -> Server:
     try:
         # In a real-time class from its first instruction: on a machine that waits for its
         # swap an ordinary process starts late.  It leaves the class if realtime= says so.
-        program = Program(words, env, {LIAISON_FD: its.fileno()}, our_class=True)
+        program = Program(words, env, {LIAISON_FD: its.fileno()}, our_class=not standby)
         return Server(program.spawn(), ours)
     except OSError:
         ours.close()

@@ -1,11 +1,12 @@
 """The supervisor: one server of one name, kept running, replaced, and ended in good order.
 
-    start ---> STARTING --serving--> SERVING --ends--> WAITING (back-off) --> STARTING ...
-    adopt ---------------------------^  |
+    start ---> STARTING --serving--> SERVING --ends--> a standby is ready: it goes on
+    adopt ---------------------------^  |              else WAITING (back-off) --> STARTING ...
                               SIGHUP    v
                       UPGRADING: a standby of the new version loads, says "waiting";
                       the old one finishes its requests and ends; the standby serves
     SIGTERM, SIGINT           STOPPING: the server finishes and ends, then we do
+    SIGUSR2                   look whether this machine has it attached (standby=auto)
 
 One owner at a time: the memory file's lock and its owner's pidfd see to that; here
 they decide only who is started.  Before each start we look whether the memory file has
@@ -27,7 +28,6 @@ What it is not: on the data path.  Pages pass it by.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import resource
@@ -42,7 +42,8 @@ from cluster import unixsock
 from plugin import servestate
 from plugin.instance import Instance
 from plugin.leave import LEAVE
-from plugin.servestate import Kept, ServeLock, State
+from plugin.servestate import LOOK, Kept, ServeLock, State
+from plugin.standby import LOAD_S, Standby
 from plugin.supervised import ROOT, Server, command, living_owner, spawn
 from plugin.teller import Teller, flush, say, start_log
 from zcache_core import process
@@ -53,10 +54,13 @@ BACKOFF_FIRST_S = 0.1
 BACKOFF_MAX_S = 2.0  # all that swap wait with us, and the kernel gives up after a minute
 CALM_S = 5.0  # a server that loops in its death does it within a second
 ADOPTED_S = 5.0  # for an adopted server to answer on its socket; else it is replaced
-END_S = 5.0  # for a server to finish its requests and end; then SIGKILL
-STANDBY_S = 30.0  # for a standby to load
+# For a server to end its node (whose pages may have to come back first, from that server), to
+# finish its requests, and to end; then SIGKILL.
+END_S = 10.0
+UPGRADE_S = 30.0  # for the new version to load
+LOADING_S = 5.0  # for a standby that is loading when its server dies; then another is started
 RESUME = "ZCACHE_RESUME"  # what a supervisor tells itself through exec
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, LOOK)
 
 
 class Supervisor:
@@ -76,8 +80,8 @@ class Supervisor:
         self._instance, self._lock, self._state, self._tell = instance, lock, state, tell
         self._left_behind = left_behind
         self._server: Server | None = None
-        self._standby: Server | None = None
-        self._ready = False  # the standby has said so
+        self._standby = Standby(self._on_standby_ready, self._on_standby_end)
+        self._upgrading = False  # it is to replace a living server
         self._served = False  # some server did, since we are there
         self._stopping = False
         self._due_s = 0.0  # when to start the next server
@@ -91,20 +95,24 @@ class Supervisor:
         for number in SIGNALS:
             signal.signal(number, lambda *_: None)
         self._exit_code = 0
+        self._wanted = False  # a standby beside the server
 
     # ---- the loop -------------------------------------------------------------------
 
     def run(self, upgrade: bool = False) -> int:
         """Until told to stop, or the first start is refused; the exit code."""
         self._write()
+        self._look()
         self._adopt()
         if upgrade:
             self._upgrade()
-        while not (self._stopping and self._server is None and self._standby is None):
+        while not (self._stopping and self._server is None and not self._standby.exists):
             self._start_if_due()
             self._wait()
             if self._kill_s is not None and time.monotonic() >= self._kill_s:
                 self._force()
+            if self._standby.late_s is not None and time.monotonic() >= self._standby.late_s:
+                self._standby.give_up()
             if self._check_s is not None and time.monotonic() >= self._check_s:
                 self._check_adopted()
         self._keep_in_memory(False)
@@ -117,19 +125,17 @@ class Supervisor:
             calls[self._server.pidfd] = self._on_end
             if self._server.line is not None:
                 calls[self._server.line.fileno()] = self._on_line
-        if self._standby is not None:
-            calls[self._standby.pidfd] = self._on_standby_end
-            if self._standby.line is not None:
-                calls[self._standby.line.fileno()] = self._on_standby_line
+        calls |= self._standby.calls()
         for fd in calls:
             poll.register(fd, select.POLLIN)
         ready = [fd for fd, _ in poll.poll(self._patience_ms())]
         # What a server said comes before its end.
-        for fd in sorted(ready, key=lambda fd: calls[fd] in (self._on_end, self._on_standby_end)):
+        for fd in sorted(ready, key=lambda fd: calls[fd] == self._on_end):
             calls[fd]()
 
     def _patience_ms(self) -> float | None:
-        until = [time_s for time_s in (self._kill_s, self._check_s) if time_s is not None]
+        times = self._kill_s, self._check_s, self._standby.due_s, self._standby.late_s
+        until = [time_s for time_s in times if time_s is not None]
         if self._server is None and not self._stopping:
             until.append(self._due_s)
         return max(0.0, (min(until) - time.monotonic()) * 1000 + 1) if until else None
@@ -142,14 +148,22 @@ class Supervisor:
             self._state.upgrades_asked += 1
             self._state.upgrade_error = ""
             self._exec_anew()
+        elif LOOK in numbers and self._server is not None:
+            self._look()
+            self._want_standby()
 
     # ---- starting -------------------------------------------------------------------
 
     def _start_if_due(self) -> None:
-        if self._server is not None or self._stopping or time.monotonic() < self._due_s:
+        if self._stopping:
             return
+        if self._standby.is_due() and self._server is not None:
+            self._start_standby()
+        if self._server is not None or time.monotonic() < self._due_s:
+            return
+        self._standby.dismiss()  # it is loading since LOADING_S, or would be a second one
         if not self._adopt():
-            self._server = self._spawned(standby=False)
+            self._server = self._spawned()
             self._phase(servestate.STARTING)
 
     def _adopt(self) -> bool:
@@ -177,12 +191,36 @@ class Supervisor:
             self._server.signal(LEAVE)
             self._kill_s = time.monotonic() + END_S
 
-    def _spawned(self, standby: bool) -> Server | None:
+    def _spawned(self) -> Server | None:
         try:
-            return spawn(command(self._instance, self._state.words), standby)
+            return spawn(command(self._instance, self._state.words), standby=False)
         except OSError as error:
             self._say(f"no server can be started ({error.strerror})")
             return None
+
+    def _start_standby(self, load_s: float = LOAD_S) -> bool:
+        try:
+            self._standby.start(command(self._instance, self._state.words), load_s)
+        except OSError as error:
+            self._say(f"no standby can be started ({error.strerror})")
+        self._write()
+        return self._standby.exists
+
+    def _look(self) -> None:
+        """Whether a standby is wanted.  It reads in /run: never while no server answers."""
+        wish = dict(word.partition("=")[::2] for word in self._state.words).get("standby", "auto")
+        if wish == "auto":
+            self._wanted = servestate.attached_device(self._instance) is not None
+        else:
+            self._wanted = wish == "yes"
+
+    def _want_standby(self) -> None:
+        """One beside the server, or none."""
+        if self._wanted:
+            self._standby.want()
+        elif not self._upgrading:
+            self._standby.dismiss()
+            self._write()
 
     def _on_line(self) -> None:
         assert self._server is not None
@@ -201,6 +239,7 @@ class Supervisor:
             self._tell(0, "")
         else:
             self._say(f"the server (process {self._server.pid}) is {how}")
+        self._want_standby()
 
     # ---- ending ---------------------------------------------------------------------
 
@@ -214,7 +253,8 @@ class Supervisor:
         self._kill_s = self._check_s = None
         if self._stopping:
             return
-        if self._standby is not None and self._ready:
+        if self._standby.ready:
+            self._state.error = f"the server ended ({how})"
             self._hand_over()
             return
         self._state.error = server.refused[1] if server.refused else f"the server ended ({how})"
@@ -224,6 +264,9 @@ class Supervisor:
         if now_s - server.began_s > CALM_S:
             self._backoff_s = 0.0
         self._due_s = now_s + self._backoff_s
+        if self._standby.exists:
+            self._standby.hurry()
+            self._due_s = now_s + LOADING_S
         self._phase(servestate.WAITING)
         self._say(f"{self._state.error}; starting it again in {self._backoff_s:.1f} s")
         self._backoff_s = min(max(2 * self._backoff_s, BACKOFF_FIRST_S), BACKOFF_MAX_S)
@@ -240,30 +283,29 @@ class Supervisor:
         self._kill_s = time.monotonic() + END_S
         if self._server is not None:
             self._server.signal(LEAVE)
-        if self._standby is not None:
-            self._standby.hang_up()  # it ends by itself
+        self._standby.dismiss()
 
     def _force(self) -> None:
         """Who was asked to end has not."""
         self._kill_s = None
-        if self._standby is not None and not self._ready:
-            self._standby.signal(signal.SIGKILL)
-        elif self._server is not None:
+        if self._server is not None:
             self._server.signal(signal.SIGKILL)
 
     # ---- upgrading ------------------------------------------------------------------
 
     def _exec_anew(self) -> None:
         """Become the supervisor that lies on the disk now; the server goes on, still our child."""
-        if self._stopping or self._standby is not None or self._server is None:
+        if self._stopping or self._upgrading or self._server is None:
             self._upgrade_failed("the server is starting or ending just now; try again")
             return
+        self._standby.dismiss()  # it is of the old version
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         os.set_inheritable(self._lock.fd, True)
         self._phase(servestate.UPGRADING)
         resume = {
             "fd": self._lock.fd, "asked": self._state.upgrades_asked,
             "done": self._state.upgrades, "starts": self._state.starts,
+            "takeovers": self._state.takeovers,
         }  # fmt: skip
         try:
             words = [sys.executable, *sys.orig_argv[1:]]
@@ -279,50 +321,48 @@ class Supervisor:
         if self._server is None:
             self._upgrade_failed("the server ended meanwhile; a new one is started")
             return
-        self._ready = False
-        self._standby = self._spawned(standby=True)
-        if self._standby is None:
+        self._standby.dismiss()
+        if not self._start_standby(UPGRADE_S):
             self._upgrade_failed("the new version cannot be started; its log says why")
             return
-        self._kill_s = time.monotonic() + STANDBY_S
+        self._upgrading = True
         self._phase(servestate.UPGRADING)
 
-    def _on_standby_line(self) -> None:
-        assert self._standby is not None
-        if "waiting" in self._standby.heard():
-            self._ready = True
-            if self._server is None:
-                self._hand_over()
-                return
+    def _on_standby_ready(self) -> None:
+        if self._server is None:
+            self._hand_over()
+        elif self._upgrading:
             self._kill_s = time.monotonic() + END_S
             self._server.signal(LEAVE)
+        self._write()
 
     def _hand_over(self) -> None:
         """The old server is gone: the standby goes on, as the server."""
-        assert self._standby is not None
-        self._server, self._standby, self._ready = self._standby, None, False
-        self._state.upgrades += 1
-        self._state.upgrade_error = ""
-        if self._server.line is not None:
-            with contextlib.suppress(OSError):
-                self._server.line.sendall(b"g")
+        self._server = self._standby.take()
+        if self._upgrading:
+            self._state.upgrades += 1
+            self._state.upgrade_error = ""
+        else:
+            self._state.takeovers += 1
+        self._upgrading = False
+        self._phase(servestate.STARTING)
 
-    def _on_standby_end(self) -> None:
-        """It refused or died before its turn; the old server goes on."""
-        assert self._standby is not None
-        standby, self._standby, self._ready = self._standby, None, False
-        if standby.line is not None:
-            standby.heard()
-        how = standby.reap()
-        self._kill_s = None
-        if not self._stopping:
-            sentence = standby.refused[1] if standby.refused else f"the new server ended ({how})"
+    def _on_standby_end(self, sentence: str) -> None:
+        """It refused or died before its turn; the old server goes on, if it lives."""
+        self._due_s = min(self._due_s, time.monotonic())
+        if self._upgrading:
             self._upgrade_failed(sentence)
+        elif not self._stopping:
+            self._say(f"the standby ended: {sentence}")
+        self._write()
 
     def _upgrade_failed(self, sentence: str) -> None:
+        self._upgrading = False
         self._state.upgrade_error = sentence
         self._say(f"not upgraded: {sentence}")
         self._phase(servestate.SERVING if self._server is not None else servestate.WAITING)
+        if self._server is not None:
+            self._want_standby()
 
     # ---- telling --------------------------------------------------------------------
 
@@ -334,6 +374,9 @@ class Supervisor:
         state, server = self._state, self._server
         state.server_pid = server.pid if server is not None else 0
         state.server_ticks = server.ticks if server is not None else 0
+        standby = self._standby.server
+        state.standby_pid = standby.pid if standby is not None else 0
+        state.standby_ready = self._standby.ready
         self._lock.write(state)
 
     def _keep_in_memory(self, keep: bool) -> None:
@@ -367,11 +410,12 @@ def main(argv: list[str] | None = None) -> int:
     prepare(realtime=args.realtime == "yes")
     state = State(
         supervisor_pid=os.getpid(), supervisor_ticks=start_ticks(os.getpid()),
-        words=args.words, root=str(ROOT), version=zcache_core.__version__,
+        words=args.words, root=str(ROOT), version=zcache_core.__version__, looks=True,
     )  # fmt: skip
     if resume is not None:
         state.starts, state.upgrades = resume["starts"], resume["done"]
         state.upgrades_asked = resume["asked"]
+        state.takeovers = resume.get("takeovers", 0)  # whom we replace may be older
     before = servestate.read(instance)
     left_behind = before.server_pid if before is not None and before.has_server else None
     supervisor = Supervisor(instance, lock, state, tell, left_behind)
@@ -385,7 +429,10 @@ def prepare(realtime: bool) -> None:
     """Fit to mend a machine that waits for its swap; the children inherit it.  No core dumps:
     they would hold pages of every process, and the lock until they are written."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    refused = process.prepare(realtime=realtime)
+    refused = process.prepare(realtime=False)
+    process.load_files()
+    if realtime:
+        refused += filter(None, [process.real_time()])
     start_log()
     if refused:
         say(f"zcache: warning: the supervisor is not fit for swapping: {'; '.join(refused)}")

@@ -26,7 +26,7 @@ from cluster import unixsock
 from cluster.link import BlockingClient
 from plugin import attach, serve, servestate, show, statepage, swaparea
 from plugin.attach import Attached, Wish
-from plugin.config import parse
+from plugin.config import AHEAD, parse
 from plugin.instance import Instance
 from plugin.interrupts import as_ctrl_c
 from plugin.nbdnetlink import Timeouts
@@ -98,7 +98,8 @@ def _serve(plan: Plan, say: Say) -> None:
     instance = plan.instance
     state = servestate.read(instance)
     if state is None or not state.is_supervised:
-        serve.start(instance, plan.words or default_words(state.words if state else ()))
+        words = plan.words or default_words(state.words if state else ())
+        serve.start(instance, own_machine_words(words))
         now = servestate.read(instance)
         say(f"the server {instance.name} is running: {' '.join(now.words if now else ())}")
         return
@@ -110,12 +111,14 @@ def _serve(plan: Plan, say: Say) -> None:
                 f"{serve.log_path(instance)}"
             )
         time.sleep(0.1)
-    refuse_other_settings(plan)
+    running = refuse_other_settings(plan)
     say(f"the server {instance.name} is running already")
+    if running.get("commit") == "ahead":
+        say(f"warning: {AHEAD}")
 
 
-def refuse_other_settings(plan: Plan) -> None:
-    """InUseError when a server runs with other values than those that were asked for."""
+def refuse_other_settings(plan: Plan) -> dict[str, Any]:
+    """What the server runs with; InUseError when those are other values than were asked for."""
     given = dict(map(serve.split, plan.words))
     wanted = parse({"size": "1G", **given}.items()).as_dict()
     with BlockingClient(plan.instance.control) as client:
@@ -126,6 +129,16 @@ def refuse_other_settings(plan: Plan) -> None:
                 f"the server {plan.instance.name} runs with {key}={running[key]}, not {text}; "
                 f"leave {key} out, or run 'zcache down' first"
             )
+    return running
+
+
+def own_machine_words(words: Sequence[str]) -> list[str]:
+    """The whole pool from the start, unless commit= or pressure= says otherwise.
+
+    This machine swaps onto it: a pool that has to grow when there is no memory may never do so.
+    """
+    given = dict(map(serve.split, words))
+    return list(words) + ([] if {"commit", "pressure"} & given.keys() else ["commit=all"])
 
 
 def default_words(words: Sequence[str]) -> list[str]:

@@ -61,11 +61,15 @@ def config_complete() -> None:
 
 def get_ready() -> None:
     global _checked
+    log = None
     with _supervisor.reporting():
         if _supervisor.is_standby:
             wiring.check_successor(_settings)
+            wiring.warm_up(_settings)
+            _supervisor.be_forked()
+            log = wiring.settle(_settings)
             _supervisor.wait_turn()
-        _checked = wiring.check(_settings, _supervisor.is_supervised)
+        _checked = wiring.check(_settings, _supervisor.is_supervised, log)
 
 
 def after_fork() -> None:
@@ -74,7 +78,7 @@ def after_fork() -> None:
     with _supervisor.reporting():
         _serving = wiring.start(_settings, _checked, nbdkit.set_error)
     globals().update((name, getattr(_serving.device, name)) for name in DATA_CALLBACKS)
-    leave.watch(*_serving.unix_socket)
+    leave.watch(*_serving.unix_socket, _serving.stop_node)
     _supervisor.serving()
 
 

@@ -42,8 +42,8 @@ FLOORS = {
         "spare",
         7: "spawn keeper leave places fitness show lower wiring servestate supervised "
         "nbdnetlink swaparea upfile rates terminal reach counterfiles recording",
-        8: "control drain supervisor serve mender attach swapping topview top statsfs record "
-        "plot doctor watching",
+        8: "control drain standby supervisor serve mender attach swapping topview top statsfs "
+        "record plot doctor watching",
         9: "zcache_plugin attachcli reference fitswap cli writepages",
     },
 }

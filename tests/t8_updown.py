@@ -39,7 +39,7 @@ pytestmark = pytest.mark.skipif(
     os.geteuid() != 0, reason="; ".join(fitness.missing()) or "needs root for its network"
 )
 # Pool, server, supervisor, helper and its spare, and `zcache up` itself, before there is swap.
-SELF_SERVING = GuestConfig(mem_mib=352, sample_ms=50, sysctl=SELF_SERVING_SYSCTL)
+SELF_SERVING = GuestConfig(mem_mib=384, sample_ms=50, sysctl=SELF_SERVING_SYSCTL)
 # Smaller than twice the pool, which is there from the start: see t8_swaplab.
 SETTINGS = ("--size", "288M", "--pool", "150M", "commit=all", "--priority", "7")
 # With the commands that run meanwhile, less than memory and device hold: else it is OOM by right.

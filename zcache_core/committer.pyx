@@ -20,7 +20,7 @@ from posix.mman cimport MAP_FAILED, munmap
 from posix.time cimport timespec
 
 from zcache_core.arena cimport (
-    BATCH, FRAME_FREE, FRAME_TAKEN, FRAME_UNCOMMITTED, NO_FRAME, Arena, Frame, frame_address, publish, push_free,
+    BATCH, FRAME_TAKEN, FRAME_UNCOMMITTED, NO_FRAME, Arena, Frame, frame_address, publish, push_free,
     surplus, wanted,
 )
 from zcache_core.backing cimport (

@@ -5,6 +5,8 @@ must not need memory that can only be had by swapping out to it:
 
     mlockall(CURRENT | FUTURE | ONFAULT)   what is touched stays (nbdkit's tables are
                                            192 MiB of zeros, locking all would cost that)
+    load_files                             and all of the program's and libraries' own pages,
+                                           for who must go on when none can be read in
     PR_SET_IO_FLUSHER                      its own allocations start no I/O in reclaim;
                                            inherited by the threads made after it
     SCHED_FIFO                             serving threads run before those they unblock
@@ -27,6 +29,7 @@ MCL_CURRENT, MCL_FUTURE, MCL_ONFAULT = 1, 2, 4
 PR_SET_PDEATHSIG = 1
 PR_SET_DUMPABLE = 4
 PR_SET_IO_FLUSHER = 57
+MADV_POPULATE_READ, MADV_POPULATE_WRITE = 22, 23
 M_ARENA_MAX, M_MMAP_THRESHOLD, M_TOP_PAD, M_TRIM_THRESHOLD = -8, -3, -2, -1
 CAP_IPC_LOCK = 14
 HEAP_BYTES_MAX = 32 << 20  # the most that glibc takes as a threshold for mmap
@@ -78,7 +81,8 @@ def _never_killed() -> str:
     return ""
 
 
-def _realtime() -> str:
+def real_time() -> str:
+    """The calling thread in a real-time class, and what it starts.  A sentence if refused."""
     try:
         os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(FIFO_PRIORITY))
     except OSError as error:
@@ -104,19 +108,43 @@ def prepare(realtime: bool = True, on_fault: bool = True, secret: bool = False) 
     _libc.mallopt(M_ARENA_MAX, 1)
     found = [lock_memory(on_fault), _io_flusher(), _never_killed()]
     if realtime:
-        found.append(_realtime())
+        found.append(real_time())
     if secret:
         found.append(_never_dumped())
     return [sentence for sentence in found if sentence]
 
 
+def load_files(copy: bool = True) -> int:
+    """Have every page of the mapped files in memory; bytes of them.
+
+    copy: those that are ours to write too are copied now, not when they are written.
+    With `lock_memory` they stay.  Nothing that is only reserved (zeros, heap) is touched.
+    Before Linux 5.14 nothing happens.
+    """
+    total = 0
+    with open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
+        rows = [line.split(maxsplit=5) for line in maps]
+    for row in rows:
+        # A program or library: private, of a file with a path.  (The memory file is shared.)
+        if len(row) < 6 or not row[5].startswith("/") or row[1][0] != "r" or row[1][3] != "p":
+            continue
+        start, end = (int(number, 16) for number in row[0].split("-"))
+        advice = MADV_POPULATE_WRITE if copy and row[1][1] == "w" else MADV_POPULATE_READ
+        _libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), advice)
+        total += end - start
+    return total
+
+
 def keep_heap(size_bytes: int) -> None:
-    """Have so much free in malloc's heap, and never give any of it back to the kernel."""
+    """Have so much free in malloc's heap, touched, and never give any of it back to the kernel."""
     _libc.mallopt(M_TRIM_THRESHOLD, HEAP_BYTES_MAX)
     _libc.mallopt(M_MMAP_THRESHOLD, HEAP_BYTES_MAX)
     _libc.mallopt(M_TOP_PAD, size_bytes)
     _libc.malloc.restype = ctypes.c_void_p
-    _libc.free(ctypes.c_void_p(_libc.malloc(ctypes.c_size_t(size_bytes))))
+    block = ctypes.c_void_p(_libc.malloc(ctypes.c_size_t(size_bytes)))
+    if block:
+        ctypes.memset(block, 0, size_bytes)
+    _libc.free(block)
 
 
 def io_flusher() -> str:

@@ -60,13 +60,13 @@ def state(guest: Guest, name: str = "zcache") -> dict[str, Any]:
 
 
 def kill_in(guest: Guest, pid: int, number: int = 9) -> None:
-    """A signal to a process of the guest."""
-    guest.call(["/bin/busybox", "kill", f"-{number}", str(pid)])
+    """A signal to a process of the guest, by PID 1: a new process may need memory first."""
+    guest.link.ask("signal", str(pid), str(number))
 
 
 def kill_mender(guest: Guest, name: str = "zcache", spare_too: bool = False) -> int:
     """kill -9 of the helper, or of it and its spare; which process the helper was."""
     found = state(guest, name)
-    pids = [str(found["pid"])] + ([str(found["spare_pid"])] if spare_too else [])
-    guest.call(["/bin/busybox", "kill", "-9", *pids])
+    for pid in [found["pid"]] + ([found["spare_pid"]] if spare_too else []):
+        kill_in(guest, int(pid))
     return int(found["pid"])

@@ -1,0 +1,182 @@
+"""A second server waits, loaded and locked; when the first dies it goes on, and a third waits.
+
+In a machine without memory that is proved in the lab (t8_survival_inside).  Here: who waits, what
+it has and has not, that nobody is left behind, and that nothing is lost however fast one kill
+follows the other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from plugin import servestate
+from plugin.fitness import CAPABILITIES, has_capability
+from plugin.servestate import State
+from tests.plugin_helpers import wait_for
+from tests.serve_helpers import Served, is_zombie, kill, served
+
+PAGE = 4096
+WORDS = ("size=16M", "pool=8M", "commit=all")
+
+
+@pytest.fixture
+def it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
+    monkeypatch.setenv("ZCACHE_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.setenv("ZCACHE_SYS_BLOCK", str(tmp_path))
+    with served(tmp_path, f"t9-by-{os.getpid()}") as it:
+        yield it
+
+
+def ready(it: Served) -> State:
+    """The state once somebody serves and somebody waits."""
+
+    def look() -> State | None:
+        state = servestate.read(it.instance)
+        good = state and state.phase == servestate.SERVING and state.standby_ready
+        return state if good else None
+
+    found: State = wait_for("a server and a standby", look)
+    return found
+
+
+def origin(state: State) -> int:
+    """The process that the standby was forked from."""
+    return int(Path(f"/proc/{state.standby_pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+
+
+def status(pid: int) -> dict[str, str]:
+    rows = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return {name: value.strip() for name, _, value in (row.partition(":") for row in rows)}
+
+
+def test_each_killed_server_has_its_successor(it: Served, rng: random.Random) -> None:
+    """Five times, the last three without waiting for the next standby."""
+    it.serve(*WORDS, "standby=yes")
+    data = rng.randbytes(2 * PAGE) + bytes(PAGE) + b"12345678" * 512
+    it.connect().pwrite(data, 0)
+    first = ready(it)
+    for turn in range(5):
+        state = ready(it) if turn < 2 else it.state()
+        waits, server = state.standby_pid, state.server_pid
+        kill(server)
+        now = it.serving(other_than=server)
+        if turn < 2:
+            assert now.server_pid == waits
+            assert (now.takeovers, now.starts) == (turn + 1, turn + 2)
+        handle = it.connect()
+        assert handle.pread(len(data), 0) == data
+        handle.pwrite(rng.randbytes(PAGE), (10 + turn) * PAGE)
+    last = ready(it)
+    assert last.supervisor_pid == first.supervisor_pid
+    assert last.takeovers == 5, "every one was a standby"
+    assert last.upgrades == 0
+    it.disconnect()
+    it.zcache("stop")
+    wait_for("the end of all", lambda: not it.processes())
+
+
+def test_what_waits_is_locked_and_has_no_page(it: Served) -> None:
+    """All of its program in memory, nothing of the memory file; ready before it is needed."""
+    it.serve(*WORDS, "standby=yes")
+    state = ready(it)
+    for pid in (state.standby_pid, origin(state)):
+        maps = Path(f"/proc/{pid}/maps").read_text()
+        assert "SYSV" not in maps
+        assert "codec.cpython" in maps, "the core is loaded"
+        if has_capability(CAPABILITIES["CAP_IPC_LOCK"][0]):
+            resident = mapped = 0
+            for row in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+                words = row.split()
+                if "-" in words[0]:
+                    is_file = len(words) > 5 and words[5].startswith("/") and words[1][0] == "r"
+                elif is_file and words[0] in ("Size:", "Rss:"):
+                    mapped += int(words[1]) * (words[0] == "Size:")
+                    resident += int(words[1]) * (words[0] == "Rss:")
+            assert resident > 0.98 * mapped, "pages beyond a file's end are none"
+            assert int(status(pid)["VmLck"].split()[0]) > resident
+        assert status(pid)["VmSwap"].split()[0] == "0"
+    assert int(status(state.standby_pid)["Threads"]) == 1
+
+
+@pytest.mark.parametrize("who", ["standby", "origin", "both"])
+def test_a_killed_standby_is_replaced(it: Served, who: str) -> None:
+    """The server does not notice."""
+    it.serve(*WORDS, "standby=yes")
+    state = ready(it)
+    handle = it.connect()
+    handle.pwrite(b"x" * PAGE, 0)
+    gone = {"standby": [state.standby_pid], "origin": [origin(state)]}
+    pids = gone[who] if who in gone else gone["origin"] + gone["standby"]
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    wait_for("their end", lambda: all(is_zombie(pid) for pid in pids))
+    if who == "origin":  # what was forked from it is as good as before
+        kill(state.server_pid)
+        assert it.serving(other_than=state.server_pid).server_pid == state.standby_pid
+        assert it.connect().pread(PAGE, 0) == b"x" * PAGE
+    now = wait_for("another one", lambda: (s := ready(it)).standby_pid not in pids and s)
+    assert handle.pread(PAGE, 0) == b"x" * PAGE if who != "origin" else True
+    kill(now.server_pid)
+    assert it.serving(other_than=now.server_pid).server_pid == now.standby_pid
+
+
+def test_it_ends_with_the_supervisor_and_not_with_the_server(it: Served) -> None:
+    it.serve(*WORDS, "standby=yes")
+    state = ready(it)
+    waits = {state.standby_pid, origin(state)}
+    kill(state.supervisor_pid)
+    wait_for("their end", lambda: all(is_zombie(pid) for pid in waits))
+    it.serve()
+    now = ready(it)
+    assert now.server_pid == state.server_pid
+    assert not {now.standby_pid, origin(now)} & waits
+
+
+def test_upgraded_with_its_standby(it: Served) -> None:
+    """Both are of the new version afterwards, and of the old ones nobody is left."""
+    it.serve(*WORDS, "standby=yes")
+    state = ready(it)
+    old = {state.server_pid, state.standby_pid, origin(state)}
+    it.connect().pwrite(b"x" * PAGE, 0)
+    it.zcache("upgrade")
+    now = ready(it)
+    assert (now.upgrades, now.takeovers) == (1, 0)
+    assert it.connect().pread(PAGE, 0) == b"x" * PAGE
+    wait_for("the end of the old ones", lambda: all(is_zombie(pid) for pid in old))
+    assert sorted(it.processes().values()) == ["node", "server", "server", "server", "supervisor"]
+    assert set(it.pids("server")) == {now.server_pid, now.standby_pid, origin(now)}
+
+
+def test_auto_is_while_a_device_is_attached(it: Served, tmp_path: Path) -> None:
+    """What `zcache attach` and `detach` tell the supervisor: look."""
+    it.serve(*WORDS)
+    time.sleep(0.5)  # were one wanted, it would be there
+    assert it.state().standby_pid == 0
+    (tmp_path / "nbd7").mkdir()
+    (tmp_path / "nbd7" / "pid").write_text("1\n")
+    it.instance.attach.write_text(json.dumps({"device": "/dev/nbd7"}))
+    servestate.tell_attached(it.instance)
+    ready(it)
+    it.instance.attach.unlink()
+    servestate.tell_attached(it.instance)
+    wait_for("its end", lambda: len(it.pids("server")) == 1)
+    assert it.state().standby_pid == 0
+    with contextlib.suppress(FileNotFoundError):
+        (tmp_path / "nbd7" / "pid").unlink()
+
+
+def test_no_is_none(it: Served) -> None:
+    it.serve(*WORDS, "standby=no")
+    time.sleep(0.5)
+    assert len(it.pids("server")) == 1
+    kill(it.state().server_pid)
+    assert it.serving().takeovers == 0
