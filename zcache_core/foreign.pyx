@@ -271,8 +271,7 @@ cdef uint32_t get_one(Foreign *f, uint32_t row, const Record *r, uint8_t *sealed
 cdef uint64_t foreign_get(
     Foreign *f, uint32_t row, const Record *records, uint32_t n, uint8_t *payload, uint8_t *codes
 ) noexcept nogil:
-    """Copy the sealed bytes of a batch, one behind the other, without those whose code is not
-    PAGE_OK; how many bytes.  `payload` has room for all."""
+    """Copy what is PAGE_OK of a batch, one behind the other; how many bytes.  `payload` has room for all."""
     cdef uint32_t i
     cdef uint64_t bytes = 0
     lock_take(&f.lock)
