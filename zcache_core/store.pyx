@@ -299,6 +299,7 @@ cdef class Store:
         self._require_page(0)
         with nogil:
             store_wait_ready(core)
+            lock_take(&core.tidy.turn)      # nothing is on its way from one frame to another
             slot = slot_take(&core.slots)
             for page in range(core.index.pages):
                 e = entry_load(&core.index, page)
@@ -320,6 +321,7 @@ cdef class Store:
         lock_take(&core.arena.lock)
         in_use = core.arena.committed - core.arena.free_count - core.arena.moving
         pthread_mutex_unlock(&core.arena.lock)
+        pthread_mutex_unlock(&core.tidy.turn)
         broken += in_use != counted["pers_pageframes"] + counted["eph_pageframes"]
         broken += counted["disk_pages"] + counted["pers_pages_remoted"] != below + counted["eph_zpages"]
         return broken
