@@ -4,7 +4,7 @@
            <- answer - node: sees it in the counters <-- memory file --
 
 The server obeys at once and says so in its counters (high_percent, low_percent,
-draining, pool_set_frames, writeback_limit_bytes, refused_commands); the answer is given
+draining, pool_set_frames, writeback_limit_bytes, allocator, refused_commands); the answer is given
 when it has, so what an answer says holds.  What is set is the server's, not ours: a node
 that is started anew reads it again.  A smaller pool is reached as pages go down: until then
 pool_limit_frames is above pool_set_frames, and `health` says so.
@@ -20,14 +20,15 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from cluster.link import RpcError
-from zcache_core import commands
+from zcache_core import PAGES_PER_FRAME, commands
 
 ANSWER_S = 3.0  # below a client's patience
 LOOK_S = 0.02
 PAGE_BYTES = 4096
 POOL_BYTES_MIN = 1 << 20  # as pool= at the start
 WRITEBACK_LIMIT_BYTES_MIN = 1 << 20  # as writeback_limit= at the start
-SETTABLE = ("pool", "high", "low", "writeback_limit")
+ALLOCATORS = tuple(PAGES_PER_FRAME)
+SETTABLE = ("allocator", "pool", "high", "low", "writeback_limit")
 NO_DISK = (
     "this server has no disk below its pool, so pages have nowhere else to go; "
     "start it with disk=PATH"
@@ -51,7 +52,7 @@ class Steering:
         """What can be changed, under the keys' names, as it is now, and what follows from it."""
         stats = self._read()
         pool = stats["pool_set_frames"] * PAGE_BYTES
-        found: dict[str, Any] = {"pool": pool}
+        found: dict[str, Any] = {"allocator": ALLOCATORS[stats["allocator"]], "pool": pool}
         if self._has_disk(stats):
             found |= {"high": stats["high_percent"], "low": stats["low_percent"]}
             found["writeback_limit"] = stats["writeback_limit_bytes"] or None
@@ -64,7 +65,7 @@ class Steering:
     async def set(self, params: list[Any]) -> dict[str, Any]:
         """set({"pool": bytes, "high": percent, "low": percent, "writeback_limit": bytes or nil}).
 
-        Or some of them; what holds then.
+        Or some of them, and "allocator": its name; what holds then.
 
         Watermarks first, then the pool: what cannot be done is refused before anything is.
         Raises RpcError.
@@ -84,6 +85,8 @@ class Steering:
                 marks = self._checked_marks(stats, wanted)
             if "pool" in wanted:
                 frames = self._checked_pool(stats, wanted["pool"])
+            if "allocator" in wanted:
+                number = self._checked_allocator(wanted["allocator"])
             if "writeback_limit" in wanted:
                 limit = self._checked_limit(stats, wanted["writeback_limit"])
                 await self._send(
@@ -99,8 +102,21 @@ class Steering:
                 await self._send(
                     commands.pool(frames), lambda stats: stats["pool_set_frames"] == frames
                 )
+            if "allocator" in wanted:
+                await self._send(
+                    commands.allocator(number), lambda stats: stats["allocator"] == number
+                )
             holds = self.effective()
             return {key: holds[key] for key in SETTABLE if key in holds}
+
+    def _checked_allocator(self, name: Any) -> int:
+        """Its number."""
+        if name not in ALLOCATORS:
+            raise RpcError(
+                "bad_params",
+                f"allocator={name} is none; use {', '.join(ALLOCATORS[:-1])} or {ALLOCATORS[-1]}",
+            )
+        return ALLOCATORS.index(name)
 
     def _checked_limit(self, stats: Stats, limit: Any) -> int:
         """Bytes a day, 0 for none."""

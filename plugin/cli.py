@@ -11,12 +11,14 @@
     zcache record FILE                          what is seen every second, in a bounded file
     zcache plot FILE, zcache doctor FILE        a recording as a picture, and in sentences
     zcache drain [--off] [--control SOCK]       move every page from RAM to the disk
+    zcache set KEY=VALUE ... [--control SOCK]   change a running server
     zcache up, zcache down                      swap onto a server of this machine; all of it back
     zcache node --listen ADDR --donate SIZE     lend RAM to other machines
     zcache node drain [--off]                   empty such a node, while its owners go on
     zcache cluster-init, zcache cluster-add NAME  certificates, one file for each node
     zcache attach URI, zcache detach            a /dev/nbdX of the kernel's, connected and mended
     zcache completion bash|zsh                  completion for the shell
+    zcache estimate --all | --pid PID ...       how well live processes' memory would compress
     zcache check [--remove-leftovers]           is this machine fit, and what to do if not
     zcache version
 
@@ -44,7 +46,7 @@ from typing import Any
 
 import zcache_core
 from cluster.link import BlockingClient
-from plugin import attachcli, drain, fitness, fitswap, nodecli, serve, show, watching
+from plugin import attachcli, drain, estimate, fitness, fitswap, nodecli, serve, show, top, watching
 from plugin.instance import DEFAULT_NAME, Instance
 from zcache_core.errors import ControlError, ZcacheError
 
@@ -96,6 +98,13 @@ def build_parser() -> argparse.ArgumentParser:
     draining.add_argument("--control", metavar="SOCK", help="the server (found if only one)")
     draining.set_defaults(run=_drain)
 
+    setting = commands.add_parser(
+        "set", help="change a running server: allocator, pool, high, low, writeback_limit"
+    )
+    setting.add_argument("words", nargs="+", metavar="KEY=VALUE", help="like allocator=zsmalloc")
+    setting.add_argument("--control", metavar="SOCK", help="the server (found if only one)")
+    setting.set_defaults(run=_set)
+
     attachcli.add_commands(commands)
     nodecli.add_commands(commands)
 
@@ -108,6 +117,7 @@ def build_parser() -> argparse.ArgumentParser:
     check.set_defaults(run=_check)
 
     watching.add(commands, lambda: the_only_control())
+    estimate.add(commands)
     complete = commands.add_parser("completion", help="print a script that completes this command")
     complete.add_argument("shell", choices=("bash", "zsh"), help="source <(zcache completion bash)")
     complete.set_defaults(run=_completion)
@@ -180,6 +190,14 @@ def _status(args: argparse.Namespace) -> int:
 def _drain(args: argparse.Namespace) -> int:
     with BlockingClient(args.control or the_only_control()) as client:
         return drain.off(client.call) if args.off else drain.run(client.call, args.keep)
+
+
+def _set(args: argparse.Namespace) -> int:
+    wanted = top.changes(" ".join(args.words))
+    with BlockingClient(args.control or the_only_control()) as client:
+        holds = client.call("set", wanted)
+    print("zcache: " + " ".join(f"{key}={value}" for key, value in holds.items()))
+    return 0
 
 
 def _check(args: argparse.Namespace) -> int:

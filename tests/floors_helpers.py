@@ -43,9 +43,9 @@ FLOORS = {
         6: "interrupts messages logpipe amounts instance peerkeys config liaison teller handshake "
         "dialer statepage spare",
         7: "spawn keeper leave places fitness show lower wiring servestate supervised "
-        "nbdnetlink swaparea upfile rates terminal reach counterfiles recording",
+        "nbdnetlink swaparea upfile rates terminal reach counterfiles recording sampling",
         8: "control drain standby supervisor serve mender attach swapping topview top statsfs "
-        "record plot doctor watching",
+        "record plot doctor watching estimate",
         9: "zcache_plugin attachcli nodecli reference fitswap cli writepages",
     },
 }

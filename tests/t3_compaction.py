@@ -11,6 +11,7 @@ import pytest
 from tests.core_helpers import PAGE, make_page, opened_store, try_put
 from tests.plugin_helpers import wait_for
 from zcache_core import counters
+from zcache_core.errors import ConfigError
 from zcache_core.several import ALLOCATORS
 from zcache_core.sizeclass import fragmentation, size_classes
 from zcache_core.store import Store
@@ -73,14 +74,20 @@ def test_after_churn_as_dense_as_a_fresh_fill(store: Store, rng: random.Random) 
     assert now["moved_pages"] >= now["compacted_frames"] > 0
 
 
-def test_pages_in_use_all_the_time(store: Store, rng: random.Random) -> None:
-    """Readers, writers and trims while objects are moved: each page is what its writer last put."""
+@pytest.mark.parametrize("changing", [False, True])
+def test_pages_in_use_all_the_time(store: Store, rng: random.Random, changing: bool) -> None:
+    """Readers, writers and trims while objects are moved: each page is what its writer last put.
+
+    `changing`: and now and then another allocator is chosen.
+    """
     model = fill(store, rng)
     stop = threading.Event()
     problems: list[str] = []
 
     def compacting() -> None:
         while not stop.is_set():
+            if changing:
+                store.set_allocator(rng.choice(ALLOCATORS))
             store.compact()
 
     def work(first: int, own: random.Random) -> None:
@@ -114,6 +121,77 @@ def test_pages_in_use_all_the_time(store: Store, rng: random.Random) -> None:
     assert_all_there(store, model)
 
 
+def assert_all_with(store: Store, model: dict[int, bytes], allocator: str) -> None:
+    """No page is with another allocator, but for those that have a frame to themselves."""
+    now = counters.read(store.memory)
+    in_zspages = sum(row["objects"] for row in fragmentation(store.memory))
+    if allocator == "zsmalloc":
+        assert in_zspages == len(model)
+        assert now["buddied_count"] + now["unbuddied_count"] == 0
+    else:
+        assert in_zspages == 0
+    assert ALLOCATORS[now["allocator"]] == store.allocator_name == allocator
+    assert now["migrating"] == 0
+
+
+def moved_all(store: Store) -> bool:
+    """After another look: a round ends when there is no room to move to, and may be none yet."""
+    store.compact()
+    return counters.read(store.memory)["migrating"] == 0
+
+
+@pytest.mark.parametrize("chosen", ALLOCATORS)
+def test_another_allocator_is_chosen(store: Store, rng: random.Random, chosen: str) -> None:
+    """Old pages move to it, new ones go there, and it is as dense as if it had been first."""
+    model = fill(store, rng)
+    store.set_allocator(chosen)
+    for page in rng.sample(range(PAGES), 500):
+        model[page] = compressible(rng)
+        store.put(page, model[page])
+    store.compact()
+    assert_all_with(store, model, chosen)
+    assert_all_there(store, model)
+    with opened_store(PAGES * PAGE, POOL, allocator=chosen, tidy=False) as fresh:
+        for page, data in model.items():
+            fresh.put(page, data)
+        assert frames(fresh) / frames(store) >= 0.93
+    with pytest.raises(ConfigError, match="use zbud or z3fold or zsmalloc"):
+        store.set_allocator("buddy")
+
+
+def test_chosen_in_a_pool_that_is_full(rng: random.Random) -> None:
+    """Without room to move to nothing moves, and nothing is lost; with some it goes on."""
+    with opened_store(PAGES * PAGE, 2000 * PAGE, allocator="zbud", tidy=False) as store:
+        model: dict[int, bytes] = {}
+        for page in range(PAGES):
+            data = compressible(rng)
+            if not try_put(store, page, data):
+                break
+            model[page] = data
+        store.set_allocator("zsmalloc")
+        store.compact()
+        assert_all_there(store, model)
+        assert counters.read(store.memory)["migrating"] == 1
+        thin_out(store, model, 0.3, rng)
+        wait_for("moving", lambda: moved_all(store))
+        assert_all_with(store, model, "zsmalloc")
+        assert_all_there(store, model)
+
+
+@pytest.mark.parametrize("chosen", ALLOCATORS)
+def test_started_with_another(store: Store, rng: random.Random, chosen: str) -> None:
+    model = fill(store, rng)
+    memory = store.memory
+    store.stop()
+    successor = Store(memory, allocator=chosen, tidy=False)
+    successor.start()
+    successor.wait_ready()
+    wait_for("moving", lambda: moved_all(successor))
+    assert_all_with(successor, model, chosen)
+    assert_all_there(successor, model)
+    successor.stop()
+
+
 @pytest.mark.parametrize("allocator", ALLOCATORS)
 def test_the_background_does_it_too(allocator: str, rng: random.Random) -> None:
     """Without being asked: frames are emptied, and their memory goes back to the system."""
@@ -128,6 +206,10 @@ def test_the_background_does_it_too(allocator: str, rng: random.Random) -> None:
         wait_for("giving back", lambda: now("punched_frames") > 200)
         wait_for("settling", lambda: now("free_frames") <= 1024 + 128 + 1)
         assert_all_there(store, model)
+        chosen = ALLOCATORS[ALLOCATORS.index(allocator) - 1]
+        store.set_allocator(chosen)
+        wait_for("moving", lambda: now("migrating") == 0)
+        assert_all_with(store, model, chosen)
 
 
 def test_statistics_by_class(rng: random.Random) -> None:

@@ -15,7 +15,7 @@ import signal
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -86,9 +86,15 @@ def in_two_halves(work: Callable[[int, random.Random], None], seed: int, ready_f
     signal.pause()
 
 
-def child_works(name: str, notes: Notes, allocator: str, seed: int, ready_fd: int) -> None:
-    """Puts and trims for ever, each thread on its own half of the pages; a third moves them."""
-    store = Store(MemoryFile.open(name), allocator=allocator)
+def child_works(
+    name: str, notes: Notes, allocators: Sequence[str], seed: int, ready_fd: int
+) -> None:
+    """Puts and trims for ever, each thread on its own half of the pages; a third moves them.
+
+    The third chooses among the allocators too.
+    """
+    rng = random.Random(seed)
+    store = Store(MemoryFile.open(name), allocator=rng.choice(allocators))
     store.start()
 
     def work(first: int, own: random.Random) -> None:
@@ -100,6 +106,8 @@ def child_works(name: str, notes: Notes, allocator: str, seed: int, ready_fd: in
     def compact() -> None:
         while True:
             store.compact()
+            if len(allocators) > 1:
+                store.set_allocator(rng.choice(allocators))
 
     threading.Thread(target=compact, daemon=True).start()
     in_two_halves(work, seed, ready_fd)
@@ -167,7 +175,7 @@ def test_killed_at_any_instant(name: str, rng: random.Random, allocators: tuple[
     notes = Notes()
     stored = 0
     for _ in range(ROUNDS):
-        kill_at_random(partial(child_works, name, notes, rng.choice(allocators)), rng, 0.03)
+        kill_at_random(partial(child_works, name, notes, allocators), rng, 0.03)
         stored = max(stored, assert_nothing_lost(name, notes, rng.choice(allocators)))
     assert stored > PAGES // 4, "the children did real work"
     memory = MemoryFile.open(name)
@@ -179,7 +187,7 @@ def test_versions_are_never_used_again(name: str, rng: random.Random) -> None:
     """A successor starts above every version that its predecessor may have used."""
     highest = 0
     for _ in range(5):
-        kill_at_random(partial(child_works, name, Notes(), "zbud"), rng, 0.03)
+        kill_at_random(partial(child_works, name, Notes(), ["zbud"]), rng, 0.03)
         memory = MemoryFile.open(name)
         store = Store(memory)
         store.start()

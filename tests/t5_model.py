@@ -1,7 +1,7 @@
 """Hundreds of short lives of a store over a disk, each from a seed of its own.
 
     3 clients, a dict each | meanwhile: faults, drains, other watermarks, another pool,
-                           | memory pressure, compaction, and all of it gone again
+                           | memory pressure, compaction, other allocators, and all of it gone again
     at the end: every page is what its client knows, every count is exact
 
 t5_tiers has the same with few and long lives.  One that failed is named by its seed,
@@ -72,8 +72,10 @@ def disturb(cold: Cold, rng: random.Random, workers: list[Worker]) -> None:
             raise AssertionError("with a tier below any pool is possible") from None
     elif dice == 7:
         cold.faulty.set()
-    else:
+    elif dice == 8:
         cold.store.compact()
+    else:
+        cold.store.set_allocator(rng.choice(ALLOCATORS))
 
 
 def play(folder: Path, seed: int) -> dict[str, int]:

@@ -40,7 +40,7 @@ def test_drain_and_set(tmp_path: Path, rng: random.Random) -> None:
         wait_for("another node process", server.ping)
         assert server.rpc("stats")["draining"] == 1
         assert server.rpc("drain", False)["draining"] is False
-        holds = {"pool": 4 * MIB, "writeback_limit": None}
+        holds = {"allocator": "zbud", "pool": 4 * MIB, "writeback_limit": None}
         assert server.rpc("set", {"high": 60, "low": 40}) == holds | {"high": 60, "low": 40}
         assert server.rpc("set", {"low": 20}) == holds | {"high": 60, "low": 20}
         config = server.rpc("config")
@@ -135,7 +135,7 @@ def test_set_pool(tmp_path: Path, rng: random.Random) -> None:
         wait_for("another node process", server.ping)
         assert server.rpc("config")["pool"] == 6 * MIB
         assert server.rpc("set", {"pool": 16 * MIB, "high": 95}) == {
-            "pool": 16 * MIB, "high": 95, "low": 80, "writeback_limit": None
+            "allocator": "zbud", "pool": 16 * MIB, "high": 95, "low": 80, "writeback_limit": None
         }  # fmt: skip
         assert_holds(handle, fill(handle, rng, 24 * MIB))
         assert server.rpc("stats")["failed_requests"] == 0
@@ -150,12 +150,12 @@ def test_set_pool_that_cannot_be(tmp_path: Path, rng: random.Random) -> None:
         error = refusal(server, "set", {"pool": 4 * MIB})
         assert error.code == "in_use"
         assert f"{8 * MIB} bytes of the pool are in use and there is no disk" in str(error)
-        assert server.rpc("set", {"pool": 9 * MIB}) == {"pool": 9 * MIB}
+        assert server.rpc("set", {"pool": 9 * MIB}) == {"allocator": "zbud", "pool": 9 * MIB}
         assert server.rpc("config")["guaranteed"] == 9 * MIB
         assert any("pool can fill" in what for what in reasons(server))
         with pytest.raises(nbd.Error, match="ENOSPC"):
             handle.pwrite(rng.randbytes(8 * MIB), 8 * MIB)
-        assert server.rpc("set", {"pool": 16 * MIB}) == {"pool": 16 * MIB}
+        assert server.rpc("set", {"pool": 16 * MIB}) == {"allocator": "zbud", "pool": 16 * MIB}
         handle.pwrite(rng.randbytes(8 * MIB), 8 * MIB)
     words = ("size=64M", "pool=32M", "disk_size=16M", f"disk={tmp_path / 'disk'}")
     with Server(tmp_path, *words) as server:
@@ -222,3 +222,35 @@ def test_an_interrupted_drain(tmp_path: Path, options: tuple[str, ...], draining
         assert process.returncode == 130
         assert ("goes on draining" if draining else "Draining is off again") in out
         assert server.rpc("stats")["draining"] == draining
+
+
+def test_another_allocator(tmp_path: Path, rng: random.Random) -> None:
+    """Chosen by RPC: the answer says so, and every page moves there, and is read."""
+    with Server(tmp_path, "size=16M", "pool=8M") as server:
+        handle = server.connect()
+        written = fill(handle, rng, 4 * MIB)
+        assert server.rpc("config")["allocator"] == "zbud"
+        for name in ("zsmalloc", "z3fold"):
+            assert server.rpc("set", {"allocator": name})["allocator"] == name
+            assert server.rpc("config")["allocator"] == name
+            wait_for("moving", lambda: server.rpc("stats")["migrating"] == 0)
+            assert_holds(handle, written)
+        assert "use zbud, z3fold or zsmalloc" in str(refusal(server, "set", {"allocator": 1}))
+
+
+def test_the_command_set(tmp_path: Path) -> None:
+    with Server(tmp_path, "size=16M", "pool=8M") as server:
+        zcache = (os.fspath(ROOT / ".venv/bin/zcache"), "set", "--control", str(server.control))
+        done = subprocess.run(
+            [*zcache, "allocator=z3fold", "pool=4M"], capture_output=True, text=True, check=False
+        )
+        assert (done.returncode, done.stdout) == (0, f"zcache: allocator=z3fold pool={4 * MIB}\n")
+        assert server.rpc("config")["allocator"] == "z3fold"
+        for word, code, sentence in (
+            ("allocator=slab", 3, "there is no allocator slab; write"),
+            ("size=1G", 6, "size cannot be set while the server runs"),
+            ("high", 3, "high is no change; write KEY=VALUE"),
+        ):
+            done = subprocess.run([*zcache, word], capture_output=True, text=True, check=False)
+            assert done.returncode == code, done.stderr
+            assert sentence in done.stderr

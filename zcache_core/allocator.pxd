@@ -27,6 +27,8 @@ Contract
     spare     about how many frames could be given back by moving objects together.
     thin      take frames aside whose objects have room in others: the first of them, or
               NO_FRAME.  Nothing new is placed there; one at a time, by one thread.
+    aside     take this frame aside, whatever room there is; False when it holds a raw page,
+              or is not the first of those that are freed together.
     alloc_packed    as alloc, in frames in use other than those, of the same allocator.
     put_back  they are as all others again; True when they were emptied, and are gone.
     check     the number of broken invariants (0), for tests; slow.  Adds what it found
@@ -73,6 +75,7 @@ ctypedef struct Allocator:
     uint32_t (*objects)(Allocator *, uint32_t frame, uint64_t *where, uint32_t *bytes, uint32_t most) noexcept nogil
     uint32_t (*spare)(Allocator *) noexcept nogil
     uint32_t (*thin)(Allocator *) noexcept nogil
+    bint (*aside)(Allocator *, uint32_t frame) noexcept nogil
     bint (*alloc_packed)(Allocator *, uint32_t bytes, uint64_t *where) noexcept nogil
     bint (*put_back)(Allocator *) noexcept nogil
     void (*ephemeral)(Allocator *, uint64_t where, uint32_t bytes, int change) noexcept nogil

@@ -7,7 +7,7 @@
 
 A write of so few bytes to a pipe is atomic (pipe(7), PIPE_BUF), so commands are read
 whole.  There is no answer: who sent one reads the counters (draining, high_percent,
-low_percent, pool_set_frames, writeback_limit_bytes), which the server sets when it has
+low_percent, pool_set_frames, writeback_limit_bytes, allocator), which the server sets when it has
 obeyed, or sees refused_commands grow.  No Python runs there for it.
 """
 
@@ -15,11 +15,14 @@ from __future__ import annotations
 
 import struct
 
+from zcache_core import PAGES_PER_FRAME
+
 COMMAND = struct.Struct("=QQ")
 DRAIN = 1  # value 1: move everything below, 0: no longer
 WATERMARKS = 2  # value: high << 32 | low, both in percent of the pool; both at once
 POOL = 3  # value: frames of 4096 bytes
 WRITEBACK_LIMIT = 4  # value: bytes a day, 0: no limit
+ALLOCATOR = 5  # value: its number in ALLOCATORS
 
 
 def drain(on: bool) -> bytes:
@@ -43,3 +46,9 @@ def writeback_limit(day_bytes: int) -> bytes:
     """The command that lets so much be written to the disk in a day; 0: no limit."""
     assert 0 <= day_bytes < 1 << 63
     return COMMAND.pack(WRITEBACK_LIMIT, day_bytes)
+
+
+def allocator(number: int) -> bytes:
+    """The command that sends new pages to another allocator, and old ones after them."""
+    assert 0 <= number < len(PAGES_PER_FRAME)
+    return COMMAND.pack(ALLOCATOR, number)

@@ -99,6 +99,8 @@ COUNTERS: tuple[Counter, ...] = (
     Counter("moved_pages", "pages", "counter", "pages moved within RAM to empty frames"),
     Counter("compacted_frames", "events", "counter", "frames or zspages emptied that way"),
     Counter("compaction_us", "microseconds", "counter", "time that took"),
+    Counter("allocator", "number", "gauge", "where new pages go: 0 zbud, 1 z3fold, 2 zsmalloc"),
+    Counter("migrating", "flag", "gauge", "1 while pages of other allocators move there"),
     # below: writeback, fetching, the disk
     Counter("disk_pages", "pages", "gauge", "pages that have a copy on the disk"),
     Counter("disk_live_bytes", "bytes", "gauge", "bytes of the disk that hold live copies"),

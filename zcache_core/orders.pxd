@@ -2,11 +2,11 @@
 
 from libc.stdint cimport uint32_t, uint64_t
 
-from zcache_core.arena cimport Arena
+from zcache_core.core cimport Core
 
 ctypedef struct Orders:
     int fd                      # pipe with commands of the node process, or -1
-    Arena *arena
+    Core *core
     bint below                  # there is a tier below: high, low and draining mean something
     uint32_t high_percent       # of the pool: writeback starts above ...
     uint32_t low_percent        # ... and stops here

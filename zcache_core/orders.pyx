@@ -12,6 +12,7 @@ from libc.stdint cimport uint32_t, uint64_t
 from zcache_core.arena cimport arena_set_goal
 from zcache_core.counter_ids cimport C_DRAINING, C_HIGH_PERCENT, C_LOW_PERCENT, C_REFUSED_COMMANDS, C_WRITEBACK_LIMIT_BYTES
 from zcache_core.native cimport zc_store64
+from zcache_core.tidying cimport tidy_choose
 
 cdef extern from "<unistd.h>" nogil:
     ssize_t read(int fd, void *data, size_t length)
@@ -23,6 +24,8 @@ cdef enum:
     WATERMARKS = 2
     POOL = 3
     WRITEBACK_LIMIT = 4
+    ALLOCATOR = 5
+    ALLOCATORS = 3              # as many as there are
 
 
 cdef void orders_tell(Orders *o) noexcept nogil:
@@ -38,7 +41,9 @@ cdef bint obey(Orders *o, uint64_t command, uint64_t value) noexcept nogil:
     cdef uint32_t high = <uint32_t>(value >> 32)
     cdef uint32_t low = <uint32_t>value
     if command == POOL:
-        return high == 0 and arena_set_goal(o.arena, low, o.below)
+        return high == 0 and arena_set_goal(&o.core.arena, low, o.below)
+    if command == ALLOCATOR:
+        return value < ALLOCATORS and tidy_choose(o.core, low)
     if not o.below:
         return False
     if command == DRAIN:

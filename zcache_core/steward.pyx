@@ -142,7 +142,7 @@ cdef class Steward:
         w.core = &store.core
         w.meminfo = self.meminfo
         w.cells = store.memory.counters + (SLOTS + 4) * COUNTER_CELLS
-        self.own.arena = &store.core.arena
+        self.own.core = &store.core
         self.own.cells = w.cells
         w.orders = &self.own if cooling is None else &cooling.tiers.orders
         w.orders.fd = command_fd

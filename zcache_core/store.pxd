@@ -7,7 +7,6 @@ from zcache_core.memfile cimport MemoryFile
 cdef class Store:
     cdef Core core
     cdef readonly MemoryFile memory
-    cdef readonly str allocator_name
     cdef readonly str codec_text
     cdef readonly str commit
     cdef bint tidy

@@ -4,7 +4,9 @@ from zcache_core.memfile import MemoryFile
 
 class Store:
     memory: MemoryFile
-    allocator_name: str
+    @property
+    def allocator_name(self) -> str: ...
+    def set_allocator(self, name: str) -> None: ...
     codec_text: str
     commit: str
     def __init__(

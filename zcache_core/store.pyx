@@ -47,7 +47,7 @@ from zcache_core.ramtier cimport (
 from zcache_core.several cimport allocator_broken, several_make
 from zcache_core.slots cimport Slot, slot_release, slot_take, slots_free, slots_init, slots_quiesce
 from zcache_core.takeover cimport takeover
-from zcache_core.tidying cimport tidy_all, tidy_start, tidy_stop
+from zcache_core.tidying cimport tidy_all, tidy_choose, tidy_start, tidy_stop
 
 from zcache_core import codec as codec_names
 from zcache_core.counters import STORED
@@ -82,7 +82,7 @@ cdef class Store:
         if memory.devices()[0][0] == FOREIGN_DEVICE:
             raise MemoryFileError(f"the memory file {memory.name} is a node's that lends it; name another")
         self.memory = memory
-        self.allocator_name, self.codec_text, self.commit = allocator, codec, commit
+        self.codec_text, self.commit = codec, commit
         self._reset_gauges()
         index_init(&core.index, memory.index, memory.super.device_pages, &memory.super.devices[0])
         if slots_init(&core.slots, memory.counters) or codec_prepare(&core.slots, core.codec) or arena_init(
@@ -241,6 +241,28 @@ cdef class Store:
         if pool_bytes % PAGE_BYTES or not arena_set_goal(&self.core.arena, frames, self.core.lower.tiers != NULL):
             raise ConfigError(f"a pool of {pool_bytes} bytes is no whole number of frames, or less than is in use")
 
+    def set_allocator(self, str name):
+        """New pages go to this allocator; those of the others move there in the background.
+
+        Raises ConfigError for another name, MemoryFileError without memory for its table.
+        """
+        cdef bint done
+        cdef uint32_t number
+        self._require_open()
+        if name not in ALLOCATORS:
+            raise ConfigError(f"unknown allocator {name!r}; use {' or '.join(ALLOCATORS)}")
+        number = ALLOCATORS.index(name)
+        with nogil:
+            done = tidy_choose(&self.core, number)
+        if not done:
+            raise MemoryFileError("no memory for the allocator; choose a smaller pool")
+
+    @property
+    def allocator_name(self):
+        """Where new pages go."""
+        self._require_open()
+        return (<bytes>self.core.allocator.name).decode()
+
     def compact(self):
         """Move objects together as far as that goes, now; how many frames or zspages were emptied."""
         cdef uint64_t done
@@ -299,6 +321,7 @@ cdef class Store:
         self._require_page(0)
         with nogil:
             store_wait_ready(core)
+            lock_take(&core.tidy.turn)      # nothing is on its way from one frame to another
             slot = slot_take(&core.slots)
             for page in range(core.index.pages):
                 e = entry_load(&core.index, page)
@@ -320,6 +343,7 @@ cdef class Store:
         lock_take(&core.arena.lock)
         in_use = core.arena.committed - core.arena.free_count - core.arena.moving
         pthread_mutex_unlock(&core.arena.lock)
+        pthread_mutex_unlock(&core.tidy.turn)
         broken += in_use != counted["pers_pageframes"] + counted["eph_pageframes"]
         broken += counted["disk_pages"] + counted["pers_pages_remoted"] != below + counted["eph_zpages"]
         return broken

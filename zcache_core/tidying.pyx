@@ -3,6 +3,8 @@
     every 0.1 s:  could more than 1/32 of the frames in use be given back?
                   -> take the emptiest frames of an allocator aside, move what is in them to
                      others, give them back; until it is less than 1/64, or nothing goes
+    another allocator was chosen?
+                  -> the same with every frame of the others
 
 One thread (zc-tidy), outside of the requests' way: it works in bursts of one frame, and
 while requests are served it rests nineteen times as long as it worked, so that it takes
@@ -21,7 +23,8 @@ from posix.time cimport timespec
 
 from zcache_core.arena cimport NO_FRAME, arena_settle
 from zcache_core.core cimport Core
-from zcache_core.counter_ids cimport C_COMPACTED_FRAMES, C_COMPACTION_US
+from zcache_core.counter_ids cimport C_COMPACTED_FRAMES, C_COMPACTION_US, C_MIGRATING
+from zcache_core.layout cimport HEADER_BYTES
 from zcache_core.moving cimport empty_frame
 from zcache_core.native cimport zc_load32, zc_load64
 from zcache_core.pthread cimport (
@@ -29,6 +32,7 @@ from zcache_core.pthread cimport (
     pthread_join, pthread_mutex_unlock, thread_start,
 )
 from zcache_core.ramtier cimport store_wait_ready
+from zcache_core.several cimport several_choose
 from zcache_core.slots cimport SLOTS, Slot, count, slot_release, slot_take_own
 
 cdef enum:
@@ -102,13 +106,20 @@ cdef bint nap(Core *core, int64_t us) noexcept nogil:
     return go_on
 
 
+cdef inline bint worth_it(Core *core, uint32_t share) noexcept nogil:
+    """Pages are to move to another allocator, or more than 1/share of the frames could be given back."""
+    if core.allocator.cells[C_MIGRATING]:
+        return True
+    return core.allocator.spare(core.allocator) * share > frames_in_use(core)
+
+
 cdef bint tidy_round(Core *core) noexcept nogil:
     """Until little is left to gain; False when the thread is to end."""
     cdef uint32_t failures = 0
     cdef bint emptied = False
     cdef int64_t start, spent
     cdef uint64_t turns
-    while failures < MOST_FAILURES and core.allocator.spare(core.allocator) * STOP_SHARE > frames_in_use(core):
+    while failures < MOST_FAILURES and worth_it(core, STOP_SHARE):
         turns = requests_done(core)
         start = now_us()
         if not tidy_one(core, &emptied):
@@ -130,13 +141,27 @@ cdef void *tidying(void *argument) noexcept nogil:
     while nap(core, TICK_US):
         if not zc_load32(&core.ready):
             continue
-        if core.allocator.spare(core.allocator) * START_SHARE > frames_in_use(core) and not tidy_round(core):
+        if worth_it(core, START_SHARE) and not tidy_round(core):
             break
         quiet = quiet + 1 if requests_done(core) == seen else 0
         seen = requests_done(core)
         if quiet == SETTLE_TICKS:
             arena_settle(&core.arena)
     return NULL
+
+
+cdef bint tidy_choose(Core *core, uint32_t number) noexcept nogil:
+    """New pages go to ALLOCATORS[number], and old ones will move there; False when there is no memory.
+
+    Outside of a slot.  It waits for one frame to be emptied, at most.
+    """
+    cdef bint done
+    lock_take(&core.tidy.turn)
+    done = several_choose(core.allocator, number)
+    if done:
+        core.crew.room_bytes = core.allocator.largest_bytes - HEADER_BYTES
+    pthread_mutex_unlock(&core.tidy.turn)
+    return done
 
 
 cdef int tidy_start(Core *core) noexcept nogil:

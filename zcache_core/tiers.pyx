@@ -93,7 +93,7 @@ cdef class Cooling:
         t.orders.high_percent, t.orders.low_percent = high, low
         t.orders.writeback_limit_bytes = writeback_limit
         t.orders.fd = -1
-        t.orders.arena = &store.core.arena
+        t.orders.core = &store.core
         t.orders.below = True
         t.cells = store.memory.counters + (SLOTS + 2) * COUNTER_CELLS
         if encrypt or not store.memory.fresh:

@@ -339,6 +339,20 @@ cdef uint32_t z3fold_thin(Allocator *self) noexcept nogil:
     return frame
 
 
+cdef bint z3fold_aside(Allocator *self, uint32_t frame) noexcept nogil:
+    cdef Z3fold *z = <Z3fold *>self
+    cdef Frame *f = &self.arena.frames[frame]
+    cdef bint taken
+    lock_take(self.guard)
+    taken = z.aside == NO_FRAME and f.state == self.state and f.first_chunks < NCHUNKS
+    if taken:
+        unlink_frame(z, frame)
+        z.aside = frame
+        link_frame(z, frame)
+    pthread_mutex_unlock(self.guard)
+    return taken
+
+
 cdef bint z3fold_alloc_packed(Allocator *self, uint32_t bytes, uint64_t *where) noexcept nogil:
     cdef bint placed
     lock_take(self.guard)
@@ -470,6 +484,7 @@ cdef Allocator *z3fold_make(Arena *arena, uint64_t *cells, pthread_mutex_t *guar
     z.face.objects = z3fold_objects
     z.face.spare = z3fold_spare
     z.face.thin = z3fold_thin
+    z.face.aside = z3fold_aside
     z.face.alloc_packed = z3fold_alloc_packed
     z.face.put_back = z3fold_put_back
     z.face.ephemeral = z3fold_ephemeral

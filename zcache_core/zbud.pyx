@@ -293,6 +293,20 @@ cdef uint32_t zbud_thin(Allocator *self) noexcept nogil:
     return frame
 
 
+cdef bint zbud_aside(Allocator *self, uint32_t frame) noexcept nogil:
+    cdef Zbud *z = <Zbud *>self
+    cdef Frame *f = &self.arena.frames[frame]
+    cdef bint taken
+    lock_take(self.guard)
+    taken = z.aside == NO_FRAME and f.state == self.state and f.first_chunks < NCHUNKS
+    if taken:
+        unlink_frame(z, frame)
+        z.aside = frame
+        link_frame(z, frame)
+    pthread_mutex_unlock(self.guard)
+    return taken
+
+
 cdef bint zbud_alloc_packed(Allocator *self, uint32_t bytes, uint64_t *where) noexcept nogil:
     cdef bint placed
     lock_take(self.guard)
@@ -411,6 +425,7 @@ cdef Allocator *zbud_make(Arena *arena, uint64_t *cells, pthread_mutex_t *guard)
     z.face.objects = zbud_objects
     z.face.spare = zbud_spare
     z.face.thin = zbud_thin
+    z.face.aside = zbud_aside
     z.face.alloc_packed = zbud_alloc_packed
     z.face.put_back = zbud_put_back
     z.face.ephemeral = zbud_ephemeral

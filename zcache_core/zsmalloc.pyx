@@ -25,7 +25,7 @@ private memory for each frame of the pool.
 Source: the idea is that of mm/zsmalloc.c in Linux.
 """
 
-from libc.stdint cimport uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 from posix.mman cimport MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, PROT_READ, PROT_WRITE, mmap, munmap
@@ -33,6 +33,7 @@ from posix.mman cimport MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, PROT_READ, PROT_
 from zcache_core.accounting cimport count_object, enter_class, leave_class
 from zcache_core.allocator cimport Allocator, Held
 from zcache_core.arena cimport FRAME_TAKEN, FRAME_ZSMALLOC, NO_FRAME, Arena, arena_give, arena_take
+from zcache_core.backing cimport back_range
 from zcache_core.counter_ids cimport C_RAW_PAGES
 from zcache_core.layout cimport PAGE_BYTES, PAGE_SHIFT
 from zcache_core.native cimport zc_ctz64
@@ -43,17 +44,6 @@ from zcache_core.zspage cimport (
     leave, link_zspage, next_in_chain, objects_in, offset_of, row_of, unlink_zspage, zspage_adopt,
     zspage_close, zspage_open, zspages_broken, zspages_in,
 )
-
-cdef extern from "<sys/mman.h>" nogil:
-    int madvise(void *addr, size_t length, int advice)
-
-cdef extern from *:
-    """
-    #ifndef MADV_POPULATE_WRITE
-    #define MADV_POPULATE_WRITE 23
-    #endif
-    """
-    enum: MADV_POPULATE_WRITE
 
 
 # ---- room, lock held --------------------------------------------------------------------
@@ -267,6 +257,19 @@ cdef uint32_t zsmalloc_thin(Allocator *self) noexcept nogil:
     return number
 
 
+cdef bint zsmalloc_aside(Allocator *self, uint32_t frame) noexcept nogil:
+    cdef Zsmalloc *z = <Zsmalloc *>self
+    cdef bint taken
+    lock_take(self.guard)
+    taken = z.aside == NO_FRAME and row_of(z, frame).state == FRAME_ZSMALLOC and row_of(z, frame).class_number != RAW
+    if taken:
+        unlink_zspage(z, frame)
+        z.aside = frame
+        row_of(z, frame).group = ASIDE
+    pthread_mutex_unlock(self.guard)
+    return taken
+
+
 cdef bint zsmalloc_alloc_packed(Allocator *self, uint32_t bytes, uint64_t *where) noexcept nogil:
     cdef Zsmalloc *z = <Zsmalloc *>self
     cdef bint placed
@@ -336,9 +339,9 @@ cdef void zsmalloc_discard(Allocator *self) noexcept nogil:
     free(z)
 
 
-cdef void zsmalloc_prepare(Allocator *self) noexcept nogil:
-    """Before it is chosen for new pages: back its table with memory."""
-    madvise((<Zsmalloc *>self).bits, <size_t>self.arena.total * sizeof(Bits), MADV_POPULATE_WRITE)
+cdef bint zsmalloc_prepare(Allocator *self) noexcept nogil:
+    """Before it is chosen for new pages: back its table with memory; False when there is none."""
+    return back_range(<uint8_t *>(<Zsmalloc *>self).bits, <uint64_t>self.arena.total * sizeof(Bits)) == 0
 
 
 cdef Allocator *zsmalloc_make(Arena *arena, uint64_t *cells, pthread_mutex_t *guard) noexcept nogil:
@@ -372,6 +375,7 @@ cdef Allocator *zsmalloc_make(Arena *arena, uint64_t *cells, pthread_mutex_t *gu
     z.face.objects = zsmalloc_objects
     z.face.spare = zsmalloc_spare
     z.face.thin = zsmalloc_thin
+    z.face.aside = zsmalloc_aside
     z.face.alloc_packed = zsmalloc_alloc_packed
     z.face.put_back = zsmalloc_put_back
     z.face.ephemeral = zsmalloc_ephemeral
