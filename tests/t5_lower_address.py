@@ -142,7 +142,8 @@ def test_mended_while_taken_over(tmp_path: Path, rng: random.Random) -> None:
         at = memory.offsets()["arena"] + cold.where(page) + 24 + rng.randrange(1000)
         memory.poke(at, bytes([memory.peek(at, 1)[0] ^ 0x10]))
     cold.stop()
-    again = Cold(memory, open_file(tmp_path / "disk", DISK_BYTES), DISK_BYTES, 100, 99)
+    fd = open_file(tmp_path / "disk", DISK_BYTES)
+    again = Cold(memory, fd, DISK_BYTES, 100, 99, tidy=False)  # else nothing is ever quiet
     for page in hit:
         assert again.store.get(page) == pages[page]
     again.store.wait_ready()
