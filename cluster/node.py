@@ -48,6 +48,7 @@ from zcache_core.memfile import MemoryFile
 
 BACKLOG = 64
 STDERR = 2
+MCL_CURRENT, MCL_FUTURE, MCL_ONFAULT = 1, 2, 4
 PAGE_BYTES = 4096
 WEB_RETRY_FIRST_S, WEB_RETRY_MAX_S = 1.0, 60.0
 log = logging.getLogger("zcache.node")
@@ -280,11 +281,24 @@ async def serve(
             finish_log()
 
 
+def lock_what_is_touched() -> None:
+    """Memory of this process stays in RAM once it is touched.  Raises OSError: it is refused.
+
+    On fault only: the memory file is mapped here too, and its holes must stay holes.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mlockall(MCL_CURRENT | MCL_FUTURE | MCL_ONFAULT):
+        raise OSError(ctypes.get_errno(), "mlockall")
+
+
 def peer_side(args: argparse.Namespace, memory: MemoryFile) -> Any:
     """What overflows to peers, over the descriptors that the server gave us."""
     # Only here: a node without peers is smaller.
     from cluster.peerring import PeerOptions, PeerSide
 
+    # A page may come back through us alone: what we need must not be swapped out there.
+    with contextlib.suppress(OSError):
+        lock_what_is_touched()
     options = PeerOptions(
         tuple(args.config["peers"]), args.config["replicas"], args.config.get("tls")
     )

@@ -74,6 +74,7 @@ class RingPump:
     def __init__(self, ring: RingSide, overflow: Overflow) -> None:
         self._ring, self._overflow = ring, overflow
         self._missed = ring.drops_missed
+        self._putting = False
         self._task: asyncio.Task[None] | None = None
         self._spawn = overflow.replicas.spawn
 
@@ -122,9 +123,12 @@ class RingPump:
             groups.setdefault((wanted.where, wanted.wrong), []).append(wanted)
         for group in groups.values():
             self._spawn(self._get(group))
-        if (drops := self._ring.drops(DROPS_AT_ONCE)) != []:
+        while (drops := self._ring.drops(DROPS_AT_ONCE)) != []:
             self._overflow.drop(drops)
-        if (batch := self._ring.batch()) is not None:
+        # One batch after the other: who gave up on one asks for the same pages again, and what is
+        # forgotten of the first must not be a copy of the second.
+        if not self._putting and (batch := self._ring.batch()) is not None:
+            self._putting = True
             self._spawn(self._put(batch))
         if self._ring.drops_missed != self._missed:
             self._missed = self._ring.drops_missed
@@ -137,12 +141,16 @@ class RingPump:
             self._ring.answer_get(wanted, got.error, got.sealed, got.copy)
 
     async def _put(self, batch: Batch) -> None:
-        stored = await self._overflow.put(batch.pages)
+        try:
+            stored = await self._overflow.put(batch.pages)
+        finally:
+            self._putting = False
         answers = [
             (where_of_rows(one.rows) if not one.error else 0, one.error or 0) for one in stored
         ]
         if not self._ring.answer_batch(batch.turn, answers):
             self._overflow.forget(batch.pages, stored)
+            self.pump()
 
 
 @dataclass(frozen=True)

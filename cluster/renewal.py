@@ -167,7 +167,8 @@ class Renewal:
         """New copies in place of those at `bad` rows, of pages with one address."""
         rows = rows_of_where(group[0][2])
         good = [row for row in rows if row not in bad]
-        group = [c for c in group if (c[0], c[1]) not in self.renewing | self._replicas.putting]
+        busy = self.renewing | self._replicas.putting
+        group = [c for c in group if (c[0], c[1]) not in busy and self._is_current(c)]
         if not good or len(good) == len(rows) or not group:
             return
         keys = {(copy[0], copy[1]) for copy in group}
@@ -180,6 +181,10 @@ class Renewal:
                 keys -= await self._replace(parts, rows, good)
         finally:
             self.renewing -= keys  # the others are in it until the owner has heard
+
+    def _is_current(self, copy: Copy) -> bool:
+        """Whether the index still has this copy at this address."""
+        return self._ledger.pages(copy[0], 1, 1)[0] == [copy]
 
     async def _read(
         self, group: Sequence[Copy], rows: tuple[int, ...], wrong: int

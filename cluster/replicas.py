@@ -278,7 +278,8 @@ class Replicas:
     def _has_not(self, row: int, place: int, wrong: int, absent: set[int]) -> bool:
         """Whether the copy at that row is gone for good (a wrong one counts as gone)."""
         seat = self.seats.get(row)
-        return bool(wrong >> place & 1) or row in absent or seat is None or seat.empty
+        # (A row that nobody is known for is somebody's who may come back: never lost.)
+        return bool(wrong >> place & 1) or row in absent or (seat is not None and seat.empty)
 
     def _note_wrong(self, asked: Sequence[Asked]) -> None:
         for one in asked:

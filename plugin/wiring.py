@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 import zcache_core
-from cluster import addresses, unixsock
+from cluster import addresses, peeraddress, unixsock
 from plugin import logpipe, lower, messages
 from plugin.amounts import PAGE_BYTES, human
 from plugin.config import AHEAD, ALLOCATORS, CODECS, KEYS, Config
@@ -234,6 +234,8 @@ def check(config: Config, supervised: bool = False, log: LogPipe | None = None) 
     # The node process will listen there; who is wrong hears it now.
     if not supervised and config.metrics is not None:
         addresses.listen("metrics", config.metrics).close()
+    if config.tls is not None:
+        peeraddress.context(config.tls, server=False)  # who is wrong hears it now
     if (sentence := lower.too_few_peers(config)) is not None:
         warn(sentence)
     disk = lower.open_checked(config)

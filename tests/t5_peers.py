@@ -344,6 +344,15 @@ def test_moved_copies_are_found_at_their_new_place(below: Below, rng: random.Ran
     assert [n for _, _, n in below.tier.donors()][:3] == [
         sum(key[0] == row for key in node.held) for row in range(3)
     ]
+    # told twice: what counts by now is not dropped
+    page, version, where, length_codec = found[1]
+    a, b = rows_of_where(where)
+    with node.lock:
+        assert node.ring.moved(page, version, length_codec, where, where_of_rows([b, 3 - a - b]))
+    wait_until(node.ring.heard, "it is heard")
+    below.store.put(599, b"y" * PAGE)
+    wait_until(lambda: node.ring.drops_waiting == 0, "drops are taken")
+    assert (3 - a - b, page, version) in node.held
     # what was overwritten meanwhile is not moved
     page, version, where, length_codec = found[0]
     below.store.put(page, model[page])

@@ -29,7 +29,7 @@ from zcache_core.layout cimport (
 )
 from zcache_core.native cimport zc_acquire_fence, zc_add64, zc_load32, zc_release_fence
 from zcache_core.pthread cimport lock_take, pthread_mutex_unlock
-from zcache_core.ramtier cimport room_at_once
+from zcache_core.ramtier cimport is_below, room_at_once
 from zcache_core.slots cimport Slot
 
 
@@ -226,6 +226,23 @@ cdef bint still_needed(Core *core, const ColdPage *page) noexcept nogil:
         needed = header_is_sound(header) and header_lower(header) == page.where
     pthread_mutex_unlock(&core.allocator.lock)
     return needed
+
+
+cdef uint64_t lower_now(Core *core, const ColdPage *page) noexcept nogil:
+    """Where this version of the page is below now; 0: nowhere."""
+    cdef Entry e = entry_load(&core.index, page.page)
+    cdef BlobHeader *header
+    cdef uint64_t lower = 0
+    if version_of(e.version) != page.version or not entry_is_sound(e.location, e.version):
+        return 0
+    if state_of(e.version) == ST_RAM_EPHEMERAL:
+        lock_take(&core.allocator.lock)
+        if is_now(core, page.page, e):
+            header = object_header(&core.arena, where_of(e.location), length_of(e.location))
+            lower = header_lower(header)
+        pthread_mutex_unlock(&core.allocator.lock)
+        return lower
+    return where_of(e.location) if is_below(state_of(e.version)) else 0
 
 
 cdef bint copy_moved(Core *core, const ColdPage *old, uint64_t where) noexcept nogil:

@@ -30,7 +30,7 @@ from posix.mman cimport MAP_FAILED, MAP_SHARED, PROT_READ, PROT_WRITE, mmap, mun
 from posix.unistd cimport close, ftruncate
 
 from zcache_core.cold cimport ColdPage, ColdTier, cold_page
-from zcache_core.cooling cimport copy_moved
+from zcache_core.cooling cimport copy_moved, lower_now
 from zcache_core.core cimport Core
 from zcache_core.counter_ids cimport (
     C_HEDGED_REMOTE_GETS, C_LIVE_PEERS, C_MISSED_REMOTE_FLUSHES, C_PERS_PAGES_REMOTED, C_REMOTE_BYTES,
@@ -359,8 +359,9 @@ cdef void hear_moved(Peers *p, const Note *note) noexcept nogil:
         tell_dropped(p, &old, where_without(note.old, note.new))
         zc_add64(&p.cells[C_REMOTE_MOVED_PAGES], 1)
     else:
+        # Another note may have been first, and the same copy be counted on by now.
         count_copies(p, note.new, length, -1)
-        tell_dropped(p, &old, where_without(note.new, note.old))
+        tell_dropped(p, &old, where_without(where_without(note.new, note.old), lower_now(p.core, &old)))
 
 
 cdef void hear_donor(Peers *p, const Note *note) noexcept nogil:

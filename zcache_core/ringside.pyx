@@ -229,6 +229,11 @@ cdef class RingSide:
         return found
 
     @property
+    def drops_waiting(self):
+        """How many wait in the ring."""
+        return zc_load64(&self.ring.head.drops_end) - self.ring.head.drops_begin
+
+    @property
     def drops_missed(self):
         """How many drops found no room in the ring so far."""
         return self.ring.head.drops_missed

@@ -209,6 +209,32 @@ def test_the_same_seed_is_the_same_life(rng: random.Random) -> None:
     assert [link.calls for link in first.world.links] == [link.calls for link in second.world.links]
 
 
+def test_a_drain_empties_a_donor(rng: random.Random) -> None:
+    """It recalls its pages; their copies go elsewhere, and every page stays readable."""
+
+    async def work() -> None:
+        world = World(rng, 4, PAGES * PAGE_COST * 4, PAGES, OPTIONS)
+        await world.start()
+        try:
+            for page in range(PAGES):
+                world.owner.write(page, random_length(rng))
+            assert await world.owner.cool(range(PAGES)) == PAGES
+            drained = max(world.machines, key=lambda machine: len(machine.held))
+            drained.health = Health.DRAINING
+            for _ in range(600):
+                if not drained.held:
+                    break
+                await asyncio.sleep(0.1)
+            assert not drained.held
+            for page in range(PAGES):
+                assert world.right_copies(page) == 2
+                assert await world.owner.read(page) == (0, True)
+        finally:
+            await world.stop()
+
+    run(work())
+
+
 @pytest.mark.soak
 @pytest.mark.timeout(7200)
 def test_many_lives(rng: random.Random) -> None:

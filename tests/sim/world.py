@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from cluster.overflow import Overflow
 from cluster.peerwire import (
@@ -142,7 +142,16 @@ class Link:
                 if self.machine.epoch != self.epoch:
                     self._become(LinkState.DOWN)
                 self.offer = self.machine.offer()
+                self._recall()
             await asyncio.sleep(0.1)
+
+    def _recall(self) -> None:
+        """A machine that is drained asks for its pages to be taken back, again and again."""
+        if self.machine.health is Health.DRAINING and self.on_recall is not None:
+            held = self.machine.held
+            pages = [Page(0, p, held[p][0], held[p][1]) for p in sorted(held)[:64]]
+            if pages:
+                self.on_recall(self, pack(pages), 10.0)
 
     async def _exchange(self) -> None:
         """The way there: raises when it does not get there."""
@@ -283,9 +292,12 @@ class Owner:
                 self.index[page] = version, new, length_codec
                 self.count(old, -1)
                 self.count(new, 1)
-                self._tell_dropped(page, version, length_codec, old, new)
+                self._tell_dropped(page, version, length_codec, old, rows_of_where(new))
             else:
-                self._tell_dropped(page, version, length_codec, new, old)
+                but = set(rows_of_where(old))
+                if entry is not None and entry[0] == version and entry[1] is not None:
+                    but |= set(rows_of_where(entry[1]))  # another note was first
+                self._tell_dropped(page, version, length_codec, new, but)
         rows, self.wanted_rows = self.wanted_rows, []
         for row, name, epoch in rows:
             if self.copies_of[row] == 0:
@@ -293,9 +305,9 @@ class Owner:
         self.ticks += not self.is_cooling
 
     def _tell_dropped(
-        self, page: int, version: int, length_codec: int, where: int, but: int
+        self, page: int, version: int, length_codec: int, where: int, but: Collection[int]
     ) -> None:
-        rows = [row for row in rows_of_where(where) if row not in rows_of_where(but)]
+        rows = [row for row in rows_of_where(where) if row not in but]
         if rows:
             self.dropped.append((page, version, where_of_rows(rows), length_codec))
 
