@@ -26,7 +26,7 @@ FLOORS = {
         1: "memfile headroom backing arena committer samefill slots codec crypt crew",
         2: "allocator accounting zbud z3fold sizeclass zspage zsmalloc several index",
         3: "cold ring ringside core ramtier cooling takeover moving tidying store probe foreign "
-        "donation",
+        "foreignfound donation",
         5: "diskfile diskobject diskio segments quota diskstate diskput disk diskrun orders "
         "peerwhere peers peertier both ahead below fullness eviction cooler fetching tiers "
         "pressure steward faulty coldprobe",

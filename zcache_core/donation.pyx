@@ -23,10 +23,10 @@ from zcache_core.counter_ids cimport (
     C_FOREIGN_ABANDONED_PAGES, C_FOREIGN_OWNERS, C_FOREIGN_RECALLED_PAGES, C_PRIVATE_TABLE_BYTES,
 )
 from zcache_core.foreign cimport (
-    OWNER_BYTES, OWNER_NAME_BYTES, OWNERS, PLACE_BYTES, Foreign, OwnerRow, Place, Record, foreign_check,
-    foreign_coldest, foreign_drop, foreign_free, foreign_get, foreign_list, foreign_make, foreign_put,
-    foreign_set_epoch, foreign_sweep, foreign_take_over,
+    OWNER_BYTES, OWNER_NAME_BYTES, OWNERS, PLACE_BYTES, SEAL_BYTES, Foreign, OwnerRow, Place, Record, foreign_coldest,
+    foreign_drop, foreign_free, foreign_get, foreign_list, foreign_make, foreign_put, foreign_set_epoch, foreign_sweep,
 )
+from zcache_core.foreignfound cimport foreign_check, foreign_take_over
 from zcache_core.layout cimport COUNTER_CELLS, COUNTER_SHARDS, HEADER_BYTES, PAGE_BYTES
 from zcache_core.memfile cimport MemoryFile
 from zcache_core.pthread cimport lock_take, pthread_mutex_unlock
@@ -39,7 +39,6 @@ from zcache_core.memfile import FOREIGN_DEVICE
 
 cdef enum:
     RECORD_BYTES = 16
-    SEAL_BYTES = HEADER_BYTES
     PLACES_A_FRAME = 2          # as many as zbud's buds
     PRIVATE_A_FRAME = 40        # the arena's table 16; hash, chain and buds 24 (hash: up to twice that 8)
     FIXED_BYTES = 1 << 20       # superblock, counters, owners, the allocator

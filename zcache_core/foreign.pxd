@@ -11,7 +11,8 @@ from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from zcache_core.allocator cimport Allocator
 from zcache_core.arena cimport Arena
-from zcache_core.layout cimport Entry
+from zcache_core.layout cimport HEADER_BYTES, PAGE_BYTES, PAGE_SHIFT, Entry, length_of, version_of
+from zcache_core.native cimport zc_blob_checksum
 from zcache_core.pthread cimport pthread_mutex_t
 
 cdef enum:
@@ -21,6 +22,8 @@ cdef enum:
     PLACE_BYTES = 32
     NO_PLACE = 0xFFFFFFFF
     ROW_BITS = 8                # of the word `whose`: row, device, and 48 bits of the epoch
+    EPOCH_SHIFT = 16
+    SEAL_BYTES = HEADER_BYTES   # crypt.pxd's; it stands in a header's room
 
 ctypedef struct OwnerRow:       # 128 bytes
     uint64_t epoch              # 0: the row is free.  Written last, so that a row is whole or free
@@ -73,7 +76,6 @@ ctypedef struct Foreign:
 
 cdef int foreign_make(Foreign *f) noexcept nogil
 cdef void foreign_free(Foreign *f) noexcept nogil
-cdef void foreign_take_over(Foreign *f) noexcept nogil
 cdef uint32_t foreign_put(
     Foreign *f, uint32_t row, const Record *records, uint32_t n, const uint8_t *payload, uint8_t *codes, int64_t wait_us
 ) noexcept nogil
@@ -86,5 +88,31 @@ cdef uint32_t foreign_list(
 ) noexcept nogil
 cdef uint32_t foreign_coldest(Foreign *f, Record *records, uint8_t *rows, uint32_t most) noexcept nogil
 cdef uint32_t foreign_sweep(Foreign *f, uint32_t most) noexcept nogil
-cdef uint64_t foreign_check(Foreign *f) noexcept nogil
 cdef void foreign_set_epoch(Foreign *f, uint32_t row, uint64_t epoch) noexcept nogil
+
+# for finding them again; lock held
+cdef uint32_t find(Foreign *f, uint64_t whose, uint32_t page, uint64_t version) noexcept nogil
+cdef void link_place(Foreign *f, uint32_t at) noexcept nogil
+
+
+cdef inline uint32_t row_of(uint64_t whose) noexcept nogil:
+    return whose & 0xFF
+
+cdef inline bint is_current(Foreign *f, uint64_t whose) noexcept nogil:
+    """Whether the epoch that this place was put in is still its owner's."""
+    cdef uint32_t row = row_of(whose)
+    return row < OWNERS and f.owners[row].epoch != 0 and whose >> EPOCH_SHIFT == f.owners[row].epoch << EPOCH_SHIFT >> EPOCH_SHIFT
+
+cdef inline uint32_t room_for(Foreign *f, uint32_t length) noexcept nogil:
+    """Bytes of the arena: blob and seal together, or a whole frame when they fill one."""
+    cdef uint32_t bytes = length + SEAL_BYTES
+    return bytes if bytes <= f.allocator.largest_bytes else PAGE_BYTES
+
+cdef inline uint64_t bud_at(uint64_t where) noexcept nogil:
+    return (where >> PAGE_SHIFT << 1) + ((where & (PAGE_BYTES - 1)) != 0)
+
+cdef inline uint32_t sum_of(const Place *p, const uint64_t *seal, const uint8_t *blob) noexcept nogil:
+    """Of everything that makes the page: the seal's words, the blob, and whose it is."""
+    cdef uint64_t identity = p.whose ^ (seal[0] * <uint64_t>0x9E3779B97F4A7C15) ^ (seal[1] << 1 | seal[1] >> 63)
+    cdef uint64_t place = (p.page_checksum >> 32 << 16 | (p.entry.location & 0xFFFF)) ^ seal[2] ^ (version_of(p.entry.version) << 8)
+    return zc_blob_checksum(blob, length_of(p.entry.location), identity, place)

@@ -20,6 +20,7 @@ the identity; a sweep gives their room back, a few thousand at a time.
 Bound: the arena's frames, two places each; 24 bytes a frame of private tables.  Nobody waits
 here but a put for frames to be committed, so long as its caller says.
 Lock: `lock`, for a batch at a time; the allocator's and the arena's come after it.
+A successor finds the pages again in foreignfound.pyx.
 """
 
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
@@ -31,19 +32,12 @@ from zcache_core.arena cimport FRAME_TAKEN, Frame, arena_wait
 from zcache_core.counter_ids cimport (
     C_FOREIGN_DAMAGED_PAGES, C_FOREIGN_DROPS, C_FOREIGN_ENDED_PAGES, C_FOREIGN_GETS, C_FOREIGN_PERS_BYTES,
     C_FOREIGN_PERS_PAGES, C_FOREIGN_PERS_PAGES_MAX, C_FOREIGN_PUTS, C_FOREIGN_REFUSED_PUTS, C_FOREIGN_UNSUCC_GETS,
-    C_REBUILT_PAGES,
 )
 from zcache_core.layout cimport (
-    HEADER_BYTES, PAGE_BYTES, PAGE_SHIFT, ST_EMPTY, ST_RAM, BlobHeader, entry_is_sound, length_of, state_of, version_of,
-    version_word, where_of,
+    PAGE_BYTES, PAGE_SHIFT, ST_RAM, entry_is_sound, length_of, version_of, version_word, where_of,
 )
-from zcache_core.native cimport zc_blob_checksum, zc_release_fence, zc_store64
+from zcache_core.native cimport zc_release_fence, zc_store64
 from zcache_core.pthread cimport lock_init, lock_take, now_us, pthread_mutex_unlock
-from zcache_core.several cimport allocator_broken
-
-cdef enum:
-    EPOCH_SHIFT = 16
-    SEAL_BYTES = HEADER_BYTES   # crypt.pxd's; it stands in a header's room
 
 cdef uint64_t GOLDEN = 0x9E3779B97F4A7C15
 
@@ -54,16 +48,6 @@ cdef inline uint64_t whose_word(Foreign *f, uint32_t row, uint32_t device) noexc
     return (f.owners[row].epoch << EPOCH_SHIFT) | (device << ROW_BITS) | row
 
 
-cdef inline uint32_t row_of(uint64_t whose) noexcept nogil:
-    return whose & 0xFF
-
-
-cdef inline bint is_current(Foreign *f, uint64_t whose) noexcept nogil:
-    """Whether the epoch that this place was put in is still its owner's."""
-    cdef uint32_t row = row_of(whose)
-    return row < OWNERS and f.owners[row].epoch != 0 and whose >> EPOCH_SHIFT == f.owners[row].epoch << EPOCH_SHIFT >> EPOCH_SHIFT
-
-
 cdef inline uint32_t bucket(Foreign *f, uint64_t whose, uint32_t page, uint64_t version) noexcept nogil:
     cdef uint64_t h = (whose ^ (<uint64_t>page << 20)) * GOLDEN
     h = (h ^ (h >> 29) ^ version) * <uint64_t>0xBF58476D1CE4E5B9
@@ -72,23 +56,6 @@ cdef inline uint32_t bucket(Foreign *f, uint64_t whose, uint32_t page, uint64_t 
 
 cdef inline uint32_t length_in(const Record *r) noexcept nogil:
     return (r.length_codec >> 4) + 1
-
-
-cdef inline uint32_t room_for(Foreign *f, uint32_t length) noexcept nogil:
-    """Bytes of the arena: blob and seal together, or a whole frame when they fill one."""
-    cdef uint32_t bytes = length + SEAL_BYTES
-    return bytes if bytes <= f.allocator.largest_bytes else PAGE_BYTES
-
-
-cdef inline uint64_t bud_at(uint64_t where) noexcept nogil:
-    return (where >> PAGE_SHIFT << 1) + ((where & (PAGE_BYTES - 1)) != 0)
-
-
-cdef inline uint32_t sum_of(const Place *p, const uint64_t *seal, const uint8_t *blob) noexcept nogil:
-    """Of everything that makes the page: the seal's words, the blob, and whose it is."""
-    cdef uint64_t identity = p.whose ^ (seal[0] * GOLDEN) ^ (seal[1] << 1 | seal[1] >> 63)
-    cdef uint64_t place = (p.page_checksum >> 32 << 16 | (p.entry.location & 0xFFFF)) ^ seal[2] ^ (version_of(p.entry.version) << 8)
-    return zc_blob_checksum(blob, length_of(p.entry.location), identity, place)
 
 
 # ---- the table: lock held -----------------------------------------------------------------
@@ -391,7 +358,7 @@ cdef uint32_t foreign_sweep(Foreign *f, uint32_t most) noexcept nogil:
     return left
 
 
-# ---- start, takeover, check ------------------------------------------------------------------------
+# ---- private tables --------------------------------------------------------------------------------
 
 cdef uint32_t *table(uint64_t cells) noexcept nogil:
     """So many words, all NO_PLACE; NULL without memory."""
@@ -422,79 +389,3 @@ cdef void foreign_free(Foreign *f) noexcept nogil:
     if f.at_bud != NULL:
         munmap(f.at_bud, 2 * <uint64_t>f.arena.total * 4)
     f.heads = f.next = f.at_bud = NULL
-
-
-cdef bint adopt_place(Foreign *f, uint32_t at) noexcept nogil:
-    """Whether this place of a predecessor counts; then it is in the table again."""
-    cdef Place *p = &f.places[at]
-    cdef uint64_t location = p.entry.location
-    if state_of(p.entry.version) != ST_RAM or not entry_is_sound(location, p.entry.version):
-        f.cells[C_FOREIGN_DAMAGED_PAGES] += 1
-        return False
-    if not is_current(f, p.whose):
-        return False
-    if find(f, p.whose, <uint32_t>(p.page_checksum >> 32), version_of(p.entry.version)) != NO_PLACE:
-        return False                    # killed between the two of a page sent again
-    if not f.allocator.adopt(f.allocator, where_of(location), room_for(f, length_of(location))):
-        f.cells[C_FOREIGN_DAMAGED_PAGES] += 1
-        return False
-    link_place(f, at)
-    f.cells[C_REBUILT_PAGES] += 1
-    return True
-
-
-cdef void foreign_take_over(Foreign *f) noexcept nogil:
-    """Find all pages of a predecessor again; before the first request."""
-    cdef uint32_t i, at
-    f.used = 0
-    for at in range(f.total):
-        if f.places[at].entry.version != 0:
-            f.used = at + 1
-    for i in range(f.used):
-        at = f.used - 1 - i
-        if f.places[at].entry.version == 0 or not adopt_place(f, at):
-            memset(&f.places[at], 0, sizeof(Place))
-            f.next[at] = f.free_head
-            f.free_head = at
-    f.allocator.adopted(f.allocator)
-
-
-cdef uint64_t foreign_check(Foreign *f) noexcept nogil:
-    """Broken invariants (0), for tests: accounts, chains, buds, checksums, the allocator."""
-    cdef uint64_t broken = 0
-    cdef uint64_t found = 0
-    cdef uint64_t free_places = 0
-    cdef uint64_t owned = 0
-    cdef uint64_t room = 0
-    cdef uint32_t at, length, whole
-    cdef uint64_t where
-    cdef Place *p
-    lock_take(&f.lock)
-    for at in range(f.total):
-        p = &f.places[at]
-        if p.entry.version == 0:
-            continue
-        found += 1
-        length, where = length_of(p.entry.location), where_of(p.entry.location)
-        whole = PAGE_BYTES if room_for(f, length) == PAGE_BYTES else length
-        room += room_for(f, length)
-        broken += at >= f.used
-        broken += not entry_is_sound(p.entry.location, p.entry.version)
-        broken += find(f, p.whose, <uint32_t>(p.page_checksum >> 32), version_of(p.entry.version)) != at
-        broken += f.at_bud[bud_at(where)] != at
-        broken += <uint32_t>p.page_checksum != sum_of(
-            p, <const uint64_t *>object_header(&f.arena, where, whole), blob_start(&f.arena, where, whole)
-        )
-    at = f.free_head
-    while at != NO_PLACE:
-        free_places += 1
-        broken += f.places[at].entry.version != ST_EMPTY
-        at = f.next[at]
-    for at in range(OWNERS):
-        owned += f.held[at].pages
-    broken += owned + f.stale != found
-    broken += free_places + found != f.used
-    broken += f.cells[C_FOREIGN_PERS_PAGES] != found
-    broken += f.cells[C_FOREIGN_PERS_BYTES] != room
-    pthread_mutex_unlock(&f.lock)
-    return broken + allocator_broken(f.allocator)
