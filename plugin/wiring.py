@@ -91,6 +91,7 @@ class Serving:
         inode = os.stat(where.unix).st_ino if where.unix is not None else 0
         self.unix_socket = where.unix, inode
         self._keeper: Keeper | None = None
+        self._has_peers = bool(config.peers)
 
     def _below(self, config: Config, disk: DiskFile | None) -> Cooling:
         """What cools the store down to peers and onto the disk."""
@@ -143,11 +144,17 @@ class Serving:
         row = names.index(wanted.device) if wanted.device else 0
         return self.device.open(row, wanted.generation or 0)
 
-    def stop_node(self) -> None:
-        """Before anything else, where it may be swapped out to us.
+    def before_leaving(self) -> None:
+        """End the node process, which may be swapped out to us, while its pages can come back.
 
-        The log stays what it is then: the page of its file may be, too.
+        Not one that brings pages from peers: it ends when it sees that we have.  The log stays
+        what it is: the page of its file may be swapped out, too.
         """
+        if not self._has_peers:
+            self.stop_node()
+
+    def stop_node(self) -> None:
+        """End the node process; it is not started again."""
         keeper, self._keeper = self._keeper, None
         if keeper is not None:
             keeper.stop()

@@ -78,7 +78,7 @@ def after_fork() -> None:
     with _supervisor.reporting():
         _serving = wiring.start(_settings, _checked, nbdkit.set_error)
     globals().update((name, getattr(_serving.device, name)) for name in DATA_CALLBACKS)
-    leave.watch(*_serving.unix_socket, _serving.stop_node)
+    leave.watch(*_serving.unix_socket, _serving.before_leaving)
     _supervisor.serving()
 
 
