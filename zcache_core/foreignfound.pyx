@@ -11,6 +11,7 @@ from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memset
 
 from zcache_core.allocator cimport blob_start, object_header
+from zcache_core.committer cimport arena_adopt_rest
 from zcache_core.counter_ids cimport (
     C_FOREIGN_DAMAGED_PAGES, C_FOREIGN_PERS_BYTES, C_FOREIGN_PERS_PAGES, C_REBUILT_PAGES,
 )
@@ -57,6 +58,7 @@ cdef void foreign_take_over(Foreign *f) noexcept nogil:
             f.next[at] = f.free_head
             f.free_head = at
     f.allocator.adopted(f.allocator)
+    arena_adopt_rest(&f.arena)          # until then nothing is committed or given back
 
 
 cdef uint64_t foreign_check(Foreign *f) noexcept nogil:
