@@ -150,7 +150,7 @@ def test_injected_are_detected_one_by_one(tmp_path: Path, rng: random.Random) ->
                 file.write(bytes([byte ^ 1 << rng.randrange(8)]))
             file.flush()
             os.fsync(file.fileno())
-        bad = {page for page in model if errno_of(cold.store.get, page)}
+        bad = {page for page in sorted(model, reverse=True) if errno_of(cold.store.get, page)}
         assert bad == hit
         assert cold.counters()["disk_corrupt_pages"] == 60
         cold.faulty.set(spoil=300)
