@@ -31,8 +31,9 @@ from bench.servers import ROOT
 from bench.setup import Setup
 from cluster import certificates
 from cluster.lending import HEAP_BYTES
-from cluster.peeraddress import PeerAddress, context
+from cluster.peeraddress import PeerAddress
 from cluster.peerlink import PeerLink
+from cluster.peersocket import context
 from cluster.peerwire import (
     PEER_LIMITS,
     Code,

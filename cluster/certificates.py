@@ -11,7 +11,7 @@ must not come back: make a new CA (a list of revoked ones is not read).
 ECDSA with P-256: what every TLS 1.3 has, and a signature takes 0.1 ms.
 
 What it is not: imported where nobody makes or names certificates; TLS itself is the standard
-library's (`peeraddress`).
+library's (`peersocket`).
 """
 
 from __future__ import annotations

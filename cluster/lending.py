@@ -29,10 +29,10 @@ from pathlib import Path
 from typing import Any
 
 import zcache_core
-from cluster import unixsock
+from cluster import peersocket, unixsock
 from cluster.donor import ABANDON_S, Donor, DonorOptions, since_boot_s
 from cluster.link import RpcError, Server
-from cluster.peeraddress import PeerAddress, context
+from cluster.peeraddress import PeerAddress
 from cluster.peerwire import Health
 from zcache_core import counters
 from zcache_core.donation import Donation, sizes
@@ -157,10 +157,10 @@ async def serve(args: argparse.Namespace, donation: Donation) -> None:
     donor = Donor(donation, DonorOptions(args.name, args.quota, args.abandon))
     control_sock = unixsock.listen(args.control, "the control socket", "--control PATH", BACKLOG)
     inode = os.stat(args.control).st_ino
-    tls = context(args.tls, server=True) if args.tls else None
+    tls = peersocket.context(args.tls, server=True) if args.tls else None
     listening = None
     try:
-        listening, bound = await args.listen.serve("listen", donor.connection, tls)
+        listening, bound = await peersocket.serve(args.listen, "listen", donor.connection, tls)
         config = {
             "name": args.name,
             "listen": bound,

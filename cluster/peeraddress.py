@@ -4,31 +4,24 @@
     127.0.0.1:7900, [::1]:7900 loopback: plain, or TLS if there are certificates
     10.0.0.7:7900, host:7900   anything else: TLS with certificates on both sides, or not at all
 
-What a node needs is one file, node.pem in the folder tls=: its key, its certificate, the
-cluster's CA (`certificates` makes it).  Both sides show theirs; who has none that the CA
-signed is turned away in the handshake, before a byte of ours.  A node's certificate has its
-name, not its address, because addresses change; who is who is asked of the name.
+What a node needs for that is one file, node.pem in the folder tls=: its key, its certificate,
+the cluster's CA (`certificates` makes it).
 
-Source: RFC 8446 (TLS 1.3 only).
+What it is not: a socket (`peersocket`).  The server reads its keys with this, and must load
+neither asyncio nor ssl.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import ipaddress
 import re
-import ssl
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from cluster import addresses, unixsock
+from cluster import addresses
 from zcache_core.errors import ConfigError
 
-BACKLOG = 64
-HANDSHAKE_S = 5.0  # a stranger holds a descriptor for so long, and no more
 NODE = "node.pem"
 PEM_CERTIFICATE = re.compile(
     r"-----BEGIN CERTIFICATE-----[A-Za-z0-9+/=\s]+-----END CERTIFICATE-----", re.ASCII
@@ -72,59 +65,24 @@ class PeerAddress:
                 f"write tls=FOLDER (zcache cluster-init makes them), or {key}=127.0.0.1:{self.port}"
             )
 
-    async def connect(
-        self, protocol: Callable[[], asyncio.Protocol], tls: ssl.SSLContext | None
-    ) -> None:
-        """Dial it; the protocol is told.  OSError (ssl.SSLError is one) when it fails."""
-        loop = asyncio.get_running_loop()
-        if self.path:
-            await loop.create_unix_connection(protocol, self.path)
-        else:
-            name = "zcache" if tls else None  # not compared: certificates have nodes' names
-            await loop.create_connection(
-                protocol, self.host, self.port, ssl=tls, server_hostname=name
-            )
 
-    async def serve(
-        self, key: str, protocol: Callable[[], asyncio.Protocol], tls: ssl.SSLContext | None
-    ) -> tuple[asyncio.Server, str]:
-        """Listen there; the server, and the address with the port that it got."""
-        loop = asyncio.get_running_loop()
-        if self.path:
-            sock = unixsock.listen(self.path, "the peers' socket", f"{key}=PATH", BACKLOG)
-            return await loop.create_unix_server(protocol, sock=sock), self.path
-        sock = addresses.listen(key, str(self))
-        wait_s = HANDSHAKE_S if tls else None
-        server = await loop.create_server(
-            protocol, sock=sock, ssl=tls, ssl_handshake_timeout=wait_s
-        )
-        return server, addresses.bound_address(sock)
-
-
-def context(folder: str | Path, server: bool) -> ssl.SSLContext:
-    """TLS 1.3 with the folder's node.pem, asked of the other side too.  Raises ConfigError."""
+def certificates_in(folder: str | Path) -> list[str]:
+    """The certificates of the folder's node.pem, the CA's last.  Raises ConfigError."""
     path = Path(folder) / NODE
-    made = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
-    made.minimum_version = ssl.TLSVersion.TLSv1_3
-    made.check_hostname = False
-    made.verify_mode = ssl.CERT_REQUIRED
     try:
-        found = PEM_CERTIFICATE.findall(path.read_text(encoding="ascii"))
-        made.load_cert_chain(path)
-        made.load_verify_locations(cadata=found[-1])
-    except (OSError, ValueError, IndexError) as error:  # ssl.SSLError is an OSError
-        why = getattr(error, "strerror", None) or str(error)
-        raise ConfigError(
-            f"tls={folder}: {path} does not hold a key, a certificate and the CA's ({why}); "
-            f"'zcache cluster-add NAME' makes such a file"
-        ) from None
-    return made
+        text = path.read_text(encoding="ascii")
+        found = PEM_CERTIFICATE.findall(text)
+        if len(found) < 2 or "PRIVATE KEY-----" not in text:
+            raise ValueError("it is cut short")
+    except (OSError, ValueError) as error:
+        raise bad_certificates(folder, error) from None
+    return found
 
 
-def name_of(peer: dict[str, Any] | None) -> str:
-    """The common name in a peer's certificate (ssl's getpeercert); "" without one."""
-    for row in (peer or {}).get("subject", ()):
-        for key, value in row:
-            if key == "commonName":
-                return str(value)
-    return ""
+def bad_certificates(folder: str | Path, error: Exception) -> ConfigError:
+    """What to do when node.pem is not what it should be."""
+    why = getattr(error, "strerror", None) or str(error)
+    return ConfigError(
+        f"tls={folder}: {Path(folder) / NODE} does not hold a key, a certificate and the CA's "
+        f"({why}); 'zcache cluster-add NAME' makes such a file"
+    )

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from cluster.link import RpcError
-from cluster.peeraddress import name_of
+from cluster.peersocket import name_of
 from cluster.peerwire import CALLS_MOST, PEER_LIMITS, BadParamsError
 from cluster.session import DONE, PAUSED, Session
 from cluster.wire import NEED_DATA, Notification, Request, Response, WireError

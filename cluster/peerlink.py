@@ -26,7 +26,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from cluster import peerwire
+from cluster import peersocket, peerwire
 from cluster.link import RpcError
 from cluster.peeraddress import PeerAddress
 from cluster.peerchannel import Channel, ChannelClosedError, ChannelOptions
@@ -216,7 +216,7 @@ class PeerLink:
         try:
             async with asyncio.timeout(self._times.dial_s):
                 channel = _OwnersEnd(self, self._times.channel)
-                await self.address.connect(lambda: channel, self._tls)
+                await peersocket.connect(self.address, lambda: channel, self._tls)
                 self._channel = channel
                 result = await channel.call(
                     "hello", *self._hello.params(), deadline_s=self._times.dial_s

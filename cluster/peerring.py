@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster import peeraddress
+from cluster import peersocket
 from cluster.overflow import LOOK_S, Overflow
 from cluster.peeraddress import PeerAddress
 from cluster.peerlink import PeerLink
@@ -175,7 +175,7 @@ class PeerSide:
     async def start(self) -> None:
         """Take the ring, dial the donors.  Raises ZcacheError."""
         self._ring = await self._attach()
-        tls = peeraddress.context(self._options.tls, server=False) if self._options.tls else None
+        tls = peersocket.context(self._options.tls, server=False) if self._options.tls else None
         owner = owner_name(self._options.tls, self._memory)
         hello = Hello(owner, self._memory.epoch)
         self._links = [

@@ -242,7 +242,7 @@ def check(config: Config, supervised: bool = False, log: LogPipe | None = None) 
     if not supervised and config.metrics is not None:
         addresses.listen("metrics", config.metrics).close()
     if config.tls is not None:
-        peeraddress.context(config.tls, server=False)  # who is wrong hears it now
+        peeraddress.certificates_in(config.tls)  # who is wrong hears it now
     if (sentence := lower.too_few_peers(config)) is not None:
         warn(sentence)
     disk = lower.open_checked(config)

@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
+from cluster import peersocket
 from cluster.donor import Donor, DonorOptions
 from cluster.generosity import Generosity
 from cluster.peeraddress import PeerAddress
@@ -81,7 +82,7 @@ async def listening(
     """A donor that answers at an address; nobody ticks it but the test."""
     donor = Donor(donation, options or DonorOptions("lender"), Calm())
     address = PeerAddress.read("listen", where)
-    server, bound = await address.serve("listen", donor.connection, None)
+    server, bound = await peersocket.serve(address, "listen", donor.connection, None)
     try:
         yield donor, PeerAddress.read("peers", bound)
     finally:

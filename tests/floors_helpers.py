@@ -34,7 +34,7 @@ FLOORS = {
     },
     "cluster": {
         1: "wire unixsock logrelay addresses connections peeraddress certificates placement",
-        2: "session peerwire seats replicas",
+        2: "session peerwire seats replicas peersocket",
         3: "link webserver peerchannel",
         4: "health steering metrics webpages peerlink generosity donor renewal overflow peerring",
         5: "node lending",

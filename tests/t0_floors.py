@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,17 @@ def plant(root: Path, files: dict[str, str]) -> None:
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
+
+
+def test_the_server_process_loads_nothing_of_the_node() -> None:
+    """No asyncio, no ssl: megabytes, and with another Python first on PATH not to be had."""
+    script = "import sys, plugin.wiring, plugin.leave; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    loaded = set(done.stdout.split())
+    assert "plugin.config" in loaded
+    assert not loaded & {"asyncio", "ssl", "msgpack", "cryptography", "cluster.peersocket"}
 
 
 def test_imports_that_go_down_are_fine(tmp_path: Path) -> None:

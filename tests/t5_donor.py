@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from cluster import peersocket
 from cluster.donor import CONNECTIONS, DonorOptions
 from cluster.peeraddress import PeerAddress
 from cluster.peerchannel import Channel
@@ -243,7 +244,7 @@ async def dial(address: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter
 async def ask(address: Any, method: str, *params: Any, first: bytes = b"") -> Any:
     """The answer of one call by somebody who has not said hello; its error as an exception."""
     channel = Channel()
-    await address.connect(lambda: channel, None)
+    await peersocket.connect(address, lambda: channel, None)
     try:
         return await channel.call(method, *params, deadline_s=10)
     finally:
@@ -334,7 +335,7 @@ def test_a_slow_reader_gets_every_answer(rng: random.Random) -> None:
                 records = pack(pages := [Page(0, i, 1, 4095 << 4) for i in range(100)])
                 sealed = b"".join(await put(link, pages, rng))
                 channel = Channel()
-                await address.connect(lambda: channel, None)
+                await peersocket.connect(address, lambda: channel, None)
                 await channel.call("hello", *Hello("raw", 3).params(), deadline_s=20)
                 assert channel._transport is not None
                 channel._transport.pause_reading()
@@ -457,7 +458,9 @@ def test_a_donor_that_answers_nonsense_loses_its_connection(method: str, nonsens
 
     async def test() -> None:
         address = PeerAddress.read("listen", "127.0.0.1:0")
-        server, bound = await address.serve("listen", lambda: Liar(method, nonsense), None)
+        server, bound = await peersocket.serve(
+            address, "listen", lambda: Liar(method, nonsense), None
+        )
         link = PeerLink(PeerAddress.read("peers", bound), Hello("owner", 7), times=QUICK)
         states: list[LinkState] = []
         link.on_state = lambda changed: states.append(changed.state)

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from cluster import certificates
+from cluster import certificates, peersocket
 from cluster.donor import Donor, DonorOptions
-from cluster.peeraddress import PeerAddress, context
+from cluster.peeraddress import PeerAddress
 from cluster.peerlink import PeerLink
+from cluster.peersocket import context
 from cluster.peerwire import Hello, LinkState, Page, pack
 from tests.donor_helpers import QUICK, Calm, opened_donation, wait_until
 from zcache_core.errors import ConfigError
@@ -37,7 +38,7 @@ async def lender(ca: Path) -> AsyncIterator[tuple[Donor, PeerAddress]]:
         donor = Donor(donation, DonorOptions("lender"), Calm())
         tls = context(ca / "lender", server=True)
         address = PeerAddress.read("listen", "127.0.0.1:0")
-        server, bound = await address.serve("listen", donor.connection, tls)
+        server, bound = await peersocket.serve(address, "listen", donor.connection, tls)
         try:
             yield donor, PeerAddress.read("peers", bound)
         finally:
