@@ -30,9 +30,7 @@ class Goal:
 
     @property
     def met(self) -> bool:
-        # Compared as it is printed: 1.149 against 1.15 is no different from 1.15.
-        measured = float(self.show(self.measured))
-        return measured <= self.bound if self.at_most else measured >= self.bound
+        return self.measured <= self.bound if self.at_most else self.measured >= self.bound
 
     def show(self, value: float) -> str:
         return f"{value:.1f}" if self.unit else f"{value:.2f}"
@@ -41,8 +39,10 @@ class Goal:
         sign = "<=" if self.at_most else ">="
         unit = f" {self.unit}" if self.unit else ""
         verdict = "met" if self.met else "missed"
-        bound = f"{sign} {self.show(self.bound)}{unit}"
-        return [self.name, self.text, f"{self.show(self.measured)}{unit}", bound, verdict]
+        bound, measured = self.show(self.bound), self.show(self.measured)
+        if measured == bound and not self.met:
+            measured = f"{self.measured:.3f}"  # how it was missed
+        return [self.name, self.text, f"{measured}{unit}", f"{sign} {bound}{unit}", verdict]
 
     def as_json(self) -> dict[str, Any]:
         return {**vars(self), "met": self.met, "row": self.row()}

@@ -205,11 +205,13 @@ def test_nothing_to_plot(tmp_path: Path) -> None:
     assert not plot.draw({"sections": {}}, tmp_path / "none.svg")
 
 
-def test_goal_is_judged_as_it_is_shown() -> None:
-    assert Goal("a", 1.154, 1.15, True, "").met
-    assert not Goal("a", 1.156, 1.15, True, "").met
-    assert Goal("a", 0.846, 0.85, False, "").met
-    assert not Goal("a", 0.844, 0.85, False, "").met
+def test_goal_is_judged_as_it_was_measured() -> None:
+    """Rounding helps nobody over a bound, and a miss that it would hide is shown."""
+    assert Goal("a", 1.15, 1.15, True, "").met
+    assert not Goal("a", 1.151, 1.15, True, "").met
+    assert Goal("a", 0.85, 0.85, False, "").met
+    assert Goal("a", 0.968, 0.97, False, "").row()[2:] == ["0.968", ">= 0.97", "missed"]
+    assert Goal("a", 0.9, 0.97, False, "").row()[2] == "0.90"
     assert Goal("a", 39.96, 40, True, "", "MiB").row()[2:] == ["40.0 MiB", "<= 40.0 MiB", "met"]
 
 
