@@ -64,7 +64,8 @@ REFUSED = [
     (("size=1000000",), "write size=976K"),
     (("size=8G", "siez=8G"), "did you mean size=?"),
     (("size=8G", "allocator=slub"), "there is no allocator slub; write allocator=zbud"),
-    (("size=8G", "peers=a:1"), "peers= is not built yet"),
+    (("size=8G", "peers=10.0.0.1:7900"), "so it needs certificates; write tls=FOLDER"),
+    (("size=8G", "backup=disk"), "backup= is not built yet"),
     (("size=8G", "disk=/dev/null", "disk_size=1G"), "neither a file nor a block device"),
     (("size=8G", "disk=/nonexistent/d", "disk_size=1G"), "cannot be opened (No such file"),
     (("size=8G", "codec=brotli"), "there is no codec brotli"),
@@ -301,7 +302,7 @@ def test_generic_messagepack_rpc_client(server: Server) -> None:
         error, result = ask(4, "reboot")
         assert result is None
         assert error["code"] == "unknown_method"
-        assert "config, devices, drain, health, ping, set, stats" in error["message"]
+        assert "config, devices, drain, health, peers, ping, set, stats" in error["message"]
         error, _ = ask(5, "ping", 1)
         assert error["code"] == "bad_params"
         sock.sendall(msgpack.packb([2, "hello", []]))  # a notification is nothing to answer
