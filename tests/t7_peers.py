@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -186,6 +187,24 @@ def test_the_owner_is_killed_and_finds_its_pages(
         remove_memory(name)
 
 
+@contextlib.contextmanager
+def stopped_for_a_moment(*lenders: Lender) -> Iterator[None]:
+    """They stand still for the block, but not for more than half a second."""
+
+    def go_on() -> None:
+        for lender in lenders:
+            lender.signal(signal.SIGCONT)
+
+    for lender in lenders:
+        lender.signal(signal.SIGSTOP)
+    timer = threading.Timer(0.5, go_on)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.join()
+
+
 @pytest.mark.timeout(300)
 def test_a_donor_that_lies(tmp_path: Path, lenders: list[Lender], rng: random.Random) -> None:
     """It flips bits and answers with other pages: found, counted, answered by the other copy."""
@@ -197,8 +216,14 @@ def test_a_donor_that_lies(tmp_path: Path, lenders: list[Lender], rng: random.Ra
         model = Model(server, rng)
         for page in range(PAGES):
             model.write(page)
-        for _ in range(3):
-            model.check()
+        model.check()
+        for _ in range(
+            20
+        ):  # whoever answers fastest is asked first, and that may never be the liar
+            if stats(server)["remote_corrupt_pages"] >= 3:
+                break
+            with stopped_for_a_moment(lenders[0], lenders[2]):
+                model.check(20)
         now = stats(server)
         assert now["remote_corrupt_pages"] >= 3
         assert now["lost_pages"] == now["failed_requests"] == 0
