@@ -20,7 +20,7 @@ from zcache_core.coldprobe import BATCH_MOST, ColdProbe
 from zcache_core.errors import MemoryFileError
 from zcache_core.memfile import MemoryFile
 from zcache_core.peertier import PeerTier
-from zcache_core.ringside import RingSide, rows_of_where, where_of_rows
+from zcache_core.ringside import Batch, RingSide, rows_of_where, where_of_rows
 from zcache_core.store import Store
 from zcache_core.tiers import Cooling
 
@@ -191,6 +191,42 @@ def test_a_put_under_way_fails_when_the_node_dies(
     node.die()
     putter.join(20)
     assert answers == [errno.EIO]
+
+
+def test_a_put_half_answered_fails_with_the_next_node(
+    probe: ColdProbe, tier: PeerTier, memory: MemoryFile, rng: random.Random
+) -> None:
+    """What a node has written of its answer when it is killed is no answer."""
+    ring = RingSide(tier.fd, tier.wake_fd)
+    for row in range(2):
+        assert ring.donor(row, bytes([row + 1] * 16), 7)
+    ring.publish(True, 1 << 40, 2, 0, 0, 0)
+    probe.tick()
+    ring.beat()
+    tier.set_bounds(60_000_000, 60_000_000)
+    answers: list[int] = []
+    things = [make_object(rng, page, 1) for page in (1, 2)]
+    putter = threading.Thread(target=lambda: answers.extend(e for _, e in probe.put(things)))
+    putter.start()
+    batches: list[Batch] = []
+
+    def has_come() -> bool:
+        batches.extend(filter(None, [ring.batch()]))
+        return bool(batches)
+
+    wait_until(has_come, "the batch is there")
+
+    def half() -> Iterator[tuple[int, int]]:
+        yield where_of_rows([0, 1]), 0
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        ring.answer_batch(batches[0].turn, half())
+    ring.close()
+    again = RingSide(tier.fd, tier.wake_fd)
+    putter.join(20)
+    assert answers == [errno.EIO, errno.EIO]
+    again.close()
 
 
 # ---- below a store -------------------------------------------------------------------------
