@@ -204,17 +204,19 @@ async def _tick(donor: Donor) -> None:
 def lend(args: argparse.Namespace) -> None:
     """Everything from the memory file to its end.  Raises ZcacheError."""
     memory = open_memory(args.memory, args.donate)
+    held = 0
+    keep = not memory.fresh  # until it is known what is there
     donation = None
     try:
         donation = Donation(memory)
         donation.start()
+        keep = False
         asyncio.run(serve(args, donation))
     finally:
-        held = 0
         if donation is not None:
             held = sum(pages for _, _, _, _, pages, _ in donation.owners())
             donation.stop()
-        if held or donation is None:
+        if held or keep:
             memory.close()
         else:
             memory.destroy()

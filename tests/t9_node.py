@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
 import random
@@ -14,12 +15,14 @@ from typing import Any
 
 import pytest
 
+from cluster import lending
 from cluster.link import BlockingClient
 from cluster.peeraddress import PeerAddress
 from cluster.peerwire import Code, LinkState, pack
-from tests.donor_helpers import linked, make_pages, make_sealed, wait_until
+from tests.donor_helpers import LENT_BYTES, linked, make_pages, make_sealed, wait_until
 from tests.plugin_helpers import ROOT, WAIT_S, environment
 from zcache_core import memfile
+from zcache_core.errors import MemoryFileError
 from zcache_core.memfile import exists
 
 COMMAND = [str(ROOT / ".venv/bin/zcache")]
@@ -177,6 +180,34 @@ def test_refusals(words: list[str], code: int, says: str, tmp_path: Path) -> Non
     assert done.returncode == code, done.stderr
     assert says in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_start_that_fails_keeps_the_pages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Short of memory at its restart, say: what it held is there for the next one."""
+
+    class Failing:
+        def __init__(self, memory: memfile.MemoryFile) -> None: ...
+        def start(self) -> None:
+            raise MemoryFileError("there is not enough memory for the tables; lend less")
+
+        def owners(self) -> list[Any]:
+            return []
+
+        def stop(self) -> None: ...
+
+    monkeypatch.setenv("ZCACHE_RUNTIME_DIR", str(tmp_path))
+    lending.open_memory("kept", LENT_BYTES).close()
+    args = argparse.Namespace(memory="kept", donate=LENT_BYTES)
+    monkeypatch.setattr(lending, "Donation", Failing)
+    try:
+        with pytest.raises(MemoryFileError):
+            lending.lend(args)
+        assert exists("kept")
+    finally:
+        if exists("kept"):
+            lending.open_memory("kept", LENT_BYTES).destroy()
 
 
 def readme_commands() -> list[str]:
