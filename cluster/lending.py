@@ -38,7 +38,7 @@ from zcache_core import counters
 from zcache_core.donation import Donation, sizes
 from zcache_core.errors import ConfigError, ZcacheError
 from zcache_core.memfile import FOREIGN_DEVICE, MemoryFile, exists
-from zcache_core.process import keep_heap
+from zcache_core.process import keep_heap, lock_memory
 
 BACKLOG = 64
 PAGE_BYTES = 4096
@@ -244,6 +244,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args = parser().parse_args(argv)
         keep_heap(HEAP_BYTES)
+        # Two machines may swap, and lend to one another: a page of ours must not lie with the one
+        # that waits for us.  (The pages that are lent are locked as a server's are.)
+        lock_memory(on_fault=True)
         args.listen.require_safe("listen", args.tls)
         if args.tls:
             from cluster.certificates import name_in  # 10 MiB that a plain node does not need

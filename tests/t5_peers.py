@@ -6,6 +6,7 @@ import errno
 import os
 import random
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,10 +14,12 @@ import pytest
 
 from tests.cold_helpers import DISK_BYTES, make_object, refused
 from tests.core_helpers import PAGE
+from tests.gate_helpers import Gate
 from tests.peer_helpers import FakeNode, Key, wait_until
 from tests.tiers_helpers import open_file
 from zcache_core import counters, ringside
 from zcache_core.coldprobe import BATCH_MOST, ColdProbe
+from zcache_core.device import Device
 from zcache_core.errors import MemoryFileError
 from zcache_core.memfile import MemoryFile
 from zcache_core.peertier import PeerTier
@@ -338,6 +341,25 @@ def test_read_twice_is_moved_up_and_dropped_below(below: Below, rng: random.Rand
         lambda: not any(key[1:] == (page, version) for key in below.node.held), "dropped below"
     )
     assert below.store.check() == 0
+
+
+def test_nothing_is_put_while_somebody_may_still_tell_a_drop(
+    below: Below, rng: random.Random
+) -> None:
+    """Who moves a page up tells last that its old copies are dropped: new ones come after that."""
+    device = Device(below.store)
+    with Gate(1) as gate:
+        below.store.put(0, rng.randbytes(2000).ljust(PAGE, b"z"))
+        reader = threading.Thread(target=lambda: device.pread(None, gate.memory, 0))
+        reader.start()
+        gate.wait_for(0)
+        for page in range(1, 170):  # above `high`
+            below.store.put(page, rng.randbytes(PAGE))
+        time.sleep(0.3)  # nothing is measured: time for what must not happen
+        assert not below.node.held
+        gate.open(0)
+        reader.join(20)
+        wait_until(lambda: below.node.held, "pages are at peers")
 
 
 def test_a_page_that_no_donor_has_is_lost_and_counted(below: Below, rng: random.Random) -> None:

@@ -19,6 +19,7 @@ from cluster import lending
 from cluster.link import BlockingClient
 from cluster.peeraddress import PeerAddress
 from cluster.peerwire import Code, LinkState, pack
+from plugin.fitness import CAPABILITIES, has_capability
 from tests.donor_helpers import LENT_BYTES, linked, make_pages, make_sealed, wait_until
 from tests.plugin_helpers import ROOT, WAIT_S, environment
 from zcache_core import memfile
@@ -52,6 +53,10 @@ class Node:
     def kill(self) -> None:
         self.process.kill()
         self.process.communicate(timeout=WAIT_S)
+
+    def locked_kib(self) -> int:
+        text = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(text.partition("VmLck:")[2].split()[0])
 
     def end(self) -> str:
         """SIGTERM; what it said."""
@@ -112,6 +117,8 @@ def test_killed_and_drained(node: Node, rng: random.Random) -> None:
             assert status["stats"]["foreign_pers_pages"] == 100
             assert status["config"]["quota"] == 8 << 20
             assert link.offer.room_bytes < 8 << 20
+            if has_capability(CAPABILITIES["CAP_IPC_LOCK"][0]):
+                assert node.locked_kib() > 0, "what it needs to answer is not swapped out"
 
             drops: set[asyncio.Task[int]] = set()
             link.on_recall = lambda _, records, __: drops.add(
@@ -129,6 +136,7 @@ def test_killed_and_drained(node: Node, rng: random.Random) -> None:
 
     asyncio.run(test())
     assert node.stats()["foreign_drops"] == 101
+    assert node.stats()["punch_failures"] == 0, "what is lent is not locked by mlock"
     assert node.end() == ""
     assert not exists("lent"), "it held nothing, so nothing stays"
     assert not node.control.exists()
