@@ -348,12 +348,14 @@ def test_nothing_is_put_while_somebody_may_still_tell_a_drop(
 ) -> None:
     """Who moves a page up tells last that its old copies are dropped: new ones come after that."""
     device = Device(below.store)
-    with Gate(1) as gate:
-        below.store.put(0, rng.randbytes(2000).ljust(PAGE, b"z"))
+    with Gate(2) as gate:
+        for page in range(2):
+            below.store.put(page, rng.randbytes(2000).ljust(PAGE, b"z"))
+        gate.open(1)
         reader = threading.Thread(target=lambda: device.pread(None, gate.memory, 0))
         reader.start()
         gate.wait_for(0)
-        for page in range(1, 170):  # above `high`
+        for page in range(2, 170):  # above `high`
             below.store.put(page, rng.randbytes(PAGE))
         time.sleep(0.3)  # nothing is measured: time for what must not happen
         assert not below.node.held
