@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,6 +38,7 @@ RECALL_PAGES = RECORDS_MOST  # asked for at once: 16 MiB of swap
 RECALL_MS = 10_000
 SWEEP_PLACES = 1 << 16  # 1 ms
 ABANDON_S = 24 * 3600
+ENDED_KEPT = 256  # epochs that are over, of all owners
 log = logging.getLogger("zcache.donor")
 
 
@@ -73,6 +75,8 @@ class Donor:
         self._connections: set[OwnerEnd] = set()
         self._epoch = donation.memory.epoch
         self._target = donation.total_frames()
+        # An epoch never comes back, but a late hello of one may: it must not end the new one.
+        self._ended: deque[tuple[str, int]] = deque(maxlen=ENDED_KEPT)
 
     # ---- connections -------------------------------------------------------------------
 
@@ -110,9 +114,16 @@ class Donor:
                 "not_you",
                 f"the certificate is {end.peer_name}'s, so {said.owner} cannot be its name",
             )
+        if (said.owner, said.epoch) in self._ended:
+            raise RpcError(
+                "epoch_over", f"{said.owner} is in another epoch by now; end the old one"
+            )
+        before = {name: epoch for _, name, epoch, *_ in self.donation.owners()}.get(said.owner)
         row = self.donation.owner(said.owner, said.epoch, int(self._clock()))
         if row is None:
             raise RpcError("full", "this donor has as many owners as it can; name another donor")
+        if before is not None and before != said.epoch:
+            self._ended.append((said.owner, before))
         if self.options.quota_bytes is not None:
             self.donation.set_quota(row, self.options.quota_bytes)
         end.row, end.epoch, end.owner = row, said.epoch, said.owner

@@ -38,7 +38,7 @@ from zcache_core import counters
 from zcache_core.donation import Donation, sizes
 from zcache_core.errors import ConfigError, ZcacheError
 from zcache_core.memfile import FOREIGN_DEVICE, MemoryFile, exists
-from zcache_core.process import keep_heap
+from zcache_core.process import keep_heap, lock_memory
 
 BACKLOG = 64
 PAGE_BYTES = 4096
@@ -204,17 +204,19 @@ async def _tick(donor: Donor) -> None:
 def lend(args: argparse.Namespace) -> None:
     """Everything from the memory file to its end.  Raises ZcacheError."""
     memory = open_memory(args.memory, args.donate)
+    held = 0
+    keep = not memory.fresh  # until it is known what is there
     donation = None
     try:
         donation = Donation(memory)
         donation.start()
+        keep = False
         asyncio.run(serve(args, donation))
     finally:
-        held = 0
         if donation is not None:
             held = sum(pages for _, _, _, _, pages, _ in donation.owners())
             donation.stop()
-        if held or donation is None:
+        if held or keep:
             memory.close()
         else:
             memory.destroy()
@@ -242,6 +244,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args = parser().parse_args(argv)
         keep_heap(HEAP_BYTES)
+        # Two machines may swap, and lend to one another: a page of ours must not lie with the one
+        # that waits for us.  (The pages that are lent are locked as a server's are.)
+        lock_memory(on_fault=True)
         args.listen.require_safe("listen", args.tls)
         if args.tls:
             from cluster.certificates import name_in  # 10 MiB that a plain node does not need

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import random
 from collections.abc import Iterable, Sequence
 
@@ -78,8 +79,17 @@ class Overflow:
     # ---- what the owner asks ---------------------------------------------------------------
 
     async def put(self, pages: Sequence[tuple[int, int, int, bytes]]) -> list[Stored]:
-        """Store sealed pages; the rows that have each, or an errno."""
-        return await self.replicas.put(pages)
+        """Store sealed pages; the rows that have each, or an errno.
+
+        Not those that are being renewed: when the owner hears where they went, and that it was too
+        late, it drops them there, and this copy could be the one that is dropped.
+        """
+        busy = self.renewal.renewing
+        free = [page for page in pages if (page[0], page[1]) not in busy]
+        places = {(page[0], page[1]) for page in free}
+        stored = iter(await self.replicas.put(free) if free else ())
+        later = Stored((), errno.EIO)
+        return [next(stored) if (page[0], page[1]) in places else later for page in pages]
 
     def forget(
         self, pages: Sequence[tuple[int, int, int, bytes]], stored: Sequence[Stored]

@@ -123,11 +123,13 @@ class RingPump:
             groups.setdefault((wanted.where, wanted.wrong), []).append(wanted)
         for group in groups.values():
             self._spawn(self._get(group))
+        # One batch after the other: who gave up on one asks for the same pages again, and what is
+        # forgotten of the first must not be a copy of the second.  It is taken before the drops:
+        # what was dropped before it was asked for must not be dropped after it is put.
+        batch = self._ring.batch() if not self._putting else None
         while (drops := self._ring.drops(DROPS_AT_ONCE)) != []:
             self._overflow.drop(drops)
-        # One batch after the other: who gave up on one asks for the same pages again, and what is
-        # forgotten of the first must not be a copy of the second.
-        if not self._putting and (batch := self._ring.batch()) is not None:
+        if batch is not None:
             self._putting = True
             self._spawn(self._put(batch))
         if self._ring.drops_missed != self._missed:

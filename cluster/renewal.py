@@ -295,7 +295,7 @@ class Renewal:
 
     def _is_needed(self, seat: Seat, page: Page) -> bool:
         key = page.page, page.version
-        if key in seat.dropping:
+        if key in seat.dropping or key in self.renewing or self._replicas.is_on_its_way(key):
             return True
         return self._ledger.counts_on(page.page, page.version, seat.row)
 

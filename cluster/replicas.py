@@ -108,6 +108,7 @@ class Replicas:
         self._drop, self._doubt = drop, doubt
         self.numbers = Numbers()
         self.putting: set[tuple[int, int]] = set()  # (page, version) on their way out now
+        self._answered: list[tuple[int, set[tuple[int, int]]]] = []  # and not surely in the index
         self._tasks: set[asyncio.Task[Any]] = set()
         self._changed = asyncio.Event()
 
@@ -161,7 +162,19 @@ class Replicas:
             answers = await asyncio.gather(*(one(group) for group in groups))
         finally:
             self.putting -= keys
+            self._answered = [one for one in self._answered if not self._is_heard(one[0])]
+            self._answered.append((self._ledger.ticks, keys))
         return [stored for group in answers for stored in group]
+
+    def _is_heard(self, ticks: int) -> bool:
+        """Whether what was answered when the owner was at `ticks` is in the index."""
+        return self._ledger.ticks >= ticks + 2
+
+    def is_on_its_way(self, key: tuple[int, int]) -> bool:
+        """Whether this (page, version) is being put, or was and the index may not know it yet."""
+        return key in self.putting or any(
+            key in keys and not self._is_heard(ticks) for ticks, keys in self._answered
+        )
 
     async def _put_group(self, group: Sequence[tuple[int, int, int, bytes]]) -> list[Stored]:
         wanted = self.options.copies

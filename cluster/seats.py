@@ -24,6 +24,7 @@ from cluster.peerwire import Donor, Health, LinkState
 from cluster.placement import Candidate
 
 ID_BYTES = 16
+ASK_S = 1.0  # for a row, again: the server hears notes ten times a second
 LIES_MOST = 3  # wrong copies, then a donor is believed in nothing
 Copy = tuple[int, int, int, int]  # page, version, where, length_codec
 
@@ -74,6 +75,7 @@ class Seat:
     row: int
     donor: Donor | None  # None: nobody of that name has been met since the start
     since_s: float  # when it was last seen, or we started
+    who: tuple[bytes, int] = (b"", 0)  # id and epoch, as the donor table has them
     lies: int = 0
     empty: bool = False  # the donor of that name has another epoch now
     slow_until_s: float = 0.0  # it kept somebody waiting: not chosen until then if others can be
@@ -152,8 +154,12 @@ class Seats:
         for row, (name, epoch) in table.items():
             seat = self._seats.get(row)
             if seat is None:
-                seat = self._seats[row] = Seat(row, None, self._started_s)
-                self._asked.pop((name, epoch), None)
+                seat = self._seats[row] = Seat(row, None, self._started_s, (name, epoch))
+            elif seat.who != (name, epoch):  # the row is another's; drops may still wait for it
+                seat = self._seats[row] = Seat(
+                    row, None, now_s, (name, epoch), dropping=seat.dropping
+                )
+            self._asked.pop((name, epoch), None)
             donor_met = met.get(name)
             if donor_met is not None and donor_met.epoch == epoch:
                 seat.donor, seat.since_s, seat.empty = donor_met, now_s, False
@@ -168,7 +174,9 @@ class Seats:
     def _ask_for_row(
         self, name: bytes, epoch: int, table: dict[int, tuple[bytes, int]], now_s: float
     ) -> None:
-        if now_s - self._asked.get((name, epoch), -1e9) < 1.0:
+        # (who was not heard is not waited for, and keeps no row from the others)
+        self._asked = {who: s for who, s in self._asked.items() if now_s - s < ASK_S}
+        if (name, epoch) in self._asked:
             return
         copies = self._ledger.copies()
         pending = len(self._asked)

@@ -90,6 +90,8 @@ class Sizes:
 
 def frames_for(allocator: str, lengths: Sequence[int]) -> float:
     """Frames that objects of these blobs need, if there are many such."""
+    if not lengths:  # every page was same-filled
+        return 0
     if allocator == "zsmalloc":  # of many pages, hardly a zspage is half empty
         classes = sorted((room, frames / objects) for room, frames, objects in size_classes())
         rooms = [room for room, _ in classes] + [PAGE_BYTES]

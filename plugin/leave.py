@@ -3,7 +3,8 @@
 nbdkit alone, told to end, waits for its clients, which a kernel that swaps never does
 for it.  So, in this order:
 
-    the node process ends              while its pages, if swapped out to us, can come back
+    the node process ends              while its pages, if swapped out to us, can come back; not
+                                       one that brings pages from peers
     the socket's name is removed       nobody new comes
     SHUT_RD on every connection        nothing more is taken in; what is in flight is
                                        answered; a kernel's next request fails at once

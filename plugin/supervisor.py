@@ -129,8 +129,9 @@ class Supervisor:
         for fd in calls:
             poll.register(fd, select.POLLIN)
         ready = [fd for fd, _ in poll.poll(self._patience_ms())]
-        # What a server said comes before its end.
-        for fd in sorted(ready, key=lambda fd: calls[fd] == self._on_end):
+        # One at a time: what is done for one may have ended another, whose number may be somebody
+        # else's by now.  What a server said comes before its end.
+        for fd in sorted(ready, key=lambda fd: calls[fd] == self._on_end)[:1]:
             calls[fd]()
 
     def _patience_ms(self) -> float | None:

@@ -62,7 +62,10 @@ class FakeNode:
     def _serve(self) -> None:
         for wanted in self.ring.gets():
             self._answer(wanted)
-        batch = self.ring.batch()
+        batch = self.ring.batch()  # before the drops, as cluster/peerring.py says
+        for page, version, where, _ in self.ring.drops(1 << 20):
+            for row in rows_of_where(where):
+                self.held.pop((row, page, version), None)
         if batch is not None:
             answers = []
             for page, version, _, sealed in batch.pages:
@@ -72,9 +75,6 @@ class FakeNode:
                     self.held[row, page, version] = sealed
                 answers.append((where_of_rows(rows), self.put_error))
             self.ring.answer_batch(batch.turn, answers)
-        for page, version, where, _ in self.ring.drops(1 << 20):
-            for row in rows_of_where(where):
-                self.held.pop((row, page, version), None)
 
     def _answer(self, wanted: Wanted) -> None:
         self.wrong_seen += wanted.wrong.bit_count()

@@ -11,6 +11,7 @@ import pytest
 
 from cluster import peersocket
 from cluster.donor import CONNECTIONS, DonorOptions
+from cluster.link import RpcError
 from cluster.peeraddress import PeerAddress
 from cluster.peerchannel import Channel
 from cluster.peerlink import LinkTimes, PeerLink
@@ -113,6 +114,11 @@ def test_owners_do_not_meet_and_a_new_epoch_begins_empty(rng: random.Random) -> 
                     assert await held(again) == []
                     with pytest.raises(PeerError, match="epoch"):
                         await one.get(pack(pages))
+                    # A hello of the old one that comes late must not end the new one.
+                    theirs = await put(again, pages, rng)
+                    with pytest.raises(RpcError, match="another epoch by now"):
+                        await ask(address, "hello", *Hello("one", 1).params())
+                    assert (await again.get(pack(pages)))[1] == b"".join(theirs)
                 donor.tick()
                 assert (await two.get(pack(pages)))[1] == b"".join(other)
                 assert donation.check() == 0

@@ -6,6 +6,7 @@ import errno
 import os
 import random
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,14 +14,16 @@ import pytest
 
 from tests.cold_helpers import DISK_BYTES, make_object, refused
 from tests.core_helpers import PAGE
+from tests.gate_helpers import Gate
 from tests.peer_helpers import FakeNode, Key, wait_until
 from tests.tiers_helpers import open_file
 from zcache_core import counters, ringside
 from zcache_core.coldprobe import BATCH_MOST, ColdProbe
+from zcache_core.device import Device
 from zcache_core.errors import MemoryFileError
 from zcache_core.memfile import MemoryFile
 from zcache_core.peertier import PeerTier
-from zcache_core.ringside import RingSide, rows_of_where, where_of_rows
+from zcache_core.ringside import Batch, RingSide, rows_of_where, where_of_rows
 from zcache_core.store import Store
 from zcache_core.tiers import Cooling
 
@@ -193,6 +196,42 @@ def test_a_put_under_way_fails_when_the_node_dies(
     assert answers == [errno.EIO]
 
 
+def test_a_put_half_answered_fails_with_the_next_node(
+    probe: ColdProbe, tier: PeerTier, memory: MemoryFile, rng: random.Random
+) -> None:
+    """What a node has written of its answer when it is killed is no answer."""
+    ring = RingSide(tier.fd, tier.wake_fd)
+    for row in range(2):
+        assert ring.donor(row, bytes([row + 1] * 16), 7)
+    ring.publish(True, 1 << 40, 2, 0, 0, 0)
+    probe.tick()
+    ring.beat()
+    tier.set_bounds(60_000_000, 60_000_000)
+    answers: list[int] = []
+    things = [make_object(rng, page, 1) for page in (1, 2)]
+    putter = threading.Thread(target=lambda: answers.extend(e for _, e in probe.put(things)))
+    putter.start()
+    batches: list[Batch] = []
+
+    def has_come() -> bool:
+        batches.extend(filter(None, [ring.batch()]))
+        return bool(batches)
+
+    wait_until(has_come, "the batch is there")
+
+    def half() -> Iterator[tuple[int, int]]:
+        yield where_of_rows([0, 1]), 0
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        ring.answer_batch(batches[0].turn, half())
+    ring.close()
+    again = RingSide(tier.fd, tier.wake_fd)
+    putter.join(20)
+    assert answers == [errno.EIO, errno.EIO]
+    again.close()
+
+
 # ---- below a store -------------------------------------------------------------------------
 
 
@@ -302,6 +341,27 @@ def test_read_twice_is_moved_up_and_dropped_below(below: Below, rng: random.Rand
         lambda: not any(key[1:] == (page, version) for key in below.node.held), "dropped below"
     )
     assert below.store.check() == 0
+
+
+def test_nothing_is_put_while_somebody_may_still_tell_a_drop(
+    below: Below, rng: random.Random
+) -> None:
+    """Who moves a page up tells last that its old copies are dropped: new ones come after that."""
+    device = Device(below.store)
+    with Gate(2) as gate:
+        for page in range(2):
+            below.store.put(page, rng.randbytes(2000).ljust(PAGE, b"z"))
+        gate.open(1)
+        reader = threading.Thread(target=lambda: device.pread(None, gate.memory, 0))
+        reader.start()
+        gate.wait_for(0)
+        for page in range(2, 170):  # above `high`
+            below.store.put(page, rng.randbytes(PAGE))
+        time.sleep(0.3)  # nothing is measured: time for what must not happen
+        assert not below.node.held
+        gate.open(0)
+        reader.join(20)
+        wait_until(lambda: below.node.held, "pages are at peers")
 
 
 def test_a_page_that_no_donor_has_is_lost_and_counted(below: Below, rng: random.Random) -> None:

@@ -94,6 +94,52 @@ def test_one_batch_after_the_other() -> None:
     assert overflow.forgotten == [0, 1]
 
 
+class LateRing(Ring):
+    """A drop is told, and then a batch asked for, while the ring is being emptied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked = False
+        self.told: list[Any] = []
+
+    def drops(self, most: int) -> list[Any]:
+        told, self.told = self.told, []
+        if not self.asked:
+            self.asked, self.told = True, [(0, 0, 1 << 47 | 1, 1)]
+        return told
+
+    def batch(self) -> Batch | None:
+        return super().batch() if self.asked else None
+
+
+class Log(SlowOverflow):
+    def __init__(self) -> None:
+        super().__init__()
+        self.log: list[str] = []
+
+    async def put(self, pages: list[tuple[int, int, int, bytes]]) -> list[Stored]:
+        self.log.append("put")
+        return await super().put(pages)
+
+    def drop(self, copies: Any) -> None:
+        self.log.append("drop")
+
+
+def test_what_was_dropped_before_a_put_is_not_dropped_after_it() -> None:
+    """A page that was moved up and is put again has the version it had: the drop is older."""
+
+    async def work() -> list[str]:
+        overflow = Log()
+        pump = RingPump(cast(RingSide, LateRing()), cast(Overflow, overflow))
+        for _ in range(3):
+            pump.pump()
+            await asyncio.sleep(0)
+        overflow.go.set()
+        return overflow.log
+
+    assert asyncio.run(work()) == ["drop", "put"]
+
+
 def test_a_ring_is_one_nodes(tmp_path: object) -> None:
     """Its lock goes with the node, however that ends."""
     memory = MemoryFile.create(None, 4096, 4096)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from plugin import sampling
-from plugin.estimate import CODECS
+from plugin.estimate import CODECS, PAGE_BYTES, Sizes, rows
 from tests.plugin_helpers import ROOT
 from zcache_core import PAGES_PER_FRAME
 
@@ -142,3 +142,11 @@ def test_nothing_is_stopped_and_no_file_written(holder: int) -> None:
     assert set(os.listdir("/dev/shm")) - before == set()
     state = Path(f"/proc/{holder}/status").read_text()
     assert re.search(r"State:\tS", state), "it goes on"
+
+
+def test_pages_that_are_all_same_filled_need_no_frame() -> None:
+    sizes = Sizes()
+    for _ in range(64):
+        sizes.take(bytes(PAGE_BYTES))
+    sizes.measure()
+    assert {row.pages_per_frame for row in rows(sizes, 1 << 30)} == {0.0}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
 import random
@@ -14,12 +15,15 @@ from typing import Any
 
 import pytest
 
+from cluster import lending
 from cluster.link import BlockingClient
 from cluster.peeraddress import PeerAddress
 from cluster.peerwire import Code, LinkState, pack
-from tests.donor_helpers import linked, make_pages, make_sealed, wait_until
+from plugin.fitness import CAPABILITIES, has_capability
+from tests.donor_helpers import LENT_BYTES, linked, make_pages, make_sealed, wait_until
 from tests.plugin_helpers import ROOT, WAIT_S, environment
 from zcache_core import memfile
+from zcache_core.errors import MemoryFileError
 from zcache_core.memfile import exists
 
 COMMAND = [str(ROOT / ".venv/bin/zcache")]
@@ -49,6 +53,10 @@ class Node:
     def kill(self) -> None:
         self.process.kill()
         self.process.communicate(timeout=WAIT_S)
+
+    def locked_kib(self) -> int:
+        text = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(text.partition("VmLck:")[2].split()[0])
 
     def end(self) -> str:
         """SIGTERM; what it said."""
@@ -109,6 +117,8 @@ def test_killed_and_drained(node: Node, rng: random.Random) -> None:
             assert status["stats"]["foreign_pers_pages"] == 100
             assert status["config"]["quota"] == 8 << 20
             assert link.offer.room_bytes < 8 << 20
+            if has_capability(CAPABILITIES["CAP_IPC_LOCK"][0]):
+                assert node.locked_kib() > 0, "what it needs to answer is not swapped out"
 
             drops: set[asyncio.Task[int]] = set()
             link.on_recall = lambda _, records, __: drops.add(
@@ -126,6 +136,7 @@ def test_killed_and_drained(node: Node, rng: random.Random) -> None:
 
     asyncio.run(test())
     assert node.stats()["foreign_drops"] == 101
+    assert node.stats()["punch_failures"] == 0, "what is lent is not locked by mlock"
     assert node.end() == ""
     assert not exists("lent"), "it held nothing, so nothing stays"
     assert not node.control.exists()
@@ -177,6 +188,34 @@ def test_refusals(words: list[str], code: int, says: str, tmp_path: Path) -> Non
     assert done.returncode == code, done.stderr
     assert says in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_start_that_fails_keeps_the_pages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Short of memory at its restart, say: what it held is there for the next one."""
+
+    class Failing:
+        def __init__(self, memory: memfile.MemoryFile) -> None: ...
+        def start(self) -> None:
+            raise MemoryFileError("there is not enough memory for the tables; lend less")
+
+        def owners(self) -> list[Any]:
+            return []
+
+        def stop(self) -> None: ...
+
+    monkeypatch.setenv("ZCACHE_RUNTIME_DIR", str(tmp_path))
+    lending.open_memory("kept", LENT_BYTES).close()
+    args = argparse.Namespace(memory="kept", donate=LENT_BYTES)
+    monkeypatch.setattr(lending, "Donation", Failing)
+    try:
+        with pytest.raises(MemoryFileError):
+            lending.lend(args)
+        assert exists("kept")
+    finally:
+        if exists("kept"):
+            lending.open_memory("kept", LENT_BYTES).destroy()
 
 
 def readme_commands() -> list[str]:

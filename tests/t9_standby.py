@@ -13,14 +13,17 @@ import os
 import random
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
 from plugin import servestate
 from plugin.fitness import CAPABILITIES, has_capability
 from plugin.servestate import State
+from plugin.supervisor import Supervisor
 from tests.plugin_helpers import wait_for
 from tests.serve_helpers import Served, is_zombie, kill, served
 
@@ -181,3 +184,28 @@ def test_no_is_none(it: Served) -> None:
     assert len(it.pids("server")) == 1
     kill(it.state().server_pid)
     assert it.serving().takeovers == 0
+
+
+def test_who_is_ended_by_one_event_is_not_heard_for_the_next() -> None:
+    """Both were readable at the same look; the number of the second may be somebody else's now."""
+    done: list[str] = []
+    pipes = [os.pipe() for _ in range(3)]
+    watched: dict[int, Callable[[], None]] = {}
+
+    def first() -> None:
+        done.append("first")
+        watched.clear()
+
+    watched.update({pipes[1][0]: first, pipes[2][0]: lambda: done.append("second")})
+    for _, end in pipes[1:]:
+        os.write(end, b"x")
+    watch = SimpleNamespace(
+        _wake=pipes[0][0], _server=None, _on_signal=None, _on_end=None,
+        _standby=SimpleNamespace(calls=lambda: dict(watched)), _patience_ms=lambda: 0,
+    )  # fmt: skip
+    for _ in range(2):
+        Supervisor._wait(cast(Supervisor, watch))
+    for ends in pipes:
+        for end in ends:
+            os.close(end)
+    assert done == ["first"]

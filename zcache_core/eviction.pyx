@@ -30,7 +30,7 @@ from zcache_core.index cimport entry_load
 from zcache_core.layout cimport PAGE_BYTES, ST_RAM_EPHEMERAL, Entry, length_of, state_of, version_of, where_of
 from zcache_core.pthread cimport lock_take, pthread_mutex_unlock
 from zcache_core.ramtier cimport store_victims
-from zcache_core.slots cimport Slot, slot_release, slot_take_own
+from zcache_core.slots cimport Slot, slot_release, slot_take_own, slots_quiesce
 
 cdef enum:
     MOST_OBJECTS = 64           # in one frame, of any allocator
@@ -93,6 +93,10 @@ cdef uint32_t cool_batch(Tiers *t, uint64_t most_bytes) noexcept nogil:
     cdef uint32_t done = 0
     if n == 0:
         return 0
+    if t.core.lower.peers:
+        # Who has just moved one of them up drops its copies at peers next, and a copy there has no
+        # address of its own: that drop must be told before the same version is put again.
+        slots_quiesce(&t.core.slots)
     t.cells[C_OUTSTANDING_WRITEBACK_PAGES] = n
     t.cold.put(t.cold, t.batch, n)
     for i in range(n):

@@ -67,7 +67,7 @@ cdef enum:
     PUT_BOUND_US = 4000000
     STEP_US = 10000             # how soon a put notices that the node died
     BEAT_LATE_US = 1000000      # a node that did not show itself for so long takes nothing new
-    NOTES_AT_ONCE = 1024
+    NOTES_AT_ONCE = NOTES       # all that are there: a tick says that they are heard
 
 
 # ---- what is counted on ----------------------------------------------------------------------

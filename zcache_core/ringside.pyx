@@ -122,6 +122,9 @@ cdef class RingSide:
                 zc_cas32(&self.ring.cell[i].word, word, word - RING_TAKEN + RING_ASKED)
         word = zc_load32(&self.ring.head.put_word)
         if word & RING_STATE == RING_TAKEN:
+            for i in range(COLD_BATCH):     # it may have been killed while it wrote these
+                self.ring.row[i].error = EIO
+            zc_release_fence()
             zc_cas32(&self.ring.head.put_word, word, word - RING_TAKEN + RING_ANSWERED)
             zc_futex_wake(&self.ring.head.put_word)
         self.beat()

@@ -8,6 +8,7 @@ A failure prints its seed; ZCACHE_SIM_SEED=N runs that one alone.
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import random
 import time
@@ -16,11 +17,14 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from cluster.peerwire import Health, Page
-from cluster.replicas import Options
+from cluster.renewal import Renewal
+from cluster.replicas import Options, Replicas, Stored
+from cluster.seats import Seat, Seats
 from tests.sim.loop import run
-from tests.sim.world import PAGE_COST, World, random_length
+from tests.sim.world import PAGE_COST, Owner, World, bytes_of, random_length
 
 PAGES = 100
+SEALED = bytes(4096 + 24)
 FAULTS = ("emptied", "down", "killed", "cut", "hangs", "loses", "lies", "forgets", "short")
 OPTIONS = Options(copies=2, give_up_s=3.0, away_s=2.0, call_s=1.0)
 
@@ -207,6 +211,74 @@ def test_the_same_seed_is_the_same_life(rng: random.Random) -> None:
     first, second = (one_life(seed) for _ in range(2))
     assert first.owner.index == second.owner.index
     assert [link.calls for link in first.world.links] == [link.calls for link in second.world.links]
+
+
+def parts(owner: Owner) -> tuple[Seats, Replicas, Renewal]:
+    """What looks after an owner without donors."""
+    seats = Seats(owner, [], 0.0, lambda donor: donor.name)
+    replicas = Replicas(owner, seats, random.Random(1), OPTIONS, lambda *_: None, lambda *_: None)
+    return seats, replicas, Renewal(owner, seats, replicas, OPTIONS)
+
+
+def test_what_is_on_its_way_into_the_index_is_needed() -> None:
+    """Comparing drops nothing that is being put or renewed, or was until just now."""
+
+    async def work() -> None:
+        owner = Owner(PAGES)
+        _, replicas, renewal = parts(owner)
+        seat, page = Seat(0, None, 0.0), Page(0, 1, 5, 4095 << 4)
+        assert not renewal._is_needed(seat, page)
+        putting = asyncio.create_task(replicas.put([(1, 5, 4095 << 4, SEALED)]))
+        while not replicas.putting:
+            await asyncio.sleep(0)
+        assert renewal._is_needed(seat, page)
+        await putting
+        for _ in range(2):
+            assert renewal._is_needed(seat, page)
+            owner.ticks += 1
+        assert not renewal._is_needed(seat, page)
+        renewal.renewing.add((1, 5))
+        assert renewal._is_needed(seat, page)
+
+    run(work())
+
+
+def test_what_is_being_renewed_is_not_put() -> None:
+    """The note of where it went may come too late, and then that place is dropped."""
+
+    async def work() -> None:
+        world = World(random.Random(1), 2, 1 << 20, PAGES, OPTIONS)
+        await world.start()
+        world.overflow.renewal.renewing.add((1, 5))
+        first, second, third = await world.overflow.put(
+            [(page, 5, 4095 << 4, bytes_of(page, 5, 4095 << 4)) for page in range(3)]
+        )
+        assert (first.error, second, third.error) == (0, Stored((), errno.EIO), 0)
+        await world.stop()
+
+    run(work())
+
+
+def test_a_row_that_is_anothers_begins_anew() -> None:
+    """A liar's row, given to somebody else: that one is believed."""
+
+    async def work() -> None:
+        owner = Owner(PAGES)
+        owner.table[0] = b"a" * 16, 1
+        seats, _, _ = parts(owner)
+        seat = seats.get(0)
+        assert seat is not None
+        seat.lies, seat.empty = 3, True
+        seat.dropping.add((1, 1))
+        seats.refresh(1.0)
+        assert seats.get(0) is seat
+        owner.table[0] = b"b" * 16, 1
+        seats.refresh(2.0)
+        seat = seats.get(0)
+        assert seat is not None
+        assert (seat.lies, seat.empty, seat.dropping) == (0, False, {(1, 1)})
+
+    run(work())
 
 
 def test_a_drain_empties_a_donor(rng: random.Random) -> None:
