@@ -84,7 +84,6 @@ class Numbers:
         self.wrong_copies = 0
         self.absent_copies = 0
         self.renewed_pages = 0
-        self.lost_pages = 0
         self.reconciled_drops = 0
         self.short_pages = 0
 
@@ -275,9 +274,9 @@ class Replicas:
                 break
             for i in missing:
                 if all(self._has_not(row, n, wrong, absent[i]) for n, row in enumerate(rows)):
-                    # ENODATA only when no copy can ever be had: then the page is lost.
+                    # ENODATA only when no copy can ever be had: then the page is lost, unless it
+                    # changed meanwhile, and they were dropped for that.  The server sees which.
                     found[i] = Got(errno.EIO if wrong else errno.ENODATA)
-                    self.numbers.lost_pages += not wrong
             left = until - asyncio.get_running_loop().time()
             if len(found) == len(asked) or left <= 0:
                 break
