@@ -45,11 +45,10 @@ from cluster.steering import Steering
 from zcache_core import counters
 from zcache_core.errors import ConfigError, ZcacheError
 from zcache_core.memfile import MemoryFile
-from zcache_core.process import keep_heap
+from zcache_core.process import keep_heap, lock_memory
 
 BACKLOG = 64
 STDERR = 2
-MCL_CURRENT, MCL_FUTURE, MCL_ONFAULT = 1, 2, 4
 PAGE_BYTES = 4096
 PEER_HEAP_BYTES = 4 << 20
 WEB_RETRY_FIRST_S, WEB_RETRY_MAX_S = 1.0, 60.0
@@ -283,24 +282,14 @@ async def serve(
             finish_log()
 
 
-def lock_what_is_touched() -> None:
-    """Memory of this process stays in RAM once it is touched.  Raises OSError: it is refused.
-
-    On fault only: the memory file is mapped here too, and its holes must stay holes.
-    """
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.mlockall(MCL_CURRENT | MCL_FUTURE | MCL_ONFAULT):
-        raise OSError(ctypes.get_errno(), "mlockall")
-
-
 def peer_side(args: argparse.Namespace, memory: MemoryFile) -> Any:
     """What overflows to peers, over the descriptors that the server gave us."""
     # Only here: a node without peers is smaller.
     from cluster.peerring import PeerOptions, PeerSide
 
     # A page may come back through us alone: what we need must not be swapped out there.
-    with contextlib.suppress(OSError):
-        lock_what_is_touched()
+    # On fault: the memory file is mapped here too, and its holes must stay holes.
+    lock_memory(on_fault=True)
     # A batch is larger than what malloc takes from the kernel anew each time, and each copy of
     # one would be faulted in: 128 pages put in 1.9 ms without this, in 0.6 ms with it.
     keep_heap(PEER_HEAP_BYTES)

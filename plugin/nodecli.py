@@ -149,11 +149,7 @@ def status_lines(
             f"{ping['version']}, {config['name']}, process {ping['pid']}, up "
             f"{show.duration(ping['uptime_seconds'])}, control socket {control}",
         ),
-        Line("health", str(health["status"]), str(health["status"])),
-    ]
-    for reason in health["reasons"]:
-        found += [Line("", reason["what"]), Line("", f"-> {reason['do']}")]
-    found += [
+        *show.health_lines(health),
         Line(
             "lends",
             f"{show.bar(used / limit if limit else 0)} {show.size(used * show.PAGE_BYTES)} of "

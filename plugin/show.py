@@ -63,6 +63,14 @@ def percent(part: float, whole: float) -> str:
     return f"{100 * part / whole:.0f} %" if whole else "-"
 
 
+def health_lines(health: Mapping[str, Any]) -> list[Line]:
+    """How it is, and for each reason what is the matter and what to do."""
+    found = [Line("health", str(health["status"]), str(health["status"]))]
+    for reason in health["reasons"]:
+        found += [Line("", reason["what"]), Line("", f"-> {reason['do']}")]
+    return found
+
+
 def lines(
     control: str,
     ping: Mapping[str, Any],
@@ -77,17 +85,13 @@ def lines(
     stored, device = stats["logical_bytes"] // PAGE_BYTES, stats["device_pages"]
     frame_bytes = frames * PAGE_BYTES
     on_disk = f" and {size(stats['disk_bytes'])} of disk" if stats["disk_limit_bytes"] else ""
-    found = [
+    return [
         Line(
             "zcache",
             f"{ping['version']}, server {ping['server_pid']}, up "
             f"{duration(ping['uptime_seconds'])}, control socket {control}",
         ),
-        Line("health", str(health["status"]), str(health["status"])),
-    ]
-    for reason in health["reasons"]:
-        found += [Line("", reason["what"]), Line("", f"-> {reason['do']}")]
-    found += [
+        *health_lines(health),
         Line(
             "stored",
             f"{size(stats['logical_bytes'])} of pages in {size(stats['ram_bytes'])} of RAM"
@@ -132,7 +136,6 @@ def lines(
             f"{size(stats['server_locked_bytes'])} of addresses locked as they are used (VmLck)",
         ),
     ]
-    return found
 
 
 def worst(stats: Mapping[str, Any]) -> str:
