@@ -1,4 +1,4 @@
-"""Builds the compiled core in place: `python setup.py build_ext --inplace`.
+"""Builds the compiled modules in place: `python setup.py build_ext --inplace`.
 
 Everything else stands in pyproject.toml.  ZCACHE_WERROR=1 turns the C compiler's
 warnings into errors (development and CI); ZCACHE_SANITIZE=address,undefined builds
@@ -16,7 +16,7 @@ from Cython.Build import cythonize
 from setuptools import Extension, setup
 
 ROOT = Path(__file__).resolve().parent
-CORE = ROOT / "zcache_core"
+PACKAGES = ("zcache_core", "cluster")
 sys.path.insert(0, str(ROOT))
 
 LIBRARIES = {"codec": ["lz4", "zstd"], "crypt": ["crypto"]}
@@ -32,7 +32,7 @@ def write_counter_ids() -> None:
         *(f"    C_{c.name.upper()} = {i}" for i, c in enumerate(STORED)),
         *(f"    H_{name.upper()} = {cell}" for name, cell in HISTOGRAM_CELL.items()),
     ]
-    target = CORE / "counter_ids.pxd"
+    target = ROOT / "zcache_core" / "counter_ids.pxd"
     text = "\n".join(lines) + "\n"
     if not target.exists() or target.read_text() != text:
         target.write_text(text)
@@ -59,7 +59,7 @@ def extensions() -> list[Extension]:
     sanitize = [f"-fsanitize={s}" for s in [os.environ.get("ZCACHE_SANITIZE")] if s]
     return [
         Extension(
-            f"zcache_core.{source.stem}",
+            f"{source.parent.name}.{source.stem}",
             [str(source.relative_to(ROOT))],
             include_dirs=["zcache_core"],
             depends=["zcache_core/native.h", "zcache_core/callbacks.h"],
@@ -67,7 +67,8 @@ def extensions() -> list[Extension]:
             extra_compile_args=flags() + sanitize,
             extra_link_args=["-Wl,--as-needed", *sanitize],
         )
-        for source in sorted(CORE.glob("*.pyx"))
+        for package in PACKAGES
+        for source in sorted((ROOT / package).glob("*.pyx"))
     ]
 
 

@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cluster import peerwire
+from cluster.donorlane import DonorLane, Lending
 from cluster.generosity import Generosity
 from cluster.link import RpcError
 from cluster.peerchannel import Channel, ChannelOptions
@@ -73,6 +74,7 @@ class Donor:
         self._generosity = generosity or Generosity()
         self._clock = clock
         self._connections: set[OwnerEnd] = set()
+        self.lending = Lending(donation)
         self._epoch = donation.memory.epoch
         self._target = donation.total_frames()
         # An epoch never comes back, but a late hello of one may: it must not end the new one.
@@ -126,7 +128,7 @@ class Donor:
             self._ended.append((said.owner, before))
         if self.options.quota_bytes is not None:
             self.donation.set_quota(row, self.options.quota_bytes)
-        end.row, end.epoch, end.owner = row, said.epoch, said.owner
+        end.welcome(row, said.epoch, said.owner)
         return Welcome(self.options.name, self._epoch, self.offer(row)).result()
 
     def put(self, end: OwnerEnd, params: list[Any]) -> Any:
@@ -176,6 +178,7 @@ class Donor:
     def drain(self, on: bool) -> None:
         """Take nothing more and ask for everything back; or be a donor again."""
         self.draining = on
+        self.lending.health = self.health()
         self._tell_offers()
 
     # ---- each second ------------------------------------------------------------------------
@@ -184,6 +187,7 @@ class Donor:
         """Listen to the machine, ask for pages back, forget who is gone."""
         now_s, before = int(self._clock()), self.health()
         self._generosity.look(seconds)
+        self.lending.health = self.health()
         target = self.donation.total_frames() * self._generosity.permille // 1000
         short = self._generosity.is_short or self.draining
         self.donation.squeeze(0 if self.draining else target, short)
@@ -240,6 +244,16 @@ class OwnerEnd(Channel):
         self._methods: dict[str, Callable[[OwnerEnd, list[Any]], Any]] = {
             name: getattr(donor, name) for name in peerwire.METHODS
         }
+
+    def make_lane(self) -> DonorLane:
+        """Gets and puts need no Python (donorlane)."""
+        return DonorLane(self._donor.lending)
+
+    def welcome(self, row: int, epoch: int, owner: str) -> None:
+        """It has said who it is."""
+        self.row, self.epoch, self.owner = row, epoch, owner
+        if isinstance(self._lane, DonorLane):
+            self._lane.welcome(row, epoch)
 
     @property
     def is_owner(self) -> bool:

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import zcache_core
-from cluster import peersocket, unixsock
+from cluster import laneport, peersocket, unixsock
 from cluster.donor import ABANDON_S, Donor, DonorOptions, since_boot_s
 from cluster.link import RpcError, Server
 from cluster.peeraddress import PeerAddress
@@ -158,9 +158,12 @@ async def serve(args: argparse.Namespace, donation: Donation) -> None:
     control_sock = unixsock.listen(args.control, "the control socket", "--control PATH", BACKLOG)
     inode = os.stat(args.control).st_ino
     tls = peersocket.context(args.tls, server=True) if args.tls else None
-    listening = None
+    listening: laneport.Listening | asyncio.Server | None = None
     try:
-        listening, bound = await peersocket.serve(args.listen, "listen", donor.connection, tls)
+        if tls is None:
+            listening, bound = await laneport.serve(args.listen, "listen", donor.connection)
+        else:
+            listening, bound = await peersocket.serve(args.listen, "listen", donor.connection, tls)
         config = {
             "name": args.name,
             "listen": bound,

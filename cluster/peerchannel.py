@@ -26,6 +26,7 @@ import logging
 from dataclasses import dataclass
 from typing import Any, cast
 
+from cluster.lane import LaneEnd
 from cluster.link import RpcError
 from cluster.peersocket import name_of
 from cluster.peerwire import CALLS_MOST, PEER_LIMITS, BadParamsError
@@ -60,6 +61,8 @@ class Channel(asyncio.Protocol):
         self.closed_because = ""
         self._session = Session(PEER_LIMITS, max_calls=2 * CALLS_MOST, max_owed=CALLS_MOST)
         self._transport: asyncio.Transport | None = None
+        self._lane: LaneEnd | None = None
+        self._stuck_since: float | None = None
         self._waiting: dict[int, asyncio.Future[Any]] = {}
         self._room = asyncio.Semaphore(CALLS_MOST)
         self._writable = asyncio.Event()
@@ -79,6 +82,17 @@ class Channel(asyncio.Protocol):
 
     def lost(self, why: str) -> None:
         """The connection is gone; told once."""
+
+    # ---- for a transport with a lane (laneport) ------------------------------------------
+
+    def make_lane(self) -> LaneEnd | None:
+        """A thread of its own for what is frequent; None: there is no such thing."""
+        return None
+
+    @property
+    def is_between(self) -> bool:
+        """Whether all that was received is dealt with, to the last byte."""
+        return self._stuck_since is None and not self._session.partial_bytes
 
     # ---- what is sent --------------------------------------------------------------------
 
@@ -146,10 +160,10 @@ class Channel(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)
         # One answer of a batch and no second one before the peer has read it.
         self._transport.set_write_buffer_limits(high=PEER_LIMITS.frame_bytes)
+        self._lane = transport.get_extra_info("lane")
         loop = asyncio.get_running_loop()
         self._heard_s = loop.time()
         self._partial_since: float | None = None
-        self._stuck_since: float | None = None
         self._watcher = loop.call_later(self.options.watch_s, self._watch)
         self.opened()
 
@@ -232,15 +246,27 @@ class Channel(asyncio.Protocol):
     def _watch(self) -> None:
         """Once a second: is something overdue?"""
         now, options = asyncio.get_running_loop().time(), self.options
-        if self._partial_since is not None and now - self._partial_since > options.frame_s:
+        heard_s, partial_since, stuck_since = self._times()
+        if partial_since is not None and now - partial_since > options.frame_s:
             self.close(f"a message did not end within {options.frame_s} s")
-        elif self._stuck_since is not None and now - self._stuck_since > options.write_s:
+        elif stuck_since is not None and now - stuck_since > options.write_s:
             self.close(f"nothing was read for {options.write_s} s")
-        elif now - self._heard_s > options.idle_s:
+        elif now - heard_s > options.idle_s:
             self.close(f"nothing was said for {options.idle_s} s")
         else:
             loop = asyncio.get_running_loop()
             self._watcher = loop.call_later(options.watch_s, self._watch)
+
+    def _times(self) -> tuple[float, float | None, float | None]:
+        """When a message was heard; since when one is half there; since when nothing is read."""
+        if self._lane is None:
+            return self._heard_s, self._partial_since, self._stuck_since
+        heard_s, partial_s, stuck_s = self._lane.times()
+        return (
+            max(heard_s, self._heard_s),
+            self._partial_since or partial_s or None,
+            self._stuck_since or stuck_s or None,
+        )
 
 
 def _give_up(future: asyncio.Future[Any]) -> None:

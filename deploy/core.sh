@@ -1,5 +1,5 @@
 #!/bin/sh
-# Compiles zcache_core in place, as little as is needed.
+# Compiles zcache_core and what is compiled of cluster in place, as little as is needed.
 #
 #   deploy/core.sh            the compiler's warnings are printed
 #   deploy/core.sh strict     they are errors (development, `make lint`, `make test`)
@@ -19,7 +19,7 @@ exec 9<Makefile && flock 9 # one setup at a time
 mode=${1:-plain}
 unfinished=build/core-unfinished
 
-sources() { find zcache_core -name "$1" ! -name counter_ids.pxd | sort; }
+sources() { find zcache_core cluster -name "$1" ! -name counter_ids.pxd 2>/dev/null | sort; }
 hash_of() { xargs -r sha256sum | sha256sum; }
 shared=$({ echo setup.py zcache_core/counters.py requirements.lock && sources '*.h' && sources '*.pxd'; } |
     hash_of)

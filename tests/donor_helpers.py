@@ -9,7 +9,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
-from cluster import peersocket
+from cluster import laneport, peersocket
 from cluster.donor import Donor, DonorOptions
 from cluster.generosity import Generosity
 from cluster.peeraddress import PeerAddress
@@ -77,12 +77,22 @@ def opened_donation(name: str | None = None, lent_bytes: int = LENT_BYTES) -> It
 
 @contextlib.asynccontextmanager
 async def listening(
-    donation: Donation, options: DonorOptions | None = None, where: str = "127.0.0.1:0"
+    donation: Donation,
+    options: DonorOptions | None = None,
+    where: str = "127.0.0.1:0",
+    lanes: bool = True,
 ) -> AsyncIterator[tuple[Donor, PeerAddress]]:
-    """A donor that answers at an address; nobody ticks it but the test."""
+    """A donor that answers at an address; nobody ticks it but the test.
+
+    Its connections have lanes, as without TLS, or are asyncio's, as with it.
+    """
     donor = Donor(donation, options or DonorOptions("lender"), Calm())
     address = PeerAddress.read("listen", where)
-    server, bound = await peersocket.serve(address, "listen", donor.connection, None)
+    server: laneport.Listening | asyncio.Server
+    if lanes:
+        server, bound = await laneport.serve(address, "listen", donor.connection)
+    else:
+        server, bound = await peersocket.serve(address, "listen", donor.connection, None)
     try:
         yield donor, PeerAddress.read("peers", bound)
     finally:

@@ -33,10 +33,11 @@ FLOORS = {
         6: "device",
     },
     "cluster": {
-        1: "wire unixsock logrelay addresses connections peeraddress certificates placement",
-        2: "session peerwire seats replicas peersocket",
-        3: "link webserver peerchannel",
-        4: "health steering metrics webpages peerlink generosity donor renewal overflow peerring",
+        1: "wire frames unixsock logrelay addresses connections peeraddress certificates placement",
+        2: "lane session peerwire seats replicas peersocket",
+        3: "link webserver laneport peerchannel",
+        4: "donorlane health steering metrics webpages peerlink generosity donor renewal overflow "
+        "peerring",
         5: "node lending",
     },
     "plugin": {

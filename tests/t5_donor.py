@@ -350,7 +350,7 @@ def test_a_slow_reader_gets_every_answer(rng: random.Random) -> None:
                     for _ in range(14)
                 ]
                 ends = [end for end in donor._connections if end.epoch == 3]
-                await wait_until("it is stuck", lambda: any(end._stuck_since for end in ends))
+                await wait_until("it is stuck", lambda: any(end._times()[2] for end in ends))
                 channel._transport.resume_reading()
                 for result in await asyncio.gather(*gets):
                     assert result[2] == sealed
@@ -407,7 +407,7 @@ def test_a_silent_donor_is_suspect_and_then_dialled_anew() -> None:
         times = LinkTimes(call_s=0.1, dead_s=0.4, ping_s=0.02, retry_first_s=0.01)
         with opened_donation() as donation:
             async with (
-                listening(donation) as (donor, address),
+                listening(donation, lanes=False) as (donor, address),
                 linked(address, times=times) as link,
             ):
                 link.on_state = lambda changed: states.append(changed.state)

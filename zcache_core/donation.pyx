@@ -24,7 +24,8 @@ from zcache_core.counter_ids cimport (
 )
 from zcache_core.foreign cimport (
     OWNER_BYTES, OWNER_NAME_BYTES, OWNERS, PLACE_BYTES, SEAL_BYTES, Foreign, OwnerRow, Place, Record, foreign_coldest,
-    foreign_drop, foreign_free, foreign_get, foreign_list, foreign_make, foreign_put, foreign_set_epoch, foreign_sweep,
+    foreign_drop, foreign_free, foreign_get, foreign_list, foreign_make, foreign_put, foreign_room, foreign_set_epoch,
+    foreign_sweep,
 )
 from zcache_core.foreignfound cimport foreign_check, foreign_take_over
 from zcache_core.layout cimport COUNTER_CELLS, COUNTER_SHARDS, HEADER_BYTES, PAGE_BYTES
@@ -73,10 +74,6 @@ cdef class Donation:
 
     Raises MemoryFileError when the file is another kind's, or without memory.
     """
-
-    cdef Foreign f
-    cdef readonly MemoryFile memory
-    cdef bint open
 
     def __cinit__(self, MemoryFile memory not None):
         cdef Foreign *f = &self.f
@@ -256,7 +253,7 @@ cdef class Donation:
         codes = PyBytes_FromStringAndSize(NULL, n)
         cdef uint8_t *code = <uint8_t *>PyBytes_AS_STRING(codes)
         with nogil:
-            foreign_put(&self.f, row, first, n, sealed, code, wait_us)
+            foreign_put(&self.f, row, self.f.owners[row].epoch, first, n, sealed, code, wait_us)
         return codes
 
     def get(self, uint32_t row, bytes records not None):
@@ -274,7 +271,7 @@ cdef class Donation:
         cdef uint8_t *code = <uint8_t *>PyBytes_AS_STRING(codes)
         cdef uint8_t *sealed = <uint8_t *>PyBytes_AS_STRING(payload)
         with nogil:
-            got = foreign_get(&self.f, row, first, n, sealed, code)
+            got = foreign_get(&self.f, row, self.f.owners[row].epoch, first, n, sealed, code)
         return codes, (payload if got == most else payload[:got])
 
     def drop(self, uint32_t row, bytes records not None):
@@ -318,15 +315,7 @@ cdef class Donation:
     def room(self, uint32_t row):
         """Bytes that this owner could put now, as frames and its quota allow: an estimate."""
         self._require_row(row)
-        quota = max(0, self.f.held[row].quota_bytes - self.f.held[row].bytes)
-        return min(quota, self._free_frames() * PAGE_BYTES)
-
-    cdef object _free_frames(self):
-        lock_take(&self.f.arena.lock)
-        used = self.f.arena.committed - self.f.arena.free_count - self.f.arena.moving
-        target = self.f.arena.target
-        pthread_mutex_unlock(&self.f.arena.lock)
-        return max(0, target - used)
+        return foreign_room(&self.f, row)
 
     def held(self, uint32_t row):
         """Bytes of room that this owner's pages take."""

@@ -53,6 +53,7 @@ cdef enum PageCode:             # cluster/peerwire.py: Code
     PAGE_ABSENT = 1
     PAGE_FULL = 2
     PAGE_DAMAGED = 3
+    PAGE_OVER = 255             # never on the wire: the epoch is over
 
 ctypedef struct Foreign:
     Arena arena
@@ -77,12 +78,14 @@ ctypedef struct Foreign:
 cdef int foreign_make(Foreign *f) noexcept nogil
 cdef void foreign_free(Foreign *f) noexcept nogil
 cdef uint32_t foreign_put(
-    Foreign *f, uint32_t row, const Record *records, uint32_t n, const uint8_t *payload, uint8_t *codes, int64_t wait_us
+    Foreign *f, uint32_t row, uint64_t epoch, const Record *records, uint32_t n, const uint8_t *payload, uint8_t *codes,
+    int64_t wait_us
 ) noexcept nogil
 cdef uint64_t foreign_get(
-    Foreign *f, uint32_t row, const Record *records, uint32_t n, uint8_t *payload, uint8_t *codes
+    Foreign *f, uint32_t row, uint64_t epoch, const Record *records, uint32_t n, uint8_t *payload, uint8_t *codes
 ) noexcept nogil
 cdef uint32_t foreign_drop(Foreign *f, uint32_t row, const Record *records, uint32_t n) noexcept nogil
+cdef uint64_t foreign_room(Foreign *f, uint32_t row) noexcept nogil
 cdef uint32_t foreign_list(
     Foreign *f, uint32_t row, uint64_t *cursor, Record *records, uint32_t most
 ) noexcept nogil

@@ -44,8 +44,8 @@ cdef uint64_t GOLDEN = 0x9E3779B97F4A7C15
 
 # ---- identity ------------------------------------------------------------------------
 
-cdef inline uint64_t whose_word(Foreign *f, uint32_t row, uint32_t device) noexcept nogil:
-    return (f.owners[row].epoch << EPOCH_SHIFT) | (device << ROW_BITS) | row
+cdef inline uint64_t whose_word(uint64_t epoch, uint32_t row, uint32_t device) noexcept nogil:
+    return (epoch << EPOCH_SHIFT) | (device << ROW_BITS) | row
 
 
 cdef inline uint32_t bucket(Foreign *f, uint64_t whose, uint32_t page, uint64_t version) noexcept nogil:
@@ -145,12 +145,12 @@ cdef bint find_room(Foreign *f, uint32_t room, int64_t deadline_us, uint64_t *wh
 
 
 cdef uint32_t put_one(
-    Foreign *f, uint32_t row, const Record *r, const uint8_t *sealed, int64_t deadline_us
+    Foreign *f, uint32_t row, uint64_t epoch, const Record *r, const uint8_t *sealed, int64_t deadline_us
 ) noexcept nogil:
     cdef uint64_t where
     cdef uint32_t length = length_in(r)
     cdef uint32_t room = room_for(f, length)
-    cdef uint64_t whose = whose_word(f, row, r.device)
+    cdef uint64_t whose = whose_word(epoch, row, r.device)
     cdef uint32_t frame_or_length = PAGE_BYTES if room == PAGE_BYTES else length
     cdef uint32_t at, old
     cdef Place *p
@@ -191,15 +191,22 @@ cdef inline uint32_t new_sum(Foreign *f, const Place *p, uint64_t version, uint6
 
 
 cdef uint32_t foreign_put(
-    Foreign *f, uint32_t row, const Record *records, uint32_t n, const uint8_t *payload, uint8_t *codes, int64_t wait_us
+    Foreign *f, uint32_t row, uint64_t epoch, const Record *records, uint32_t n, const uint8_t *payload, uint8_t *codes,
+    int64_t wait_us
 ) noexcept nogil:
-    """Keep a batch, its sealed bytes one behind the other; a PageCode each; how many are kept."""
+    """Keep a batch, its sealed bytes one behind the other; a PageCode each; how many are kept.
+
+    All are PAGE_OVER when this is not the row's epoch (any more).
+    """
     cdef int64_t deadline_us = now_us() + wait_us
     cdef uint32_t i
     cdef uint32_t good = 0
     lock_take(&f.lock)
+    if f.owners[row].epoch != epoch:
+        memset(codes, PAGE_OVER, n)
+        n = 0
     for i in range(n):
-        codes[i] = <uint8_t>put_one(f, row, &records[i], payload, deadline_us)
+        codes[i] = <uint8_t>put_one(f, row, epoch, &records[i], payload, deadline_us)
         good += codes[i] == PAGE_OK
         payload += SEAL_BYTES + length_in(&records[i])
     f.cells[C_FOREIGN_PUTS] += good
@@ -209,7 +216,7 @@ cdef uint32_t foreign_put(
 
 
 cdef uint32_t get_one(Foreign *f, uint32_t row, const Record *r, uint8_t *sealed) noexcept nogil:
-    cdef uint32_t at = find(f, whose_word(f, row, r.device), r.page, r.version)
+    cdef uint32_t at = find(f, whose_word(f.owners[row].epoch, row, r.device), r.page, r.version)
     cdef uint32_t length = length_in(r)
     cdef uint32_t frame_or_length = PAGE_BYTES if room_for(f, length) == PAGE_BYTES else length
     cdef const Place *p
@@ -236,12 +243,18 @@ cdef uint32_t get_one(Foreign *f, uint32_t row, const Record *r, uint8_t *sealed
 
 
 cdef uint64_t foreign_get(
-    Foreign *f, uint32_t row, const Record *records, uint32_t n, uint8_t *payload, uint8_t *codes
+    Foreign *f, uint32_t row, uint64_t epoch, const Record *records, uint32_t n, uint8_t *payload, uint8_t *codes
 ) noexcept nogil:
-    """Copy what is PAGE_OK of a batch, one behind the other; how many bytes.  `payload` has room for all."""
+    """Copy what is PAGE_OK of a batch, one behind the other; how many bytes.  `payload` has room for all.
+
+    All are PAGE_OVER when this is not the row's epoch (any more).
+    """
     cdef uint32_t i
     cdef uint64_t bytes = 0
     lock_take(&f.lock)
+    if f.owners[row].epoch != epoch:
+        memset(codes, PAGE_OVER, n)
+        n = 0
     for i in range(n):
         codes[i] = <uint8_t>get_one(f, row, &records[i], payload + bytes)
         if codes[i] == PAGE_OK:
@@ -260,12 +273,24 @@ cdef uint32_t foreign_drop(Foreign *f, uint32_t row, const Record *records, uint
     cdef uint32_t gone = 0
     lock_take(&f.lock)
     for i in range(n):
-        at = find(f, whose_word(f, row, records[i].device), records[i].page, records[i].version)
+        at = find(f, whose_word(f.owners[row].epoch, row, records[i].device), records[i].page, records[i].version)
         if at != NO_PLACE:
             gone += remove_place(f, at)
     f.cells[C_FOREIGN_DROPS] += gone
     pthread_mutex_unlock(&f.lock)
     return gone
+
+
+cdef uint64_t foreign_room(Foreign *f, uint32_t row) noexcept nogil:
+    """Bytes that the owner of this row could put now, as frames and its quota allow: an estimate."""
+    cdef Held *held = &f.held[row]
+    cdef uint64_t quota = held.quota_bytes - held.bytes if held.quota_bytes > held.bytes else 0
+    cdef uint64_t used, target
+    lock_take(&f.arena.lock)
+    used = f.arena.committed - f.arena.free_count - f.arena.moving
+    target = f.arena.target
+    pthread_mutex_unlock(&f.arena.lock)
+    return min(quota, (target - used) * <uint64_t>PAGE_BYTES if target > used else 0)
 
 
 # ---- looking through them ----------------------------------------------------------------------

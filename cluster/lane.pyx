@@ -1,0 +1,384 @@
+"""A connection between two nodes with a compiled thread of its own, and Python for what is rare.
+
+    socket --> thread --whole frames of ours--> handler --> answer --> socket
+                  |
+                  '--anything else, as it came--> [handed over] --> session (Python) --> answer
+
+The thread reads, and asks its handler about the bytes in front: a frame that the handler knows is
+dealt with at once, without the GIL.  All others are Python's: the bytes are handed over, the thread
+waits until the session has had them, and everything that comes is the session's until
+that stands between two frames again.  So there is one order of requests, whoever answers them, and one place
+for rules and errors (cluster/session, wire).
+
+Whatever is sent goes out in whole frames: one sender at a time, what Python writes while the
+thread sends is sent next.  Python never waits: what the socket does not take is kept (`out`).
+
+Bound: a connection has one thread, ROOM_BYTES for what came (touched as far as frames are long),
+and what Python left to be sent; the session's high-water mark bounds that (`laneport`).  The
+thread waits for the socket and for Python; both end with `stop`, and whoever watches (Channel)
+stops what is overdue: `heard_us`, `partial_us`, `stuck_us` say since when.
+Lock: `lock`, a leaf, never held while anything is sent by the thread, nor by Python but for a send
+that does not wait.
+"""
+
+from libc.errno cimport EAGAIN, EINTR, errno
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdlib cimport free, realloc
+from libc.string cimport memcpy, memmove, memset
+from posix.mman cimport MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, PROT_READ, PROT_WRITE, mmap, munmap
+from posix.unistd cimport close
+
+from cluster.frames cimport FRAME_MOST
+from zcache_core.native cimport zc_load32, zc_load64, zc_store32, zc_store64
+from zcache_core.pthread cimport (
+    cond_init, lock_init, lock_take, now_us, pthread_cond_broadcast, pthread_cond_wait, pthread_join,
+    pthread_mutex_unlock, thread_start,
+)
+
+import os
+
+cdef extern from "<sys/uio.h>" nogil:
+    struct iovec:
+        void *iov_base
+        size_t iov_len
+cdef extern from "<sys/socket.h>" nogil:
+    enum: MSG_DONTWAIT, MSG_NOSIGNAL, SHUT_RDWR
+    struct msghdr:
+        iovec *msg_iov
+        size_t msg_iovlen
+    ssize_t recv(int fd, void *to, size_t n, int flags)
+    ssize_t send(int fd, const void *of, size_t n, int flags)
+    ssize_t sendmsg(int fd, const msghdr *message, int flags)
+    int shutdown(int fd, int how)
+cdef extern from "<poll.h>" nogil:
+    enum: POLLOUT
+    struct pollfd:
+        int fd
+        short events
+        short revents
+    int poll(pollfd *fds, unsigned long n, int timeout_ms)
+cdef extern from "<sys/eventfd.h>" nogil:
+    enum: EFD_CLOEXEC, EFD_NONBLOCK
+    int eventfd(unsigned int initial, int flags)
+    int eventfd_write(int fd, uint64_t value)
+
+cdef enum:
+    READ_BYTES = 1 << 16        # room there must be for the next read; a socket gives what it has
+    ROOM_BYTES = FRAME_MOST + 4 * READ_BYTES
+    PIECES_MOST = 4
+
+
+# ---- sending -------------------------------------------------------------------------
+
+cdef bint send_all(Lane *lane, Piece *pieces, uint32_t n) noexcept nogil:
+    """By the one that sends, waiting for the peer; False when the connection is over."""
+    cdef iovec parts[PIECES_MOST]
+    cdef msghdr message
+    cdef pollfd ready
+    cdef ssize_t sent
+    cdef uint32_t i
+    cdef bint good = True
+    while n:
+        for i in range(n):
+            parts[i].iov_base, parts[i].iov_len = <void *>pieces[i].at, pieces[i].bytes
+        memset(&message, 0, sizeof(message))
+        message.msg_iov, message.msg_iovlen = parts, n
+        sent = sendmsg(lane.fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL)
+        if sent < 0 and errno == EAGAIN:
+            if lane.stuck_us == 0:
+                zc_store64(<uint64_t *>&lane.stuck_us, <uint64_t>now_us())
+            ready.fd, ready.events = lane.fd, POLLOUT
+            poll(&ready, 1, -1)
+        elif sent < 0 and errno != EINTR:
+            good = False
+            break
+        while sent > 0 and n:
+            i = sent < <ssize_t>pieces[0].bytes
+            pieces[0].at += sent if i else <ssize_t>pieces[0].bytes
+            sent -= <ssize_t>pieces[0].bytes
+            if i:
+                pieces[0].bytes = <uint64_t>-sent
+            else:
+                pieces += 1
+                n -= 1
+        while n and pieces[0].bytes == 0:
+            pieces += 1
+            n -= 1
+        if zc_load32(&lane.closing):
+            good = n == 0
+            break
+    zc_store64(<uint64_t *>&lane.stuck_us, 0)
+    return good
+
+
+cdef bint send_kept(Lane *lane) noexcept nogil:
+    """What was kept, lock held before and after; dropped meanwhile."""
+    cdef Piece piece
+    cdef uint8_t *kept
+    cdef bint good = True
+    while good and lane.out_bytes:
+        kept, piece.at, piece.bytes = lane.out, lane.out, lane.out_bytes
+        lane.out, lane.out_bytes, lane.out_room = NULL, 0, 0
+        pthread_mutex_unlock(&lane.lock)
+        good = send_all(lane, &piece, 1)
+        free(kept)
+        lock_take(&lane.lock)
+    return good
+
+
+cdef bint lane_send(Lane *lane, Piece *pieces, uint32_t n) noexcept nogil:
+    """By the thread: what was kept, these pieces (changed), and what is kept meanwhile."""
+    cdef bint good
+    lock_take(&lane.lock)
+    lane.sending = True
+    good = send_kept(lane)
+    if good and n:
+        pthread_mutex_unlock(&lane.lock)
+        good = send_all(lane, pieces, n)
+        lock_take(&lane.lock)
+        good = good and send_kept(lane)
+    lane.sending = False
+    pthread_mutex_unlock(&lane.lock)
+    return good
+
+
+cdef bint keep(Lane *lane, const uint8_t *bytes, uint64_t n) noexcept nogil:
+    """Lock held.  False without memory."""
+    cdef uint64_t wanted = lane.out_bytes + n
+    cdef uint8_t *bigger
+    if wanted > lane.out_room:
+        bigger = <uint8_t *>realloc(lane.out, wanted + READ_BYTES)
+        if bigger == NULL:
+            return False
+        lane.out, lane.out_room = bigger, wanted + READ_BYTES
+    memcpy(lane.out + lane.out_bytes, bytes, n)
+    lane.out_bytes = wanted
+    return True
+
+
+cdef bint lane_send_or_keep(Lane *lane, const uint8_t *bytes, uint64_t n) noexcept nogil:
+    """By anybody but the thread: never waits.  False: the connection is of no use."""
+    cdef ssize_t sent = 0
+    cdef bint good = True
+    lock_take(&lane.lock)
+    if not lane.sending and not lane.handed and lane.out_bytes == 0:
+        sent = send(lane.fd, bytes, n, MSG_DONTWAIT | MSG_NOSIGNAL)
+        if sent < 0:
+            good = errno == EAGAIN or errno == EINTR
+            sent = 0
+    if good and <uint64_t>sent < n:
+        good = keep(lane, bytes + sent, n - <uint64_t>sent)
+        if not lane.sending and not lane.handed:
+            eventfd_write(lane.wake_fd, 1)      # somebody has to flush it
+    pthread_mutex_unlock(&lane.lock)
+    return good
+
+
+cdef bint flush_kept(Lane *lane) noexcept nogil:
+    """As much of what is kept as the socket takes now; whether all is gone."""
+    cdef ssize_t sent
+    cdef bint empty
+    lock_take(&lane.lock)
+    if not lane.sending and not lane.handed and lane.out_bytes:
+        sent = send(lane.fd, lane.out, lane.out_bytes, MSG_DONTWAIT | MSG_NOSIGNAL)
+        if sent > 0:
+            lane.out_bytes -= <uint64_t>sent
+            memmove(lane.out, lane.out + sent, lane.out_bytes)
+        if lane.out_bytes and lane.stuck_us == 0:
+            zc_store64(<uint64_t *>&lane.stuck_us, <uint64_t>now_us())
+        elif lane.out_bytes == 0:
+            zc_store64(<uint64_t *>&lane.stuck_us, 0)
+    empty = lane.out_bytes == 0
+    pthread_mutex_unlock(&lane.lock)
+    return empty
+
+
+# ---- the thread -----------------------------------------------------------------------
+
+cdef bint hand_over(Lane *lane) noexcept nogil:
+    """Python's turn, until it says `turn_back`; then what it wrote is sent.  False: it is over."""
+    while True:
+        lock_take(&lane.lock)
+        lane.handed = True
+        eventfd_write(lane.wake_fd, 1)
+        while lane.handed and not zc_load32(&lane.closing):
+            pthread_cond_wait(&lane.turned, &lane.lock)
+        pthread_mutex_unlock(&lane.lock)
+        if zc_load32(&lane.closing) or not lane_send(lane, NULL, 0):
+            return False
+        if not lane.again:
+            return True
+
+
+cdef bint read_more(Lane *lane) noexcept nogil:
+    """Wait for bytes; False at the end of the stream, of which `why` is told."""
+    cdef ssize_t came
+    if lane.begin == lane.end:
+        lane.begin = lane.end = 0
+    elif ROOM_BYTES - lane.end < READ_BYTES:
+        memmove(lane.room, lane.room + lane.begin, lane.end - lane.begin)
+        lane.end -= lane.begin
+        lane.begin = 0
+    while True:
+        came = recv(lane.fd, lane.room + lane.end, ROOM_BYTES - lane.end, 0)
+        if came > 0:
+            lane.end += <uint64_t>came
+            return True
+        if came == 0 or errno != EINTR or zc_load32(&lane.closing):
+            lane.why = errno if came < 0 else 0
+            return False
+
+
+cdef bint deal(Lane *lane) noexcept nogil:
+    """With the bytes in front, as far as they go; False: the connection is over."""
+    cdef int64_t used
+    while lane.begin < lane.end and not zc_load32(&lane.closing):
+        used = LANE_ODD
+        if not lane.passing:
+            used = lane.handle(lane, lane.room + lane.begin, lane.end - lane.begin)
+        if used == LANE_MORE:
+            if lane.partial_us == 0:
+                zc_store64(<uint64_t *>&lane.partial_us, <uint64_t>now_us())
+            break
+        if lane.partial_us:
+            zc_store64(<uint64_t *>&lane.partial_us, 0)
+        if used > 0:
+            lane.begin += <uint64_t>used
+            zc_store64(<uint64_t *>&lane.heard_us, <uint64_t>now_us())
+        elif used == LANE_OVER or not hand_over(lane):
+            return False
+    return True
+
+
+cdef void *lane_run(void *argument) noexcept nogil:
+    cdef Lane *lane = <Lane *>argument
+    while deal(lane) and not zc_load32(&lane.closing) and read_more(lane):
+        pass
+    if lane.ended != NULL:
+        lane.ended(lane)
+    lock_take(&lane.lock)
+    lane.over = True
+    pthread_mutex_unlock(&lane.lock)
+    eventfd_write(lane.wake_fd, 1)
+    return NULL
+
+
+# ---- as Python has it -------------------------------------------------------------------
+
+cdef class LaneEnd:
+    """One end of a connection; subclasses set its handler.  `start`, then `stop`, once each.
+
+    All from one thread, the event loop's.  `wake_fd` is readable when `take` or `over` has
+    something to say.  The descriptor stays the caller's, and open until `stop` has returned.
+    """
+
+    def __cinit__(self, *args, **kwargs):
+        memset(&self.lane, 0, sizeof(Lane))
+        self.lane.fd = -1
+        self.lane.wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
+        lock_init(&self.lane.lock)
+        cond_init(&self.lane.turned)
+        self.lane.room = <uint8_t *>mmap(
+            NULL, ROOM_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0
+        )
+        if <void *>self.lane.room == MAP_FAILED or self.lane.wake_fd < 0:
+            raise MemoryError("no memory or no descriptor for a connection")
+
+    def __dealloc__(self):
+        self.stop()
+
+    cdef void give_back(self):
+        """Memory and descriptor, at once: an object may be long in being collected."""
+        if self.lane.room != NULL and <void *>self.lane.room != MAP_FAILED:
+            munmap(self.lane.room, ROOM_BYTES)
+        if self.lane.wake_fd >= 0:
+            close(self.lane.wake_fd)
+        free(self.lane.out)
+        self.lane.room = self.lane.out = NULL
+        self.lane.out_bytes = 0
+        self.lane.wake_fd = -1
+
+    def start(self, int fd):
+        """Begin to read this connected, blocking socket.  Raises OSError without a thread."""
+        assert not self.started and self.lane.handle != NULL and self.lane.room != NULL
+        self.lane.fd = fd
+        self.lane.heard_us = now_us()
+        if thread_start(&self.lane.thread, lane_run, &self.lane, b"zc-lane"):
+            raise OSError("no thread could be started; raise the limit of processes")
+        self.started = True
+
+    def stop(self):
+        """End the connection; its thread is gone when this returns.
+
+        What we wrote in our turn is sent if the socket takes it.
+        """
+        cdef Lane *lane = &self.lane
+        if self.started:
+            self.started = False
+            with nogil:
+                lock_take(&lane.lock)
+                if lane.out_bytes and not lane.sending:
+                    send(lane.fd, lane.out, lane.out_bytes, MSG_DONTWAIT | MSG_NOSIGNAL)
+                zc_store32(&lane.closing, 1)
+                pthread_cond_broadcast(&lane.turned)
+                pthread_mutex_unlock(&lane.lock)
+                shutdown(lane.fd, SHUT_RDWR)
+                pthread_join(lane.thread, NULL)
+        self.give_back()
+
+    @property
+    def wake_fd(self):
+        """The eventfd."""
+        return self.lane.wake_fd
+
+    @property
+    def is_handed(self):
+        """Whether it is our turn."""
+        return bool(self.lane.handed)
+
+    @property
+    def over(self):
+        """None, or why nothing comes any more: an errno, 0 when the peer has closed."""
+        return self.lane.why if self.lane.over else None
+
+    def take(self):
+        """In our turn: the bytes that came, all of them."""
+        cdef Lane *lane = &self.lane
+        assert lane.handed
+        taken = (<char *>lane.room + lane.begin)[: lane.end - lane.begin]
+        lane.begin = lane.end = 0
+        return taken
+
+    def turn_back(self, bint passing, bint again=False):
+        """Our turn is over; `passing`: what comes next is the session's as well.
+
+        `again`: it is our turn once more as soon as what we wrote has been sent.
+        """
+        cdef Lane *lane = &self.lane
+        lock_take(&lane.lock)
+        lane.passing, lane.again = passing, again
+        lane.handed = False
+        pthread_cond_broadcast(&lane.turned)
+        pthread_mutex_unlock(&lane.lock)
+
+    def write(self, bytes data not None):
+        """Send, or keep, without waiting; how much is kept, or None when it is of no use."""
+        cdef bint good
+        good = lane_send_or_keep(&self.lane, <const uint8_t *><const char *>data, len(data))
+        return self.lane.out_bytes if good else None
+
+    def flush(self):
+        """Send what is kept, as far as the socket takes it; whether all is gone."""
+        return bool(flush_kept(&self.lane))
+
+    @property
+    def kept_bytes(self):
+        return self.lane.out_bytes
+
+    def times(self):
+        """Seconds on the monotonic clock: a frame of ours was heard, is half there since, is not read since; 0.0: not."""
+        cdef Lane *lane = &self.lane
+        return (
+            <int64_t>zc_load64(<uint64_t *>&lane.heard_us) / 1e6, <int64_t>zc_load64(<uint64_t *>&lane.partial_us) / 1e6,
+            <int64_t>zc_load64(<uint64_t *>&lane.stuck_us) / 1e6,
+        )
