@@ -189,7 +189,8 @@ def write_limit_reached(stats: Stats, config: Config) -> Reason | None:
         f"Today's writeback_limit is used up ({stats['writeback_day_bytes']} of "
         f"{stats['writeback_limit_bytes']} bytes): nothing is written to the disk until midnight "
         f"(UTC), pages stay in RAM.",
-        "Wait, or set a larger writeback_limit (RPC set, or writeback_limit= at the next start).",
+        "Wait, or set a larger writeback_limit ('zcache set writeback_limit=40G', or the key at "
+        "the next start).",
     )
 
 
@@ -274,7 +275,8 @@ def pool_can_fill(stats: Stats, config: Config) -> Reason | None:
                 DEGRADED,
                 f"The pool can fill when a day's writeback_limit is used up: {safe} of the "
                 f"device's {device} pages are safe from refused writes then.",
-                "Set writeback_limit to nil, or choose a larger pool= or a smaller size=.",
+                "Run 'zcache set writeback_limit=none', or choose a larger pool= or a smaller "
+                "size=.",
             )
         return Reason(
             DEGRADED,

@@ -14,11 +14,11 @@ swaps=${ZCACHE_SWAPS:-/proc/swaps} # a test has a file of its own
 folder=$(.venv/bin/python -c 'from zcache_core.owner import runtime_dir; print(runtime_dir())') || exit
 socket=$folder/zcache.sock
 
-answers() { timeout 5 nbdinfo --size "nbd+unix:///?socket=$socket" 2>/dev/null; }
+answers() { timeout "$1" nbdinfo --size "nbd+unix:///?socket=$socket" 2>/dev/null; }
 swapped_on() { grep -q '^/dev/nbd' "$swaps"; }
 alive() { kill -0 $server 2>/dev/null; }
 
-if [ -S "$socket" ] && answers >/dev/null; then
+if [ -S "$socket" ] && answers 5 >/dev/null; then
     echo "zcache: a server already answers on $socket; stop that one first." >&2
     exit 1
 fi
@@ -59,7 +59,7 @@ stop() {
 }
 trap stop INT TERM HUP
 
-until size=$(answers); do
+until size=$(answers 20); do # it listens before it has committed its pool
     if ! alive; then
         wait $server
         exit # with the server's own status; it has said why

@@ -19,7 +19,7 @@
     zcache attach URI, zcache detach            a /dev/nbdX of the kernel's, connected and mended
     zcache completion bash|zsh                  completion for the shell
     zcache estimate --all | --pid PID ...       how well live processes' memory would compress
-    zcache check [--remove-leftovers]           is this machine fit, and what to do if not
+    zcache check [--remove-leftovers [NAME ...]]  is this machine fit, and what to do if not
     zcache version
 
 Exit codes:
@@ -111,8 +111,10 @@ def build_parser() -> argparse.ArgumentParser:
     check = commands.add_parser("check", help="is this machine fit to swap onto zcache")
     check.add_argument(
         "--remove-leftovers",
-        action="store_true",
-        help="remove the memory files of killed servers; their pages are lost",
+        nargs="*",
+        metavar="NAME",
+        help="remove the memory files of killed servers, those of these names or segment numbers, "
+        "or all; their pages are lost",
     )
     check.set_defaults(run=_check)
 
@@ -196,14 +198,16 @@ def _set(args: argparse.Namespace) -> int:
     wanted = top.changes(" ".join(args.words))
     with BlockingClient(args.control or the_only_control()) as client:
         holds = client.call("set", wanted)
-    print("zcache: " + " ".join(f"{key}={value}" for key, value in holds.items()))
+    words = (f"{key}={'none' if value is None else value}" for key, value in holds.items())
+    print(f"zcache: {' '.join(words)}")
     return 0
 
 
 def _check(args: argparse.Namespace) -> int:
     found = [look() for look in (*fitness.LOOKS, *fitswap.LOOKS)]
     if all(f.level == fitness.OK for f in found if f.subject == "compiled core"):
-        found += fitness.remove_leftovers() if args.remove_leftovers else fitness.leftover_memory()
+        wanted = args.remove_leftovers
+        found += fitness.leftover_memory() if wanted is None else fitness.remove_leftovers(wanted)
     rows = []
     for finding in found:
         rows.append(show.Line(finding.subject, f"{finding.level}: {finding.what}", finding.level))

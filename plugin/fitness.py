@@ -14,7 +14,7 @@ import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -170,19 +170,30 @@ def leftover_memory() -> list[Finding]:
             f"memory file {row.name or 'without a name'} (segment {row.shmid}, user {row.uid}), "
             f"{row.resident_bytes >> 20} MiB of RAM, used by nobody",
             f"start a server with memory={row.name} to go on with its pages, or remove it with "
-            f"'zcache check --remove-leftovers'",
+            f"'zcache check --remove-leftovers {row.shmid}'",
         )
         for row in memfile.leftovers()
     ]
 
 
-def remove_leftovers() -> list[Finding]:
-    """Remove those that we may; their pages are lost.  One Finding for each."""
+def remove_leftovers(wanted: Sequence[str] = ()) -> list[Finding]:
+    """Remove those that we may; their pages are lost.  One Finding for each.
+
+    `wanted`: only those of these names or segment numbers; each of these has a Finding, too.
+    """
     from zcache_core import memfile
     from zcache_core.errors import MemoryFileError
 
-    found = []
-    for row in memfile.leftovers():
+    rows = memfile.leftovers()
+    known = {key for row in rows for key in (row.name, str(row.shmid))}
+    found = [
+        Finding(TODO, "leftover", f"{key} is none", "see 'zcache check' for those there are")
+        for key in wanted
+        if key not in known
+    ]
+    for row in rows:
+        if wanted and row.name not in wanted and str(row.shmid) not in wanted:
+            continue
         name = f"memory file {row.name or 'without a name'} (segment {row.shmid})"
         try:
             memfile.remove(row.shmid)

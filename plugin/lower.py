@@ -66,7 +66,7 @@ def refuse_sizes(memory: MemoryFile, config: Config) -> None:
         if has != wanted:
             raise ConfigError(
                 f"the memory file {config.memory} was made with {key}={human(has)}; write that, "
-                f"or remove the file with 'zcache check --remove-leftovers'"
+                f"or remove the file with 'zcache check --remove-leftovers {config.memory}'"
             )
     has_parts = [(name, size) for name, size, *_ in memory.devices()]
     if has_parts != list(config.devices or [("", config.size_bytes)]):
@@ -74,7 +74,7 @@ def refuse_sizes(memory: MemoryFile, config: Config) -> None:
         was = f"devices={parts}" if has_parts[0][0] else f"size={human(memory.device_bytes)}"
         raise ConfigError(
             f"the memory file {config.memory} was made with {was}; write that, or remove the file "
-            f"with 'zcache check --remove-leftovers'"
+            f"with 'zcache check --remove-leftovers {config.memory}'"
         )
 
 

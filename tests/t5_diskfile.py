@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from zcache_core import diskfile
 from zcache_core.diskfile import DiskFile, open_disk, promised_bytes
 from zcache_core.errors import ConfigError
 
@@ -270,3 +271,24 @@ def test_block_device_in_use_as_swap(loop: str) -> None:
     held = os.open(loop, os.O_RDWR | os.O_EXCL)
     assert "in use" in refusal(loop, force=True)
     os.close(held)
+
+
+# ---- files that the kernel itself uses ------------------------------------------------------
+
+
+def test_file_below_a_loop_device(loop: str, path: Path) -> None:
+    """An image that may be mounted: what is written behind the loop device's back destroys it."""
+    assert f"in use ({loop})" in refusal(path, force=True), "no force helps against that"
+    linked = path.with_name("linked")
+    linked.hardlink_to(path)
+    assert f"in use ({loop})" in refusal(linked, force=True)
+    run("losetup", "-d", loop)
+    opened(path).close()
+
+
+def test_file_in_use_as_swap(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    swaps = path.with_name("swaps")
+    swaps.write_text(f"Filename\tType\tSize\tUsed\tPriority\n{path}  file  32764  0  -2\n")
+    monkeypatch.setattr(diskfile, "SWAPS", swaps)
+    assert "in use (swap)" in refusal(path, force=True)
+    opened(path.with_name("another")).close()

@@ -61,7 +61,7 @@ TROUBLE: list[tuple[dict[str, int], dict[str, Any], str, str, str]] = [
         {"guaranteed": 1000 * 4096},
         "degraded",
         "when a day's writeback_limit is used up: 1000 of the device's 4000",
-        "writeback_limit to nil",
+        "zcache set writeback_limit=none",
     ),
     (FAILING | {"disk_errno": errno.ENOENT}, ALL, "degraded", "was removed", "swapoff"),
     (FAILING | {"disk_errno": errno.ENODATA}, ALL, "degraded", "was cut short", "Free some room"),

@@ -231,10 +231,15 @@ def test_netlink_family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert found.do
 
 
+@pytest.mark.parametrize("by_name", [False, True])
 def test_leftovers_of_killed_servers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    by_name: bool,
 ) -> None:
     name = f"t9-{os.getpid()}"
+    named = [name] if by_name else []
     everybodys = memfile.leftovers  # another run's, between two of its servers, is not ours to end
     monkeypatch.setattr(
         memfile, "leftovers", lambda: [row for row in everybodys() if row.name == name]
@@ -251,7 +256,11 @@ def test_leftovers_of_killed_servers(
             _, out, _ = zcache(tmp_path, "check")
             assert f"memory file {name} (segment {shmid}" in out
             assert "--remove-leftovers" in out
-            cli.main(["check", "--remove-leftovers"])
+            cli.main(["check", "--remove-leftovers", f"{name}-another"])
+            out = capsys.readouterr().out
+            assert f"{name}-another is none" in out
+            assert segments(server.pid) == [shmid], "only what was named is removed"
+            cli.main(["check", "--remove-leftovers", *named])
             out = capsys.readouterr().out
             assert f"memory file {name} (segment {shmid}) removed" in out
             assert not segments(server.pid)

@@ -2,7 +2,7 @@
 
     checks (nothing is written before all of them passed)
       a block device: not mounted, not in use as swap, not held open exclusively
-      a file: not mounted by loop, not somebody else's lock
+      a file: not in use as swap, not below a loop device, not somebody else's lock
       its first 128 KiB: zeros, or ours; above all no file system's or swap's signature
       large enough; the file system has the room, if room is promised
     then the header block is written, and the tier has the rest
@@ -40,6 +40,7 @@ BLOCK_BYTES = 4096
 RESERVE_BYTES = 16 << 20  # header, segments being filled and cleaned
 PROMISE = 1.05  # of the device's size: headers of 24 bytes a page, and room to clean in
 LEAST_BYTES = 16 << 20
+SWAPS, BLOCK_DEVICES = Path("/proc/swaps"), Path("/sys/block")
 HEAD_BYTES = 128 * 1024  # looked at for signatures: the farthest is btrfs's
 
 # (offset in bytes, bytes, what it is); util-linux's libblkid has the whole list
@@ -158,6 +159,8 @@ def open_disk(path: str, disk_bytes: int | None, force: bool = False) -> DiskFil
     disk = DiskFile(path, *_open(path, flags))
     try:
         _lock(path, disk.fd)
+        if not block_device:
+            _refuse_file_in_use(path, disk.fd)
     except BaseException:
         disk.close()
         raise
@@ -228,6 +231,21 @@ def _refuse_in_use(path: str) -> None:
             if not other.startswith("/") or not os.path.exists(other):
                 continue
             if os.stat(other).st_rdev == number:
+                raise ConfigError(
+                    f"disk={path} is in use ({what}); take it out of use or choose another"
+                )
+
+
+def _refuse_file_in_use(path: str, fd: int) -> None:
+    """No force helps: the kernel itself reads and writes that file, as swap or a loop device's."""
+    swaps = SWAPS.read_text() if SWAPS.exists() else ""
+    users = [(line.split()[0], "swap") for line in swaps.splitlines()[1:]]
+    for backing in BLOCK_DEVICES.glob("loop*/loop/backing_file"):
+        with contextlib.suppress(OSError):  # it was let go of meanwhile
+            users.append((backing.read_text().rstrip("\n"), f"/dev/{backing.parts[-3]}"))
+    for other, what in users:
+        with contextlib.suppress(OSError):  # of another mount namespace, or deleted
+            if os.path.samestat(os.stat(other), os.fstat(fd)):
                 raise ConfigError(
                     f"disk={path} is in use ({what}); take it out of use or choose another"
                 )
