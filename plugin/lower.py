@@ -206,8 +206,8 @@ def pool_full_when(config: Config) -> str:
 def promise(config: Config, disk: DiskFile) -> str:
     """The sentence of a server with a disk that no write can fill."""
     return (
-        f"zcache: no write is ever refused: {mib(disk.disk_bytes)} of {disk.path} have room for "
-        f"all of size={human(config.size_bytes)}, whatever the data"
+        f"zcache: no write is ever refused while the disk works: {mib(disk.disk_bytes)} of "
+        f"{disk.path} have room for all of size={human(config.size_bytes)}, whatever the data"
     )
 
 
