@@ -11,6 +11,7 @@ a question of density; both sides are given the very same pages, in one run.
                  smallest that still fits
     churn        fill, free 60 % of the pages at random, compact; against a fresh fill with what
                  is left, in a pool of the same size
+    cold         every page recompressed (`recompress=`), moved together, and the rest given back
     time         put and get of 1 MiB after 1 MiB in requests of one page, in turns with zbud
 
 A corpus of 512 MiB by default, of four kinds of programs, kept beside the bench's own.  The table,
@@ -25,7 +26,7 @@ import mmap
 import random
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -55,9 +56,13 @@ REQUEST_BYTES = 128 << 10
 FREED_SHARE = 0.6
 PARTS = 32
 SETTLE_LIMIT_S = 30.0
+SPARE_FRAMES = 64  # in a pool that is taken to the last frame nothing can be recompressed
+RECOMPRESSED = ("zstd:3", "zstd:9", "zstd:15")
+JUDGED = "zstd:9"  # what recompress=zstd means
 PAGE_FILE = ROOT / "docs" / "density.md"
 JSON_FILE = ROOT / "docs" / "density.json"
 PLOT_FILE = ROOT / "docs" / "img" / "density.svg"
+Row = Callable[[str, int, int], None]
 
 
 def corpus_folder() -> Path:
@@ -103,6 +108,49 @@ def cost(data: memoryview, allocator: str) -> dict[str, int]:
         assert found["failed_stores"] == 0
         assert found["logical_bytes"] == len(data)
         return found
+
+
+def cost_of_cold(data: memoryview, allocator: str, codec: str) -> dict[str, int]:
+    """As cost, when all these pages have gone cold: recompressed, moved together, the rest back."""
+    with device(len(data), len(data), allocator=allocator, tidy=False) as (target, store):
+        write(target, data)
+        needed = frames_in_use(counters.read(store.memory)) + SPARE_FRAMES
+    with device(len(data), needed * PAGE_BYTES, allocator=allocator, tidy=False) as (target, store):
+        write(target, data)
+        store.recompress(codec)
+        store.compact()
+        store.set_pool(frames_in_use(counters.read(store.memory)) * PAGE_BYTES)
+        found = settled(store)
+        assert found["failed_stores"] == 0
+        assert found["logical_bytes"] == len(data)
+        return found
+
+
+def foreground(data: memoryview, rounds: int) -> list[float]:
+    """Seconds for MiBs that are read and overwritten / the same while others are recompressed.
+
+    In turns; more pages are cold than the thread gets done meanwhile.
+    """
+    half = min(len(data) // 2 // MIB, 4 * PARTS) * MIB
+    ratios = []
+    with device(2 * half, 2 * half, allocator="zsmalloc") as (target, store):
+        parts = [Part(target, data[at : at + PART_BYTES], at) for at in range(0, PARTS * MIB, MIB)]
+        for _ in range(rounds):
+            write(target, data[: 2 * half])
+            store.set_recompress("zstd", 1)
+            done = counters.read(store.memory)["recompressed_pages"]
+            while counters.read(store.memory)["recompressed_pages"] == done:
+                time.sleep(0.05)
+            spent: dict[str, float] = {"zstd": 0.0, "none": 0.0}
+            for turn in range(8):
+                word = ("zstd", "none")[turn % 2]
+                store.set_recompress(word, 1)
+                time.sleep(0.02)
+                for part in parts:
+                    spent[word] += part.put() + part.get()
+            ratios.append(spent["none"] / spent["zstd"])
+            store.set_recompress("none", 1)
+    return ratios
 
 
 def churned(data: memoryview, allocator: str) -> dict[str, float]:
@@ -221,7 +269,40 @@ def measure(data: mmap.mmap, rounds: int, console: Console) -> list[Section]:
         ratio = measure_ / ours["zsmalloc"]["ram_bytes"]
         space.goals.append(Goal("zsmalloc", ratio, 0.97, False, "density, of zram lz4's"))
     space.raw = {"zram": kernel, "zcache": ours, "two_buds_bound_frames": bound}
-    return [space, _churn(view), _times(view, rounds)]
+    cold = _cold(view, measure_, rounds, row)
+    if measure_:
+        ratio = measure_ / cold.raw["zsmalloc"][JUDGED]["ram_bytes"]
+        space.goals.append(
+            Goal("recompression", ratio, 1.75, False, "zsmalloc, all cold, density, of zram lz4's")
+        )
+    return [space, cold, _churn(view), _times(view, rounds)]
+
+
+def _cold(view: memoryview, of_bytes: int, rounds: int, row: Row) -> Section:
+    """Recompression: what it wins, and what it costs."""
+    section = Section("cold", "All pages cold, and recompressed", [
+        "", "stored / RAM", "of zram lz4", "us a page tried", "pages won",
+    ])  # fmt: skip
+    section.raw = {"zsmalloc": {}, "zbud": {}}
+    for name, codecs in (("zbud", (JUDGED,)), ("zsmalloc", RECOMPRESSED)):
+        for codec in codecs:
+            found = section.raw[name][codec] = cost_of_cold(view, name, codec)
+            tried = found["recompressed_pages"] + found["recompress_poor"]
+            ram_bytes = found["ram_bytes"]
+            section.rows.append([
+                f"{name}, {codec}", f"{len(view) / ram_bytes:.3f}",
+                f"{of_bytes / ram_bytes:.3f}" if of_bytes else "-",
+                f"{found['recompress_us'] / max(1, tried):.1f}",
+                f"{100 * found['recompressed_pages'] / max(1, tried):.0f} %",
+            ])  # fmt: skip
+            if name == "zsmalloc" and codec == JUDGED:
+                row(f"{name}, cold", ram_bytes, frames_in_use(found) * PAGE_BYTES)
+    ratios = foreground(view, rounds)
+    section.raw["foreground"] = ratios
+    section.goals.append(
+        Goal("foreground", statistics.median(ratios), 0.95, False, "speed while recompressing")
+    )
+    return section
 
 
 def _churn(view: memoryview) -> Section:

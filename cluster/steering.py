@@ -4,10 +4,11 @@
            <- answer - node: sees it in the counters <-- memory file --
 
 The server obeys at once and says so in its counters (high_percent, low_percent,
-draining, pool_set_frames, writeback_limit_bytes, allocator, refused_commands); the answer is given
-when it has, so what an answer says holds.  What is set is the server's, not ours: a node
-that is started anew reads it again.  A smaller pool is reached as pages go down: until then
-pool_limit_frames is above pool_set_frames, and `health` says so.
+draining, pool_set_frames, writeback_limit_bytes, allocator, recompress_level,
+refused_commands); the answer is given when it has, so what an answer says holds.
+What is set is the server's, not ours: a node that is started anew reads it again.  A
+smaller pool is reached as pages go down: until then pool_limit_frames is above
+pool_set_frames, and `health` says so.
 
 Bound: ANSWER_S for the server to obey; a full pipe is an error at once.
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -28,7 +30,12 @@ PAGE_BYTES = 4096
 POOL_BYTES_MIN = 1 << 20  # as pool= at the start
 WRITEBACK_LIMIT_BYTES_MIN = 1 << 20  # as writeback_limit= at the start
 ALLOCATORS = tuple(PAGES_PER_FRAME)
-SETTABLE = ("allocator", "pool", "high", "low", "writeback_limit")
+SETTABLE = (
+    "allocator", "recompress", "recompress_age", "pool", "high", "low", "writeback_limit",
+)  # fmt: skip
+RECOMPRESS = re.compile(r"none|zstd:(1?[0-9])", re.ASCII)
+RECOMPRESS_LEVEL_MAX = 19
+RECOMPRESS_AGE_S_MAX = 7 * 86400
 NO_DISK = (
     "this server has no disk below its pool, so pages have nowhere else to go; "
     "start it with disk=PATH"
@@ -53,6 +60,9 @@ class Steering:
         stats = self._read()
         pool = stats["pool_set_frames"] * PAGE_BYTES
         found: dict[str, Any] = {"allocator": ALLOCATORS[stats["allocator"]], "pool": pool}
+        level = stats["recompress_level"]
+        found["recompress"] = f"zstd:{level}" if level else "none"
+        found["recompress_age"] = stats["recompress_age_s"]
         if self._has_disk(stats):
             found |= {"high": stats["high_percent"], "low": stats["low_percent"]}
             found["writeback_limit"] = stats["writeback_limit_bytes"] or None
@@ -65,7 +75,8 @@ class Steering:
     async def set(self, params: list[Any]) -> dict[str, Any]:
         """set({"pool": bytes, "high": percent, "low": percent, "writeback_limit": bytes or nil}).
 
-        Or some of them, and "allocator": its name; what holds then.
+        Or some of them, and "allocator": its name, "recompress": zstd:LEVEL or none,
+        "recompress_age": seconds; what holds then.
 
         Watermarks first, then the pool: what cannot be done is refused before anything is.
         Raises RpcError.
@@ -87,6 +98,8 @@ class Steering:
                 frames = self._checked_pool(stats, wanted["pool"])
             if "allocator" in wanted:
                 number = self._checked_allocator(wanted["allocator"])
+            if "recompress" in wanted or "recompress_age" in wanted:
+                cold = self._checked_recompress(stats, wanted)
             if "writeback_limit" in wanted:
                 limit = self._checked_limit(stats, wanted["writeback_limit"])
                 await self._send(
@@ -106,6 +119,11 @@ class Steering:
                 await self._send(
                     commands.allocator(number), lambda stats: stats["allocator"] == number
                 )
+            if "recompress" in wanted or "recompress_age" in wanted:
+                await self._send(
+                    commands.recompress(*cold),
+                    lambda stats: (stats["recompress_level"], stats["recompress_age_s"]) == cold,
+                )
             holds = self.effective()
             return {key: holds[key] for key in SETTABLE if key in holds}
 
@@ -117,6 +135,27 @@ class Steering:
                 f"allocator={name} is none; use {', '.join(ALLOCATORS[:-1])} or {ALLOCATORS[-1]}",
             )
         return ALLOCATORS.index(name)
+
+    def _checked_recompress(self, stats: Stats, wanted: Mapping[str, Any]) -> tuple[int, int]:
+        """zstd's level (0: none) and the age in seconds."""
+        level, age_s = stats["recompress_level"], stats["recompress_age_s"]
+        if "recompress" in wanted:
+            text = wanted["recompress"]
+            match = RECOMPRESS.fullmatch(text) if isinstance(text, str) else None
+            level = int(match.group(1) or 0) if match else -1
+            if match is None or (match.group(1) and not 1 <= level <= RECOMPRESS_LEVEL_MAX):
+                raise RpcError(
+                    "bad_params",
+                    f"recompress={text} is not possible; use zstd:1 to zstd:{RECOMPRESS_LEVEL_MAX} "
+                    f"or none",
+                )
+        age_s = wanted.get("recompress_age", age_s)
+        if type(age_s) is not int or not 1 <= age_s <= RECOMPRESS_AGE_S_MAX:
+            raise RpcError(
+                "bad_params",
+                f"recompress_age={age_s} is no age; use 1 to {RECOMPRESS_AGE_S_MAX} seconds",
+            )
+        return level, age_s
 
     def _checked_limit(self, stats: Stats, limit: Any) -> int:
         """Bytes a day, 0 for none."""

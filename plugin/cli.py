@@ -99,7 +99,9 @@ def build_parser() -> argparse.ArgumentParser:
     draining.set_defaults(run=_drain)
 
     setting = commands.add_parser(
-        "set", help="change a running server: allocator, pool, high, low, writeback_limit"
+        "set",
+        help="change a running server: allocator, recompress, recompress_age, pool, high, low, "
+        "writeback_limit",
     )
     setting.add_argument("words", nargs="+", metavar="KEY=VALUE", help="like allocator=zsmalloc")
     setting.add_argument("--control", metavar="SOCK", help="the server (found if only one)")

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 from cluster.addresses import read_address
 from plugin.amounts import PAGE_BYTES, human, size_bytes, total_ram_bytes, whole_pages
+from plugin.codeckeys import RECOMPRESS_AGE_S, read_age, read_codec, read_recompress
 from plugin.instance import DEVICE_PATTERN
 from plugin.peerkeys import check_peer_keys, read_peers, read_replicas
 from zcache_core import PAGES_PER_FRAME
@@ -31,8 +32,6 @@ DEVICE_BYTES_MAX = 1 << 44  # 2^32 pages, what the index can name, of all device
 DEVICES_MAX = 8  # rows of the memory file's table
 POOL_BYTES_MIN = 1 << 20  # below, the reserve of frames would be the whole pool
 ALLOCATORS = tuple(PAGES_PER_FRAME)
-CODECS = ("lz4", "zstd", "none")
-ZSTD_LEVELS = range(1, 20)
 HIGH_PERCENT = 90
 LOW_BELOW_HIGH_PERCENT = 10  # enough that writeback comes in long sequential runs
 WRITEBACK_LIMIT_BYTES_MIN = 1 << 20
@@ -44,7 +43,7 @@ AHEAD = (
 STANDBY = ("auto", "yes", "no")
 PRESSURE = ("psi", "none")
 # Keys that the design has and this version has not: a clear no, not "unknown".
-KEYS_LATER = ("recompress", "recompress_age", "backup", "listen", "donate", "etcd")
+KEYS_LATER = ("backup", "listen", "donate", "etcd")
 
 
 @dataclass(frozen=True)
@@ -56,6 +55,8 @@ class Config:
     commit: str = "ahead"  # or "all"
     allocator: str = "zbud"
     codec: str = "lz4"  # or "zstd:LEVEL", "none"
+    recompress: str = "none"  # or "zstd:LEVEL": for pages that have gone cold
+    recompress_age_s: int = RECOMPRESS_AGE_S
     disk: str | None = None  # absolute path; None: RAM is all there is
     disk_size_bytes: int | None = None  # None: all that is there
     disk_force: str | None = None  # the same path as `disk`: its content may be overwritten
@@ -303,22 +304,6 @@ def _allocator(text: str, ram_bytes: int) -> str:
     return text
 
 
-def _codec(text: str, ram_bytes: int) -> str:
-    if text in CODECS:
-        return text
-    name, colon, level = text.partition(":")
-    if name == "zstd" and colon:
-        if re.fullmatch(r"\d{1,3}", level) and int(level) in ZSTD_LEVELS:
-            return f"zstd:{int(level)}"
-        raise ConfigError(f"codec={text} has no level from 1 to 19; write it like codec=zstd:3")
-    if name in CODECS and colon:
-        raise ConfigError(f"codec={name} has no levels; write codec={name}")
-    raise ConfigError(
-        f"there is no codec {text}; write codec=lz4, codec=zstd, codec=zstd:3 (level 1 to 19) "
-        f"or codec=none"
-    )
-
-
 def _memory(text: str, ram_bytes: int) -> str:
     if not re.fullmatch(r"[A-Za-z0-9._-]{1,60}", text):
         raise ConfigError(
@@ -356,7 +341,21 @@ KEYS: tuple[Key, ...] = (
         "how pages lie in the pool: zbud (two in a frame at most), z3fold (three) or zsmalloc",
         _allocator,
     ),
-    Key("codec", "codec", "lz4", "lz4, zstd, zstd:LEVEL (1 to 19) or none", _codec),
+    Key("codec", "codec", "lz4", "lz4, zstd, zstd:LEVEL (1 to 19) or none", read_codec),
+    Key(
+        "recompress",
+        "recompress",
+        "none",
+        "compress pages that have gone cold anew, with spare CPU: zstd, zstd:LEVEL or none",
+        read_recompress,
+    ),
+    Key(
+        "recompress_age",
+        "recompress_age_s",
+        str(RECOMPRESS_AGE_S),
+        "a page is cold when nobody has asked for it in so long: seconds, 5m, 2h",
+        read_age,
+    ),
     Key(
         "disk",
         "disk",

@@ -71,6 +71,22 @@ def health_lines(health: Mapping[str, Any]) -> list[Line]:
     return found
 
 
+def recompress_lines(stats: Mapping[str, Any]) -> list[Line]:
+    """What became of cold pages; nothing if none ever were recompressed, nor shall be."""
+    level, done = stats["recompress_level"], stats["recompressed_pages"]
+    if not level and not done:
+        return []
+    when = f"zstd:{level} after {duration(stats['recompress_age_s'])}" if level else "off"
+    return [
+        Line(
+            "recompression",
+            f"{when}; {count(done)} pages in {duration(stats['recompress_us'] // 1_000_000)}, "
+            f"{size(stats['recompress_saved_bytes'])} of room saved, "
+            f"{count(stats['recompress_poor'])} in vain",
+        )
+    ]
+
+
 def lines(
     control: str,
     ping: Mapping[str, Any],
@@ -105,6 +121,7 @@ def lines(
             f"{size(stats['committed_frames'] * PAGE_BYTES)} committed, "
             f"{config['allocator']}, {config['codec']}",
         ),
+        *recompress_lines(stats),
         *peer_lines(stats, config),
         *disk_lines(stats, config),
         Line(

@@ -125,6 +125,13 @@ def head(view: View, width: int, clock: str) -> list[Text]:
 # ---- tiers ---------------------------------------------------------------------------
 
 
+def recompressing(stats: Mapping[str, int]) -> str:
+    """What cold pages are recompressed with, and how many were."""
+    if not (level := stats["recompress_level"]):
+        return ""
+    return f", cold zstd:{level} {show.count(stats['recompressed_pages'])}"
+
+
 def tiers(stats: Mapping[str, int], config: Mapping[str, Any]) -> Iterator[Tier]:
     """From the top down."""
     ephemeral, only = stats["eph_pageframes"], stats["pers_pageframes"]
@@ -134,7 +141,7 @@ def tiers(stats: Mapping[str, int], config: Mapping[str, Any]) -> Iterator[Tier]
     yield Tier(
         "RAM", used, ephemeral * PAGE_BYTES, limit,
         f"{show.count(in_ram)} pages, {show.ratio(in_ram * PAGE_BYTES, used)}:1, "
-        f"{config.get('allocator', '')} {config.get('codec', '')}",
+        f"{config.get('allocator', '')} {config.get('codec', '')}{recompressing(stats)}",
         "green",
     )  # fmt: skip
     if stats["disk_limit_bytes"]:

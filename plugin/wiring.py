@@ -25,7 +25,8 @@ import zcache_core
 from cluster import addresses, peeraddress, unixsock
 from plugin import logpipe, lower, messages
 from plugin.amounts import PAGE_BYTES, human
-from plugin.config import AHEAD, ALLOCATORS, CODECS, KEYS, Config
+from plugin.codeckeys import CODECS
+from plugin.config import AHEAD, ALLOCATORS, KEYS, Config
 from plugin.instance import parse_export
 from plugin.keeper import Keeper
 from plugin.logpipe import STDERR, LogPipe
@@ -73,6 +74,7 @@ class Serving:
         self._store = Store(
             self._memory, allocator=config.allocator, codec=config.codec, commit=config.commit
         )
+        self._store.set_recompress(config.recompress, config.recompress_age_s)
         self._peers = PeerTier(self._memory) if config.peers else None
         self._cooling = self._below(config, disk) if disk is not None or self._peers else None
         read_fd, write_fd = os.pipe()  # both stay open: a node may be started anew

@@ -25,8 +25,8 @@ FLOORS = {
         0: "native pthread layout counter_ids errors counters commands owner process",
         1: "memfile headroom backing arena committer samefill slots codec crypt crew",
         2: "allocator accounting zbud z3fold sizeclass zspage zsmalloc several index",
-        3: "cold ring ringside core ramtier cooling takeover moving tidying store probe foreign "
-        "foreignfound donation",
+        3: "cold ring ringside core ramtier cooling takeover moving tidying denser store probe "
+        "foreign foreignfound donation",
         5: "diskfile diskobject diskio segments quota diskstate diskput disk diskrun orders "
         "peerwhere peers peertier both ahead below fullness eviction cooler fetching tiers "
         "pressure steward faulty coldprobe",
@@ -41,8 +41,8 @@ FLOORS = {
         5: "node lending",
     },
     "plugin": {
-        6: "interrupts messages logpipe amounts instance peerkeys config liaison teller handshake "
-        "dialer statepage spare",
+        6: "interrupts messages logpipe amounts instance peerkeys codeckeys config liaison teller "
+        "handshake dialer statepage spare",
         7: "spawn keeper leave places fitness show lower wiring servestate supervised "
         "nbdnetlink swaparea upfile rates terminal reach counterfiles recording sampling",
         8: "control drain standby supervisor serve mender attach swapping topview top statsfs "

@@ -42,7 +42,7 @@ def test_golden_superblock() -> None:
         geometry = struct.pack(
             "<8Q", arena + POOL, memory.epoch, 16, counters, headers, arena, index, 64
         )
-        start = b"ZCACHEMF" + struct.pack("<II", 2, zlib.crc32(geometry)) + geometry
+        start = b"ZCACHEMF" + struct.pack("<II", 3, zlib.crc32(geometry)) + geometry
         assert memory.peek(0, len(start)) == start
         assert memory.peek(112, 8) == b"golden\0\0"
         row = struct.pack("<4Q", 64, index, 1, 0)
@@ -243,7 +243,7 @@ def test_successor_does_not_touch_a_file_whose_owner_still_exists() -> None:
     ("offset", "data", "says"),
     [
         (0, b"X", "no zcache memory file"),
-        (8, b"\x63", "has format 99, this version reads 2"),
+        (8, b"\x63", "has format 99, this version reads 2 to 3; swapoff with the version"),
         (40, b"\xff", "geometry .* is damaged"),
     ],
 )
@@ -254,6 +254,22 @@ def test_damaged_superblock_is_refused(offset: int, data: bytes, says: str) -> N
         MemoryFile.attach(memory.shmid)
     memory.poke(0, b"Z")
     memory.close()
+
+
+def test_format_2_is_read_and_becomes_3() -> None:
+    """It had all that 3 has, or zeros there; one that is looked at only stays as it is."""
+    memory = MemoryFile.create("older", DEVICE, POOL)
+    memory.poke(8, b"\x02")
+    reader = MemoryFile.attach(memory.shmid)
+    assert reader.peek(8, 4) == b"\x02\0\0\0"
+    reader.close()
+    memory.close()
+    memory = MemoryFile.open("older")
+    assert memory.peek(8, 4) == b"\x03\0\0\0"
+    memory.poke(8, b"\x01")
+    with pytest.raises(MemoryFileError, match="has format 1, this version reads 2 to 3"):
+        MemoryFile.attach(memory.shmid)
+    memory.destroy()
 
 
 def test_lock_file_of_another_segment_is_refused(tmp_path: Path) -> None:

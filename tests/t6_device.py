@@ -360,7 +360,7 @@ def test_contexts_of_a_codec_are_counted_in_ram_bytes() -> None:
     for codec in ("lz4", "zstd"):
         with opened_store(64 * PAGE, 1 << 20, codec=codec) as store:
             of[codec] = counters.read(store.memory)["ram_bytes"]
-    assert of["zstd"] > of["lz4"] + 32 * (70_000 + 70_000)
+    assert of["zstd"] > of["lz4"] + 32 * (70_000 + 25_000)  # of reading, what a page touches
 
 
 def test_refused_writes_do_not_make_the_kernel_look_for_memory(tmp_path: Path) -> None:

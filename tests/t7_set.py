@@ -19,6 +19,8 @@ from tests.plugin_helpers import ROOT, Server, environment, wait_for
 from tests.t7_disk import MIB, PIECE, SMALL, assert_holds, fill, in_ram, write_refused
 
 PAGE = 4096
+USUAL = {"allocator": "zbud", "recompress": "none", "recompress_age": 300}
+COLD = "recompress=none recompress_age=300"
 
 
 def refusal(server: Server, method: str, *params: Any) -> RpcError:
@@ -40,7 +42,7 @@ def test_drain_and_set(tmp_path: Path, rng: random.Random) -> None:
         wait_for("another node process", server.ping)
         assert server.rpc("stats")["draining"] == 1
         assert server.rpc("drain", False)["draining"] is False
-        holds = {"allocator": "zbud", "pool": 4 * MIB, "writeback_limit": None}
+        holds = USUAL | {"pool": 4 * MIB, "writeback_limit": None}
         assert server.rpc("set", {"high": 60, "low": 40}) == holds | {"high": 60, "low": 40}
         assert server.rpc("set", {"low": 20}) == holds | {"high": 60, "low": 20}
         config = server.rpc("config")
@@ -134,8 +136,8 @@ def test_set_pool(tmp_path: Path, rng: random.Random) -> None:
         os.kill(server.ping()["pid"], signal.SIGKILL)  # what is set is the server's
         wait_for("another node process", server.ping)
         assert server.rpc("config")["pool"] == 6 * MIB
-        assert server.rpc("set", {"pool": 16 * MIB, "high": 95}) == {
-            "allocator": "zbud", "pool": 16 * MIB, "high": 95, "low": 80, "writeback_limit": None
+        assert server.rpc("set", {"pool": 16 * MIB, "high": 95}) == USUAL | {
+            "pool": 16 * MIB, "high": 95, "low": 80, "writeback_limit": None
         }  # fmt: skip
         assert_holds(handle, fill(handle, rng, 24 * MIB))
         assert server.rpc("stats")["failed_requests"] == 0
@@ -150,12 +152,12 @@ def test_set_pool_that_cannot_be(tmp_path: Path, rng: random.Random) -> None:
         error = refusal(server, "set", {"pool": 4 * MIB})
         assert error.code == "in_use"
         assert f"{8 * MIB} bytes of the pool are in use and there is no disk" in str(error)
-        assert server.rpc("set", {"pool": 9 * MIB}) == {"allocator": "zbud", "pool": 9 * MIB}
+        assert server.rpc("set", {"pool": 9 * MIB}) == USUAL | {"pool": 9 * MIB}
         assert server.rpc("config")["guaranteed"] == 9 * MIB
         assert any("pool can fill" in what for what in reasons(server))
         with pytest.raises(nbd.Error, match="ENOSPC"):
             handle.pwrite(rng.randbytes(8 * MIB), 8 * MIB)
-        assert server.rpc("set", {"pool": 16 * MIB}) == {"allocator": "zbud", "pool": 16 * MIB}
+        assert server.rpc("set", {"pool": 16 * MIB}) == USUAL | {"pool": 16 * MIB}
         handle.pwrite(rng.randbytes(8 * MIB), 8 * MIB)
     words = ("size=64M", "pool=32M", "disk_size=16M", f"disk={tmp_path / 'disk'}")
     with Server(tmp_path, *words) as server:
@@ -238,13 +240,45 @@ def test_another_allocator(tmp_path: Path, rng: random.Random) -> None:
         assert "use zbud, z3fold or zsmalloc" in str(refusal(server, "set", {"allocator": 1}))
 
 
+def test_recompression(tmp_path: Path, rng: random.Random) -> None:
+    """At the start and by RPC; a disk below takes such pages, and gives them back."""
+    words = ("size=32M", "pool=16M", "disk_size=64M", f"disk={tmp_path / 'disk'}")
+    cold = ("allocator=zsmalloc", "recompress=zstd:3", "recompress_age=1")
+    with Server(tmp_path, *words, *cold) as server:
+        handle = server.connect()
+        text = b" ".join(b"%d" % rng.randrange(1000) for _ in range(2 * MIB))
+        written = {offset: text[offset : offset + PIECE] for offset in range(0, 6 * MIB, PIECE)}
+        for offset, data in written.items():
+            handle.pwrite(data, offset)
+        wait_for("recompression", lambda: server.rpc("stats")["recompressed_pages"] > 1000)
+        assert_holds(handle, written)
+        server.rpc("drain")
+        wait_for("an empty RAM", lambda: in_ram(server) == 0)
+        server.rpc("drain", False)
+        assert_holds(handle, written)
+        assert server.rpc("config")["recompress"] == "zstd:3"
+        status = zcache(tmp_path, "status", "--control", str(server.control)).stdout
+        assert "zstd:3 after 1 s" in status
+        holds = server.rpc("set", {"recompress": "none", "recompress_age": 7})
+        assert (holds["recompress"], holds["recompress_age"]) == ("none", 7)
+        assert server.rpc("set", {"recompress": "zstd:19"})["recompress"] == "zstd:19"
+        for bad in ({"recompress": "zstd:20"}, {"recompress": "lz4"}, {"recompress": 3}):
+            assert "use zstd:1 to zstd:19 or none" in str(refusal(server, "set", bad))
+        for age in (0, "5m", 1 << 40):
+            assert "use 1 to" in str(refusal(server, "set", {"recompress_age": age}))
+        assert server.rpc("stats")["failed_requests"] == 0
+
+
 def test_the_command_set(tmp_path: Path) -> None:
     with Server(tmp_path, "size=16M", "pool=8M") as server:
         zcache = (os.fspath(ROOT / ".venv/bin/zcache"), "set", "--control", str(server.control))
         done = subprocess.run(
             [*zcache, "allocator=z3fold", "pool=4M"], capture_output=True, text=True, check=False
         )
-        assert (done.returncode, done.stdout) == (0, f"zcache: allocator=z3fold pool={4 * MIB}\n")
+        assert (done.returncode, done.stdout) == (
+            0,
+            f"zcache: allocator=z3fold {COLD} pool={4 * MIB}\n",
+        )
         assert server.rpc("config")["allocator"] == "z3fold"
         for word, code, sentence in (
             ("allocator=slab", 3, "there is no allocator slab; write"),

@@ -40,6 +40,13 @@ def test_bound_of_two_buds() -> None:
     assert density.two_buds_bound(memoryview(large + small * 3)) == 3
 
 
+def test_cold_pages_take_less(data: memoryview) -> None:
+    before = density.cost(data, "zsmalloc")
+    after = density.cost_of_cold(data, "zsmalloc", "zstd:3")
+    assert density.frames_in_use(after) < density.frames_in_use(before)
+    assert after["recompressed_pages"] > 0
+
+
 @pytest.mark.parametrize("name", ALLOCATORS)
 def test_churn_is_undone(data: memoryview, name: str) -> None:
     found = density.churned(data, name)
@@ -54,4 +61,4 @@ def test_zram_where_there_is_none_is_left_out(monkeypatch: pytest.MonkeyPatch) -
 
 def test_the_page_has_a_mark_for_every_section() -> None:
     marks = {match["name"] for match in pages.MARKED.finditer(density.PAGE_FILE.read_text())}
-    assert marks == {"machine", "density", "churn", "times", "goals"}
+    assert marks == {"machine", "density", "cold", "churn", "times", "goals"}

@@ -18,6 +18,8 @@ Contract
               had now; the caller waits (arena_wait) and tries again, or gives up.
               The room may go on in a second frame: object_blob and object_fill know.
     release   the room of one object; a frame with nothing left goes back.
+    room      bytes of frames that an object of so many bytes really takes: its chunks, or its
+              class's share of a zspage.  No lock.
     adopt     after a restart: this room is taken.  False when it cannot be (overlap,
               impossible place): the index entry is damaged.  Then `adopted` once.
     objects   what lives in a frame: at most `most` places and sizes; how many.  Of frames
@@ -70,6 +72,7 @@ ctypedef struct Allocator:
     uint32_t state              # FrameState of its frames
     bint (*alloc)(Allocator *, uint32_t bytes, uint64_t *where) noexcept nogil
     void (*release)(Allocator *, uint64_t where, uint32_t bytes) noexcept nogil
+    uint32_t (*room)(Allocator *, uint32_t bytes) noexcept nogil
     bint (*adopt)(Allocator *, uint64_t where, uint32_t bytes) noexcept nogil
     void (*adopted)(Allocator *) noexcept nogil
     uint32_t (*objects)(Allocator *, uint32_t frame, uint64_t *where, uint32_t *bytes, uint32_t most) noexcept nogil

@@ -10,6 +10,10 @@ ctypedef struct CodecChoice:
 
 cdef int codec_prepare(Slots *slots, CodecChoice choice) noexcept nogil
 cdef void codec_discard(Slots *slots) noexcept nogil
+cdef bint codec_expect_zstd(Slots *slots) noexcept nogil
+cdef bint codec_make(Slot *slot, CodecChoice choice) noexcept nogil
+cdef void codec_unmake(Slot *slot) noexcept nogil
+cdef uint64_t codec_context_bytes(const Slot *slot) noexcept nogil
 cdef uint64_t codec_memory_bytes(Slots *slots) noexcept nogil
 cdef uint32_t codec_compress(
     Slot *slot, CodecChoice choice, const uint8_t *page, uint8_t *blob, uint32_t room_bytes

@@ -8,7 +8,8 @@ always the bounds-checked variant, because the bytes may come back from a disk o
 a peer, or be read while they change.
 
 States and contexts belong to the slots and are warmed at start: compressing
-allocates nothing.
+allocates nothing.  Those for reading zstd lie in memory of ours, 94 KiB a slot; what a page
+needs of it, about 36 KiB, is there before the first such page.
 
 Sources: lz4 block format (lz4_Block_format.md), RFC 8878 for zstd.
 """
@@ -17,7 +18,11 @@ import array
 
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
+from posix.mman cimport (
+    MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, PROT_READ, PROT_WRITE, mmap, munmap,
+)
 
+from zcache_core.backing cimport back_range
 from zcache_core.layout cimport CODEC_LZ4, CODEC_RAW, CODEC_ZSTD, PAGE_BYTES
 from zcache_core.pthread cimport now_us
 from zcache_core.slots cimport BLOB_ROOM, SLOTS, Slot, Slots, slot_release, slot_take, slots_free, slots_init
@@ -26,6 +31,16 @@ cdef extern from "<lz4.h>" nogil:
     int LZ4_sizeofState()
     int LZ4_compress_fast_extState(void *state, const char *src, char *dst, int src_size, int dst_size, int acceleration)
     int LZ4_decompress_safe(const char *src, char *dst, int src_size, int dst_size)
+
+cdef extern from "<sys/mman.h>" nogil:
+    enum: MADV_NOHUGEPAGE
+    int madvise(void *at, size_t length, int advice)
+    int mincore(void *at, size_t length, unsigned char *resident)
+
+cdef extern from *:
+    """
+    #define ZSTD_STATIC_LINKING_ONLY    /* contexts in memory of our own */
+    """
 
 cdef extern from "<zstd.h>" nogil:
     ctypedef struct ZSTD_CCtx:
@@ -41,11 +56,10 @@ cdef extern from "<zstd.h>" nogil:
     enum ZSTD_dParameter:
         ZSTD_d_experimentalParam1   # ZSTD_d_format
     ZSTD_CCtx *ZSTD_createCCtx()
-    ZSTD_DCtx *ZSTD_createDCtx()
     size_t ZSTD_freeCCtx(ZSTD_CCtx *)
-    size_t ZSTD_freeDCtx(ZSTD_DCtx *)
     size_t ZSTD_sizeof_CCtx(const ZSTD_CCtx *)
-    size_t ZSTD_sizeof_DCtx(const ZSTD_DCtx *)
+    size_t ZSTD_estimateDCtxSize()
+    ZSTD_DCtx *ZSTD_initStaticDCtx(void *memory, size_t bytes)
     size_t ZSTD_CCtx_setParameter(ZSTD_CCtx *, ZSTD_cParameter, int)
     size_t ZSTD_DCtx_setParameter(ZSTD_DCtx *, ZSTD_dParameter, int)
     size_t ZSTD_compress2(ZSTD_CCtx *, void *dst, size_t room, const void *src, size_t length)
@@ -56,46 +70,140 @@ cdef enum:
     ZSTD_MAGICLESS = 1          # ZSTD_f_zstd1_magicless
 
 
+cdef inline uint64_t reader_bytes() noexcept nogil:
+    """Of one context for reading, in whole pages."""
+    return (ZSTD_estimateDCtxSize() + PAGE_BYTES - 1) // PAGE_BYTES * PAGE_BYTES
+
+
+cdef bint make_readers(Slots *slots) noexcept nogil:
+    """Contexts for reading zstd in every slot, in one piece of memory.
+
+    A memory file that is taken over may hold pages of either codec; untouched, they cost
+    address space only, and two pages a slot.
+    """
+    cdef uint32_t i
+    cdef ZSTD_DCtx *d
+    slots.readers_bytes = SLOTS * reader_bytes()
+    slots.readers = <uint8_t *>mmap(
+        NULL, slots.readers_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0
+    )
+    if slots.readers == MAP_FAILED:
+        slots.readers = NULL
+        return False
+    for i in range(SLOTS):
+        d = ZSTD_initStaticDCtx(slots.readers + i * reader_bytes(), reader_bytes())
+        slots.slot[i].zstd_decompress = d
+        if d == NULL or ZSTD_isError(ZSTD_DCtx_setParameter(d, ZSTD_d_experimentalParam1, ZSTD_MAGICLESS)):
+            return False
+    return True
+
+
+cdef bint find_touched(uint8_t *touched) noexcept nogil:
+    """Which pages of a context reading needs, seen at one of our own; False: no memory.
+
+    Tried with a page of letters and repeats, and with one that is literals almost only: no page has more.
+    """
+    cdef uint64_t bytes = reader_bytes()
+    cdef Slot slot
+    cdef CodecChoice choice
+    cdef uint64_t room = 4 * PAGE_BYTES
+    cdef uint8_t *at = <uint8_t *>mmap(
+        NULL, bytes + room, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0
+    )
+    cdef bint done = False
+    if at == MAP_FAILED:
+        return False
+    madvise(at, bytes + room, MADV_NOHUGEPAGE)
+    memset(&slot, 0, sizeof(slot))
+    slot.zstd_decompress = ZSTD_initStaticDCtx(at, bytes)
+    slot.page, slot.blob = at + bytes, at + bytes + PAGE_BYTES
+    choice.codec, choice.level = CODEC_ZSTD, 3
+    if slot.zstd_decompress != NULL and not ZSTD_isError(
+        ZSTD_DCtx_setParameter(<ZSTD_DCtx *>slot.zstd_decompress, ZSTD_d_experimentalParam1, ZSTD_MAGICLESS)
+    ) and codec_make(&slot, choice):
+        fill_letters(&slot, 4)
+        there_and_back(&slot, choice)
+        fill_letters(&slot, 1)
+        there_and_back(&slot, choice)
+        done = mincore(at, bytes, touched) == 0
+    codec_unmake(&slot)
+    munmap(at, bytes + room)
+    return done
+
+
+cdef bint codec_expect_zstd(Slots *slots) noexcept nogil:
+    """Pages of zstd may have to be read from now on: have memory for that; False: there is none."""
+    cdef uint8_t touched[64]
+    cdef uint64_t pages = reader_bytes() // PAGE_BYTES
+    cdef uint64_t backed = 0
+    cdef uint64_t i, page
+    if slots.readers_backed:
+        return True
+    if pages > sizeof(touched) or not find_touched(touched):
+        return False
+    for i in range(SLOTS):
+        for page in range(pages):
+            if touched[page] & 1:
+                if back_range(slots.readers + (i * pages + page) * PAGE_BYTES, PAGE_BYTES):
+                    return False
+                backed += PAGE_BYTES
+    slots.readers_backed_bytes = backed
+    slots.readers_backed = True
+    return True
+
+
+cdef bint codec_make(Slot *slot, CodecChoice choice) noexcept nogil:
+    """A context for compressing in this slot, warmed, in place of the one it has; False: no memory."""
+    cdef ZSTD_CCtx *c
+    cdef size_t refused
+    ZSTD_freeCCtx(<ZSTD_CCtx *>slot.zstd_compress)
+    slot.zstd_compress = NULL
+    if choice.codec == CODEC_ZSTD:
+        c = ZSTD_createCCtx()
+        slot.zstd_compress = c
+        if c == NULL:
+            return False
+        refused = ZSTD_isError(ZSTD_CCtx_setParameter(c, ZSTD_c_compressionLevel, choice.level))
+        refused |= ZSTD_isError(ZSTD_CCtx_setParameter(c, ZSTD_c_contentSizeFlag, 0))
+        refused |= ZSTD_isError(ZSTD_CCtx_setParameter(c, ZSTD_c_checksumFlag, 0))
+        refused |= ZSTD_isError(ZSTD_CCtx_setParameter(c, ZSTD_c_dictIDFlag, 0))
+        refused |= ZSTD_isError(ZSTD_CCtx_setParameter(c, ZSTD_c_experimentalParam2, ZSTD_MAGICLESS))
+        if refused:
+            return False
+    warm(slot, choice)
+    return True
+
+
 cdef int codec_prepare(Slots *slots, CodecChoice choice) noexcept nogil:
     """Make and warm the contexts that `choice` needs in every slot; -1: no memory."""
     cdef uint32_t i
-    cdef ZSTD_CCtx *c
-    cdef ZSTD_DCtx *d
-    cdef size_t refused
-    if LZ4_sizeofState() > 16640:
+    if LZ4_sizeofState() > 16640 or not make_readers(slots):
         return -1
-    # A memory file that is taken over may hold pages of either codec; untouched, a
-    # context costs address space only.
+    if choice.codec == CODEC_ZSTD and not codec_expect_zstd(slots):
+        return -1
     for i in range(SLOTS):
-        d = ZSTD_createDCtx()
-        slots.slot[i].zstd_decompress = d
-        if d == NULL or ZSTD_isError(ZSTD_DCtx_setParameter(d, ZSTD_d_experimentalParam1, ZSTD_MAGICLESS)):
+        if not codec_make(&slots.slot[i], choice):
             return -1
-    if choice.codec == CODEC_ZSTD:
-        for i in range(SLOTS):
-            c = ZSTD_createCCtx()
-            slots.slot[i].zstd_compress = c
-            if c == NULL:
-                return -1
-            refused = ZSTD_isError(ZSTD_CCtx_setParameter(c, ZSTD_c_compressionLevel, choice.level))
-            refused |= ZSTD_isError(ZSTD_CCtx_setParameter(c, ZSTD_c_contentSizeFlag, 0))
-            refused |= ZSTD_isError(ZSTD_CCtx_setParameter(c, ZSTD_c_checksumFlag, 0))
-            refused |= ZSTD_isError(ZSTD_CCtx_setParameter(c, ZSTD_c_dictIDFlag, 0))
-            refused |= ZSTD_isError(ZSTD_CCtx_setParameter(c, ZSTD_c_experimentalParam2, ZSTD_MAGICLESS))
-            if refused:
-                return -1
-    for i in range(SLOTS):
-        warm(&slots.slot[i], choice)
     return 0
+
+
+cdef void fill_letters(Slot *slot, uint32_t repeats) noexcept nogil:
+    """A page of letters; every second piece repeats what stands before, `repeats` of 4 bytes in it."""
+    cdef uint32_t i
+    cdef uint32_t x = 1
+    for i in range(PAGE_BYTES):
+        x = x * 1664525 + 1013904223
+        slot.page[i] = slot.page[i - 97] if i >= 97 and i // 128 % 2 and i % 128 < 32 * repeats else 97 + (x >> 28)
 
 
 cdef void warm(Slot *slot, CodecChoice choice) noexcept nogil:
     """One page there and back, of the kind that makes a codec use all it has: letters and repeats."""
-    cdef uint32_t i, length
-    cdef uint32_t x = 1
-    for i in range(PAGE_BYTES):
-        x = x * 1664525 + 1013904223
-        slot.page[i] = slot.page[i - 97] if i >= 97 and i // 128 % 2 else 97 + (x >> 28)
+    fill_letters(slot, 4)
+    there_and_back(slot, choice)
+
+
+cdef void there_and_back(Slot *slot, CodecChoice choice) noexcept nogil:
+    cdef uint32_t length
     length = codec_compress(slot, choice, slot.page, slot.blob, PAGE_BYTES)
     if length:
         codec_decompress(slot, choice.codec, slot.blob, length, slot.page)
@@ -103,22 +211,32 @@ cdef void warm(Slot *slot, CodecChoice choice) noexcept nogil:
 
 cdef uint64_t codec_memory_bytes(Slots *slots) noexcept nogil:
     """What the contexts that are in use take, beside the slots."""
-    cdef uint64_t total = 0
+    cdef uint64_t total = slots.readers_backed_bytes if slots.readers_backed else 0
     cdef uint32_t i
     for i in range(SLOTS):
-        if slots.slot[i].zstd_compress != NULL:
-            total += ZSTD_sizeof_CCtx(<ZSTD_CCtx *>slots.slot[i].zstd_compress)
-            total += ZSTD_sizeof_DCtx(<ZSTD_DCtx *>slots.slot[i].zstd_decompress)
+        total += codec_context_bytes(&slots.slot[i])
     return total
+
+
+cdef uint64_t codec_context_bytes(const Slot *slot) noexcept nogil:
+    """Of one slot's context for compressing."""
+    return ZSTD_sizeof_CCtx(<ZSTD_CCtx *>slot.zstd_compress) if slot.zstd_compress != NULL else 0
 
 
 cdef void codec_discard(Slots *slots) noexcept nogil:
     cdef uint32_t i
     for i in range(SLOTS):
-        ZSTD_freeCCtx(<ZSTD_CCtx *>slots.slot[i].zstd_compress)
-        ZSTD_freeDCtx(<ZSTD_DCtx *>slots.slot[i].zstd_decompress)
-        slots.slot[i].zstd_compress = NULL
+        codec_unmake(&slots.slot[i])
         slots.slot[i].zstd_decompress = NULL
+    if slots.readers != NULL:
+        munmap(slots.readers, slots.readers_bytes)
+    slots.readers = NULL
+    slots.readers_backed = False
+
+
+cdef void codec_unmake(Slot *slot) noexcept nogil:
+    ZSTD_freeCCtx(<ZSTD_CCtx *>slot.zstd_compress)
+    slot.zstd_compress = NULL
 
 
 cdef uint32_t codec_compress(

@@ -7,8 +7,9 @@
 
 A write of so few bytes to a pipe is atomic (pipe(7), PIPE_BUF), so commands are read
 whole.  There is no answer: who sent one reads the counters (draining, high_percent,
-low_percent, pool_set_frames, writeback_limit_bytes, allocator), which the server sets when it has
-obeyed, or sees refused_commands grow.  No Python runs there for it.
+low_percent, pool_set_frames, writeback_limit_bytes, allocator, recompress_level,
+recompress_age_s), which the server sets when it has obeyed, or sees refused_commands grow.
+No Python runs there for it.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ WATERMARKS = 2  # value: high << 32 | low, both in percent of the pool; both at 
 POOL = 3  # value: frames of 4096 bytes
 WRITEBACK_LIMIT = 4  # value: bytes a day, 0: no limit
 ALLOCATOR = 5  # value: its number in ALLOCATORS
+RECOMPRESS = 6  # value: zstd's level (0: none) << 32 | age in seconds; both at once
 
 
 def drain(on: bool) -> bytes:
@@ -52,3 +54,10 @@ def allocator(number: int) -> bytes:
     """The command that sends new pages to another allocator, and old ones after them."""
     assert 0 <= number < len(PAGES_PER_FRAME)
     return COMMAND.pack(ALLOCATOR, number)
+
+
+def recompress(level: int, age_s: int) -> bytes:
+    """The command that has pages cold for so long recompressed by zstd; level 0: no more."""
+    assert 0 <= level <= 19
+    assert 0 < age_s < 1 << 32
+    return COMMAND.pack(RECOMPRESS, level << 32 | age_s)

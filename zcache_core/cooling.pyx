@@ -29,7 +29,7 @@ from zcache_core.layout cimport (
 )
 from zcache_core.native cimport zc_acquire_fence, zc_add64, zc_load32, zc_release_fence
 from zcache_core.pthread cimport lock_take, pthread_mutex_unlock
-from zcache_core.ramtier cimport is_below, room_at_once
+from zcache_core.ramtier cimport is_below, note_new, room_at_once
 from zcache_core.slots cimport Slot
 
 
@@ -201,7 +201,9 @@ cdef bint promote(Core *core, Slot *slot, uint64_t page, Entry entry, const uint
             core.allocator.ephemeral(core.allocator, where, object_bytes(length), 1)
         core.arena.frames[where >> PAGE_SHIFT].referenced = 1
     pthread_mutex_unlock(&core.allocator.lock)
-    if not done:
+    if done:
+        note_new(core, page)
+    else:
         core.allocator.release(core.allocator, where, object_bytes(length))
     return done
 

@@ -39,8 +39,28 @@ ctypedef struct Tidy:
     bint running
     bint stopping
 
+# The thread that recompresses cold pages (denser.pyx).
+ctypedef struct Dense:
+    pthread_mutex_t turn        # one batch at a time: guards its buffers and contexts, and `choice`
+    pthread_mutex_t lock        # guards the three below
+    pthread_cond_t wake
+    bint stopping
+    int level                   # wanted: zstd's level; 0: nothing is recompressed
+    uint32_t age_s              # wanted: pages that nobody asked for in so long are cold
+    pthread_t thread
+    bint running
+    bint idle_class             # the thread may go to SCHED_IDLE and come back
+    bint readers_counted        # memory for reading zstd is in private_table_bytes
+    void *batch                 # contexts and buffers, or NULL: nothing was recompressed yet
+    uint64_t *cells             # counter shard, written by who has the turn
+
 cdef enum:
     PAGE_LOCKS = 64
+    # A page's mark: quarters of recompress_age since it was asked for, and whether it was
+    # tried in vain since it was written.
+    MARK_AGE = 7
+    MARK_COLD = 5               # no older than this
+    MARK_TRIED = 128
     WOULD_BLOCK = 0x7F000002    # store_get: the page is below and the caller may not wait
     RAN_OUT = 0x7F000001        # store_replace: the entry is no longer the expected one
 
@@ -53,6 +73,8 @@ ctypedef struct Core:
     Crew crew
     Lower lower
     Tidy tidy
+    Dense dense
+    uint8_t *marks              # by page, or NULL: nobody wants to know
     uint32_t device             # number in the superblock's device table
     uint32_t serving            # atomic: between start and stop; else requests are refused
     uint32_t ready              # atomic: the allocator knows what is taken

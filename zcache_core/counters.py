@@ -101,6 +101,14 @@ COUNTERS: tuple[Counter, ...] = (
     Counter("compaction_us", "microseconds", "counter", "time that took"),
     Counter("allocator", "number", "gauge", "where new pages go: 0 zbud, 1 z3fold, 2 zsmalloc"),
     Counter("migrating", "flag", "gauge", "1 while pages of other allocators move there"),
+    Counter("recompressed_pages", "pages", "counter", "cold pages given less room, by zstd"),
+    Counter("recompress_saved_bytes", "bytes", "counter", "room in frames that this saved"),
+    Counter("recompress_poor", "pages", "counter", "cold pages tried in vain; not tried again"),
+    Counter("recompress_us", "microseconds", "counter", "time spent with it, waits included"),
+    Counter(
+        "recompress_level", "number", "gauge", "zstd's level for it; 0: nothing is recompressed"
+    ),
+    Counter("recompress_age_s", "seconds", "gauge", "pages unasked for in so long are cold"),
     # below: writeback, fetching, the disk
     Counter("disk_pages", "pages", "gauge", "pages that have a copy on the disk"),
     Counter("disk_live_bytes", "bytes", "gauge", "bytes of the disk that hold live copies"),

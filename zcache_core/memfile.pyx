@@ -31,7 +31,7 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
 from zcache_core.layout cimport (
-    COUNTER_CELLS, COUNTER_SHARDS, DEVICE_NAME_BYTES, FORMAT_VERSION, KEY_BYTES, MAX_DEVICES,
+    COUNTER_CELLS, COUNTER_SHARDS, DEVICE_NAME_BYTES, FORMAT_READ, FORMAT_VERSION, KEY_BYTES, MAX_DEVICES,
     NAME_BYTES, PAGE_BYTES, ST_DISK, ST_EMPTY, ST_LOST, ST_PEER, ST_RAM_EPHEMERAL, BlobHeader, Entry,
     Superblock, state_of,
 )
@@ -233,10 +233,10 @@ cdef class MemoryFile:
     cdef object _check(self):
         if self.super.magic[:8] != MAGIC:
             raise MemoryFileError(f"segment {self.shmid} is no zcache memory file; name another")
-        if self.super.format_version != FORMAT_VERSION:
+        if not FORMAT_READ <= self.super.format_version <= FORMAT_VERSION:
             raise MemoryFileError(
                 f"the memory file has format {self.super.format_version}, this version reads "
-                f"{FORMAT_VERSION}; swapoff with the version that made it, then start this one"
+                f"{FORMAT_READ} to {FORMAT_VERSION}; swapoff with the version that made it, then start this one"
             )
         words = (<char *>&self.super.file_bytes)[:64]
         if zlib.crc32(words) != self.super.header_crc:
@@ -290,6 +290,7 @@ cdef class MemoryFile:
         if self.super.counters_id != COUNTERS_ID:
             memset(self.counters, 0, COUNTER_CELLS * COUNTER_SHARDS * 8)
             self.super.counters_id = COUNTERS_ID
+        self.super.format_version = FORMAT_VERSION
         self.super.owner_pid = os.getpid()
         self.super.owner_start_ticks = start_ticks(os.getpid())
         if self._lock is not None:

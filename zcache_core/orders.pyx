@@ -11,6 +11,7 @@ from libc.stdint cimport uint32_t, uint64_t
 
 from zcache_core.arena cimport arena_set_goal
 from zcache_core.counter_ids cimport C_DRAINING, C_HIGH_PERCENT, C_LOW_PERCENT, C_REFUSED_COMMANDS, C_WRITEBACK_LIMIT_BYTES
+from zcache_core.denser cimport dense_choose
 from zcache_core.native cimport zc_store64
 from zcache_core.tidying cimport tidy_choose
 
@@ -26,6 +27,8 @@ cdef enum:
     WRITEBACK_LIMIT = 4
     ALLOCATOR = 5
     ALLOCATORS = 3              # as many as there are
+    RECOMPRESS = 6
+    LEVELS = 19                 # of zstd
 
 
 cdef void orders_tell(Orders *o) noexcept nogil:
@@ -44,6 +47,11 @@ cdef bint obey(Orders *o, uint64_t command, uint64_t value) noexcept nogil:
         return high == 0 and arena_set_goal(&o.core.arena, low, o.below)
     if command == ALLOCATOR:
         return value < ALLOCATORS and tidy_choose(o.core, low)
+    if command == RECOMPRESS:
+        if high > LEVELS or low == 0:
+            return False
+        dense_choose(o.core, <int>high, low)
+        return True
     if not o.below:
         return False
     if command == DRAIN:

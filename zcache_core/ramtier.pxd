@@ -23,6 +23,12 @@ cdef bint place_is_possible(Core *core, uint64_t location) noexcept nogil
 cdef bint load_blob(Core *core, Slot *slot, uint64_t page, Entry e, uint8_t *data, bint apart) noexcept nogil
 
 
+cdef inline void note_new(Core *core, uint64_t page) noexcept nogil:
+    """The page's content is new, or it has come to RAM anew: it is young, and untried."""
+    if core.marks != NULL and core.marks[page]:
+        core.marks[page] = 0
+
+
 cdef inline bint is_below(uint32_t state) noexcept nogil:
     return state == ST_DISK or state == ST_PEER
 

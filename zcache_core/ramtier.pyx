@@ -26,7 +26,7 @@ from zcache_core.allocator cimport frame_next, object_blob, object_bytes, object
 from zcache_core.arena cimport FRAME_TAIL, FRAME_TAKEN, FRAME_ZSMALLOC, NO_FRAME, Frame, arena_wait
 from zcache_core.codec cimport codec_compress, codec_decompress
 from zcache_core.cold cimport ColdPage, cold_page
-from zcache_core.core cimport RAN_OUT, WOULD_BLOCK, Core
+from zcache_core.core cimport MARK_AGE, RAN_OUT, WOULD_BLOCK, Core
 from zcache_core.counter_ids cimport (
     C_COMMIT_WAIT_US, C_COMMIT_WAITS, C_COMPRESS_POOR, C_CORRUPT_LOADS, C_DAMAGED_LOWER_ADDRESSES,
     C_FAILED_STORES,
@@ -65,6 +65,14 @@ cdef enum:
     FRAMES_TOGETHER = 15        # of one zspage, behind its first
     # A read that a writer overtakes this often in a row has met a bug, not a race.
     MOST_READ_TRIES = 100000
+
+
+# ---- who is cold --------------------------------------------------------------------
+# A byte a page, of the server's own: a hint, read and written without a lock.
+
+cdef inline void note_read(Core *core, uint64_t page) noexcept nogil:
+    if core.marks != NULL and core.marks[page] & MARK_AGE:
+        core.marks[page] &= ~MARK_AGE & 0xFF
 
 
 # ---- entries ------------------------------------------------------------------------
@@ -259,6 +267,7 @@ cdef int store_replace(
         if expected != NULL:
             dispose(core, slot, page, new)
             return RAN_OUT
+    note_new(core, page)
     dispose(core, slot, page, old)
     count(slot, C_SUCC_STORES, 1)
     return 0
@@ -379,6 +388,7 @@ cdef int store_get(
         return EIO
     if seen != NULL:
         seen[0] = e
+    note_read(core, page)
     if in_ram(state):
         if not core.arena.frames[where_of(e.location) >> PAGE_SHIFT].referenced:
             core.arena.frames[where_of(e.location) >> PAGE_SHIFT].referenced = 1

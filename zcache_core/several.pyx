@@ -97,6 +97,14 @@ cdef void several_release(Allocator *self, uint64_t where, uint32_t bytes) noexc
     its.release(its, where, bytes)
 
 
+cdef uint32_t several_room(Allocator *self, uint32_t bytes) noexcept nogil:
+    """Where it would be placed now."""
+    cdef Allocator *its = (<Several *>self).chosen
+    if its.largest_bytes < bytes < PAGE_BYTES:
+        its = (<Several *>self).kind[0]
+    return its.room(its, bytes)
+
+
 cdef bint several_adopt(Allocator *self, uint64_t where, uint32_t bytes) noexcept nogil:
     cdef uint64_t frame = where >> PAGE_SHIFT
     cdef Allocator *its = (<Several *>self).chosen
@@ -277,6 +285,7 @@ cdef Allocator *several_make(Arena *arena, uint64_t *cells, uint32_t number) noe
     s.face.table_bytes = s.chosen.table_bytes
     s.face.alloc = several_alloc
     s.face.release = several_release
+    s.face.room = several_room
     s.face.adopt = several_adopt
     s.face.adopted = several_adopted
     s.face.objects = several_objects

@@ -35,9 +35,15 @@ ctypedef struct Slots:
     uint64_t *background        # the counter shard whose writers hold the arena's lock
     uint8_t *memory
     uint64_t memory_bytes
+    uint8_t *io                 # SLOTS x IO_ROOM; has memory only with a tier below
+    uint8_t *readers            # contexts for reading zstd, one after the other
+    uint64_t readers_bytes
+    uint64_t readers_backed_bytes
+    bint readers_backed         # they have memory, as much as pages need
 
 cdef int slots_init(Slots *slots, uint64_t *counters) noexcept nogil
 cdef void slots_free(Slots *slots) noexcept nogil
+cdef uint64_t slots_expect_io(Slots *slots) noexcept nogil
 cdef Slot *slot_take(Slots *slots) noexcept nogil
 cdef Slot *slot_take_own(Slots *slots) noexcept nogil
 cdef void slot_release(Slot *slot) noexcept nogil

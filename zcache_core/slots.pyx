@@ -13,9 +13,10 @@ when it was called has left.  (A reader that raced with an overwrite checks the
 entry again and tries anew; but it must not touch a frame that has been punched,
 because that would bring the memory back.)
 
-    slot[i]  | busy | turn | shard -> counters | io 16 KiB | page 4096 | lz4 16 KiB | blob 4160 |
+    slot[i]  | busy | turn | shard -> counters | page 4096 | lz4 16 KiB | blob 4160 |   io 16 KiB
 
-Bound: 32 slots x about 41 KiB, plus zstd's contexts when zstd is the codec.
+Bound: 32 slots x about 25 KiB, plus 16 KiB when there is a tier below, plus zstd's contexts when
+zstd is the codec.
 """
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
@@ -25,6 +26,7 @@ from posix.mman cimport (
 )
 from posix.time cimport nanosleep, timespec
 
+from zcache_core.backing cimport back_range
 from zcache_core.counter_ids cimport C_SLOT_WAITS
 from zcache_core.layout cimport COUNTER_CELLS, PAGE_BYTES
 from zcache_core.native cimport zc_cas32, zc_full_fence, zc_load32, zc_load64, zc_store32, zc_store64
@@ -41,8 +43,8 @@ cdef extern from "<sys/mman.h>" nogil:
 
 cdef enum:
     LZ4_STATE_BYTES = 16640     # LZ4_sizeofState() of every 1.x; checked by the codec
-    # io and page first, so that both are aligned; rounded up to whole pages
-    SLOT_BYTES = (IO_ROOM + PAGE_BYTES + LZ4_STATE_BYTES + BLOB_ROOM + 4095) // 4096 * 4096
+    # page first, so that it starts a cache line as every slot does
+    SLOT_BYTES = (PAGE_BYTES + LZ4_STATE_BYTES + BLOB_ROOM + 63) // 64 * 64
 
 
 cdef int slots_init(Slots *slots, uint64_t *counters) noexcept nogil:
@@ -55,16 +57,19 @@ cdef int slots_init(Slots *slots, uint64_t *counters) noexcept nogil:
         NULL, slots.memory_bytes, PROT_READ | PROT_WRITE,
         MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0,
     )
-    if slots.memory == MAP_FAILED:
+    slots.io = <uint8_t *>mmap(
+        NULL, SLOTS * IO_ROOM, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0
+    )
+    if slots.memory == MAP_FAILED or slots.io == MAP_FAILED:
         return -1
     for i in range(SLOTS):
         at = slots.memory + i * SLOT_BYTES
         slots.slot[i].number = i
         slots.slot[i].shard = counters + i * COUNTER_CELLS
-        slots.slot[i].io = at
-        slots.slot[i].page = at + IO_ROOM
-        slots.slot[i].lz4_state = at + IO_ROOM + PAGE_BYTES
-        slots.slot[i].blob = at + IO_ROOM + PAGE_BYTES + LZ4_STATE_BYTES
+        slots.slot[i].io = slots.io + i * IO_ROOM
+        slots.slot[i].page = at
+        slots.slot[i].lz4_state = at + PAGE_BYTES
+        slots.slot[i].blob = at + PAGE_BYTES + LZ4_STATE_BYTES
     slots.shared = counters + SLOTS * COUNTER_CELLS
     slots.background = counters + (SLOTS + 1) * COUNTER_CELLS
     return 0
@@ -73,7 +78,14 @@ cdef int slots_init(Slots *slots, uint64_t *counters) noexcept nogil:
 cdef void slots_free(Slots *slots) noexcept nogil:
     if slots.memory != NULL and slots.memory != MAP_FAILED:
         munmap(slots.memory, slots.memory_bytes)
-    slots.memory = NULL
+    if slots.io != NULL and slots.io != MAP_FAILED:
+        munmap(slots.io, SLOTS * IO_ROOM)
+    slots.memory = slots.io = NULL
+
+
+cdef uint64_t slots_expect_io(Slots *slots) noexcept nogil:
+    """There is a tier below: have memory to read from there with.  Bytes of it, 0 when there is none."""
+    return 0 if back_range(slots.io, SLOTS * IO_ROOM) else SLOTS * IO_ROOM
 
 
 cdef Slot *slot_take(Slots *slots) noexcept nogil:

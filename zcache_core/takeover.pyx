@@ -16,12 +16,13 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from zcache_core.allocator cimport object_bytes, object_header
 from zcache_core.backing cimport change_class
+from zcache_core.codec cimport codec_expect_zstd
 from zcache_core.committer cimport arena_adopt_rest
 from zcache_core.core cimport Core
-from zcache_core.counter_ids cimport C_LOST_PAGES, C_REBUILD_US, C_REBUILT_PAGES
+from zcache_core.counter_ids cimport C_LOST_PAGES, C_PRIVATE_TABLE_BYTES, C_REBUILD_US, C_REBUILT_PAGES
 from zcache_core.index cimport entry_flip, entry_load, versions_start_at, versions_take
 from zcache_core.layout cimport (
-    ST_LOST, ST_PEER, ST_RAM, ST_RAM_EPHEMERAL, ST_SAME, BlobHeader, Entry, codec_of, entry_is_sound,
+    CODEC_ZSTD, ST_LOST, ST_PEER, ST_RAM, ST_RAM_EPHEMERAL, ST_SAME, BlobHeader, Entry, codec_of, entry_is_sound,
     header_is_sound, header_lower, header_page, header_version, length_of, lower_state, place_word, state_of,
     version_of, version_word, where_of,
 )
@@ -102,6 +103,12 @@ cdef void *takeover(void *argument) noexcept nogil:
             above = version_of(e.version) + 1
         if not entry_is_sound(e.location, e.version):
             mark_lost(core, slot, page, e)
+        elif (in_ram(state) or is_below(state)) and codec_of(e.location) == CODEC_ZSTD and not core.slots.readers_backed:
+            if codec_expect_zstd(&core.slots):
+                core.dense.readers_counted = True
+                count(slot, C_PRIVATE_TABLE_BYTES, core.slots.readers_backed_bytes)
+        if not entry_is_sound(e.location, e.version):
+            pass
         elif in_ram(state):
             if place_is_possible(core, e.location) and core.allocator.adopt(
                 core.allocator, where_of(e.location), object_bytes(length_of(e.location))

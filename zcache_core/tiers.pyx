@@ -34,7 +34,7 @@ from zcache_core.pthread cimport (
 )
 from zcache_core.peers cimport peers_memory_bytes
 from zcache_core.peertier cimport PeerTier
-from zcache_core.slots cimport SLOTS
+from zcache_core.slots cimport SLOTS, slots_expect_io
 from zcache_core.store cimport Store
 
 from zcache_core.errors import ConfigError, MemoryFileError
@@ -76,6 +76,7 @@ cdef class Cooling:
         self, Store store not None, int fd=-1, uint64_t disk_bytes=0, preallocated=False, int high=90, int low=80,
         bint encrypt=False, uint64_t writeback_limit=0, PeerTier peers=None,
     ):
+        cdef uint64_t io_bytes
         cdef Tiers *t = &self.tiers
         cdef Crypt *crypt = NULL
         memset(t, 0, sizeof(Tiers))
@@ -115,14 +116,15 @@ cdef class Cooling:
         t.batch = <ColdPage *>pages_of(COLD_BATCH * sizeof(ColdPage))
         t.entries = <Entry *>pages_of(COLD_BATCH * sizeof(Entry))
         t.resort_batch = <ColdPage *>pages_of(RESORT_PAGES * sizeof(ColdPage))
+        io_bytes = slots_expect_io(&store.core.slots)
         t.ghost_cells = ghost_cells(store.core.arena.total)
         t.ghosts = <uint32_t *>pages_of(t.ghost_cells * sizeof(uint32_t))
-        if not (t.cold and t.gathered and t.batch and t.entries and t.resort_batch and t.ghosts):
+        if not (io_bytes and t.cold and t.gathered and t.batch and t.entries and t.resort_batch and t.ghosts):
             raise MemoryFileError("no memory for the tiers' buffers; choose a smaller pool")
         if not ahead_make(&t.ahead, t.core, t.cold, store.memory.counters + (SLOTS + 5) * COUNTER_CELLS):
             raise MemoryFileError("no memory for reading ahead; choose a smaller pool")
         t.cells[C_PRIVATE_TABLE_BYTES] = (
-            (disk_memory_bytes(self.disk) if self.disk != NULL else 0)
+            (disk_memory_bytes(self.disk) if self.disk != NULL else 0) + io_bytes
             + (peers_memory_bytes() + sizeof(Both) if peers is not None else 0) + GATHER_BYTES + t.ghost_cells * sizeof(uint32_t)
             + COLD_BATCH * (sizeof(ColdPage) + sizeof(Entry)) + RESORT_PAGES * sizeof(ColdPage)
         )

@@ -208,6 +208,10 @@ cdef bint z3fold_alloc(Allocator *self, uint32_t bytes, uint64_t *where) noexcep
     return placed
 
 
+cdef uint32_t z3fold_room(Allocator *self, uint32_t bytes) noexcept nogil:
+    return PAGE_BYTES if bytes > self.largest_bytes else chunks_for(bytes) * CHUNK_BYTES
+
+
 cdef void z3fold_release(Allocator *self, uint64_t where, uint32_t bytes) noexcept nogil:
     cdef Z3fold *z = <Z3fold *>self
     cdef uint32_t frame = <uint32_t>(where >> PAGE_SHIFT)
@@ -479,6 +483,7 @@ cdef Allocator *z3fold_make(Arena *arena, uint64_t *cells, pthread_mutex_t *guar
     z.face.state = FRAME_Z3FOLD
     z.face.alloc = z3fold_alloc
     z.face.release = z3fold_release
+    z.face.room = z3fold_room
     z.face.adopt = z3fold_adopt
     z.face.adopted = z3fold_adopted
     z.face.objects = z3fold_objects

@@ -177,6 +177,10 @@ cdef bint zbud_alloc(Allocator *self, uint32_t bytes, uint64_t *where) noexcept 
     return placed
 
 
+cdef uint32_t zbud_room(Allocator *self, uint32_t bytes) noexcept nogil:
+    return PAGE_BYTES if bytes > self.largest_bytes else chunks_for(bytes) * CHUNK_BYTES
+
+
 cdef void zbud_release(Allocator *self, uint64_t where, uint32_t bytes) noexcept nogil:
     cdef Zbud *z = <Zbud *>self
     cdef uint32_t frame = <uint32_t>(where >> PAGE_SHIFT)
@@ -420,6 +424,7 @@ cdef Allocator *zbud_make(Arena *arena, uint64_t *cells, pthread_mutex_t *guard)
     z.face.state = FRAME_ZBUD
     z.face.alloc = zbud_alloc
     z.face.release = zbud_release
+    z.face.room = zbud_room
     z.face.adopt = zbud_adopt
     z.face.adopted = zbud_adopted
     z.face.objects = zbud_objects

@@ -112,6 +112,14 @@ cdef bint zsmalloc_alloc(Allocator *self, uint32_t bytes, uint64_t *where) noexc
     return placed
 
 
+cdef uint32_t zsmalloc_room(Allocator *self, uint32_t bytes) noexcept nogil:
+    cdef const SizeClass *c
+    if bytes > self.largest_bytes:
+        return PAGE_BYTES
+    c = &(<Zsmalloc *>self).classes.row[class_for(&(<Zsmalloc *>self).classes, bytes)]
+    return c.frames * PAGE_BYTES // c.objects
+
+
 cdef void release_raw(Zsmalloc *z, uint32_t frame) noexcept nogil:
     count_object(z.face.cells, PAGE_BYTES, row_of(z, frame).ephemeral_only, -1)
     leave_class(z.face.cells, 1, row_of(z, frame).ephemeral_only)
@@ -370,6 +378,7 @@ cdef Allocator *zsmalloc_make(Arena *arena, uint64_t *cells, pthread_mutex_t *gu
     z.face.table_bytes = <uint64_t>arena.total * sizeof(Bits)
     z.face.alloc = zsmalloc_alloc
     z.face.release = zsmalloc_release
+    z.face.room = zsmalloc_room
     z.face.adopt = zsmalloc_adopt
     z.face.adopted = zsmalloc_adopted
     z.face.objects = zsmalloc_objects
