@@ -37,7 +37,7 @@ from zcache_core.native cimport zc_blob_checksum, zc_entry_check
 
 
 cdef enum:
-    FORMAT_VERSION = 2
+    FORMAT_VERSION = 3
     PAGE_BYTES = 4096
     PAGE_SHIFT = 12
     HEADER_BYTES = 24
