@@ -76,7 +76,9 @@ class Supervisor:
         state: State,
         tell: Callable[[int, str], None],
         left_behind: int | None,
+        realtime: bool = False,
     ) -> None:
+        self._realtime = realtime
         self._instance, self._lock, self._state, self._tell = instance, lock, state, tell
         self._left_behind = left_behind
         self._server: Server | None = None
@@ -311,10 +313,14 @@ class Supervisor:
         try:
             words = [sys.executable, *sys.orig_argv[1:]]
             flush()
+            # Its start takes half a second of a slow CPU, which belongs to those who serve.
+            process.ordinary()
             os.execve(words[0], words, os.environ | {RESUME: json.dumps(resume)})
         except OSError as error:
             os.set_inheritable(self._lock.fd, False)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+            if self._realtime:
+                process.real_time()
             self._upgrade_failed(f"{sys.executable} cannot be run ({error.strerror})")
 
     def _upgrade(self) -> None:
@@ -419,7 +425,8 @@ def main(argv: list[str] | None = None) -> int:
         state.takeovers = resume.get("takeovers", 0)  # whom we replace may be older
     before = servestate.read(instance)
     left_behind = before.server_pid if before is not None and before.has_server else None
-    supervisor = Supervisor(instance, lock, state, tell, left_behind)
+    realtime = args.realtime == "yes"
+    supervisor = Supervisor(instance, lock, state, tell, left_behind, realtime)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     code = supervisor.run(upgrade=resume is not None)
     lock.release(forget=code != 0)  # words that were refused are nobody's

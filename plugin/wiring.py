@@ -33,7 +33,7 @@ from plugin.logpipe import STDERR, LogPipe
 from plugin.messages import warn
 from plugin.places import Listening, control_path, listening, own_command_line
 from plugin.spawn import Program
-from zcache_core import memfile, process
+from zcache_core import memfile, process, stacks
 from zcache_core.device import Device
 from zcache_core.diskfile import DiskFile
 from zcache_core.errors import ConfigError
@@ -49,9 +49,19 @@ SWITCH_INTERVAL_S = 50e-6
 # What a server takes of the heap from its turn on, connections included: measured 1.3 MiB.
 STANDBY_HEAP_BYTES = 3 << 20
 REHEARSAL_BYTES = 1 << 20
+# Of a server: takeover, committer, tidying, crew, steward, cooling, reading ahead, peers, keeper,
+# leave.
+THREADS = 10
 NODE_FDS = 3  # the first descriptor that the node process is given
 PIPES_FROM_FD = 10  # ours, so that none is overwritten while the node's are laid out
 SetError = Callable[[int], None]
+
+
+class Before(NamedTuple):
+    """What a standby has before its turn: its log, and the store on the file it is to take."""
+
+    log: LogPipe | None = None
+    store: Store | None = None
 
 
 class Checked(NamedTuple):
@@ -60,21 +70,18 @@ class Checked(NamedTuple):
     where: Listening
     disk: DiskFile | None
     supervised: bool = False
-    log: LogPipe | None = None  # a standby's
+    before: Before = Before()
 
 
 class Serving:
     """A running server: what nbdkit's callbacks are made from."""
 
     def __init__(self, config: Config, checked: Checked, set_error: SetError) -> None:
-        self._where, self._disk, self._supervised, self._log = checked
+        self._where, self._disk, self._supervised, before = checked
+        self._log = before.log
         where, disk = self._where, self._disk
-        self._memory = open_memory(config, disk)
+        self._memory, self._store = open_store(config, disk, before.store)
         self.pool_is_locked = self._memory.stays_locked
-        self._store = Store(
-            self._memory, allocator=config.allocator, codec=config.codec, commit=config.commit
-        )
-        self._store.set_recompress(config.recompress, config.recompress_age_s)
         self._peers = PeerTier(self._memory) if config.peers else None
         self._cooling = self._below(config, disk) if disk is not None or self._peers else None
         read_fd, write_fd = os.pipe()  # both stay open: a node may be started anew
@@ -200,16 +207,25 @@ def warm_up(config: Config) -> None:
         process.real_time()
 
 
-def settle(config: Config) -> LogPipe | None:
-    """A standby, just forked: a lock is not inherited.  Its log.
+def settle(config: Config) -> Before:
+    """A standby, just forked: all memory that its turn needs; a lock is not inherited.
 
-    That goes through the pipe from now on: the log file's page may be swapped out to the device
+    When its predecessor is dead, there may be none: each page of which only the origin's copy was
+    there, each thread's stack and the store's tables were waited for, inside the kernel, under the
+    lock of this process's mappings (seen in the lab: nobody served any more).  So it has its own
+    copy of all, the stacks, the tables, and the memory file mapped, though not to be written.
+
+    Its log goes through the pipe from now on: the log file's page may be swapped out to the device
     that waits for us (measured: a standby hung in its first warning).
     """
     process.lock_memory(on_fault=True)
     process.load_files(copy=False)
+    process.own_memory()
+    stacks.keep(THREADS)
     where = listening(own_command_line(), os.environ)
-    return LogPipe() if logpipe.is_wanted(where.verbose) else None
+    log = LogPipe() if logpipe.is_wanted(where.verbose) else None
+    memory = MemoryFile.expect(config.memory) if config.memory is not None else None
+    return Before(log, make_store(config, memory) if memory is not None else None)
 
 
 def rehearse(config: Config) -> None:
@@ -227,7 +243,7 @@ def rehearse(config: Config) -> None:
         memory.close()
 
 
-def check(config: Config, supervised: bool = False, log: LogPipe | None = None) -> Checked:
+def check(config: Config, supervised: bool = False, before: Before | None = None) -> Checked:
     """Refuse what is in use, warn of what can happen.  Raises ConfigError, InUseError.
 
     `supervised`: the control socket's path is this instance's, so whoever still listens
@@ -254,7 +270,7 @@ def check(config: Config, supervised: bool = False, log: LogPipe | None = None) 
         messages.say(lower.promise(config, disk))
     if config.commit == "ahead" and wants_realtime(config, where):
         messages.say(f"zcache: {AHEAD}")
-    return Checked(where, disk, supervised, log)
+    return Checked(where, disk, supervised, before or Before())
 
 
 def wants_realtime(config: Config, where: Listening) -> bool:
@@ -304,19 +320,39 @@ def told(
     }
 
 
-def open_memory(config: Config, disk: DiskFile | None) -> MemoryFile:
-    """The memory file of that name if there is one, else a new one.  Raises ConfigError."""
+def make_store(config: Config, memory: MemoryFile) -> Store:
+    """The store of this configuration; all its memory is had."""
+    store = Store(memory, allocator=config.allocator, codec=config.codec, commit=config.commit)
+    store.set_recompress(config.recompress, config.recompress_age_s)
+    return store
+
+
+def open_store(
+    config: Config, disk: DiskFile | None, expecting: Store | None
+) -> tuple[MemoryFile, Store]:
+    """The memory file of that name if there is one, else a new one, and its store.
+
+    `expecting`: the one that has waited for this file.  Raises ConfigError.
+    """
     if config.memory is None or not memfile.exists(config.memory):
-        return MemoryFile.create(
+        memory = MemoryFile.create(
             config.memory, config.size_bytes, config.pool_bytes, config.devices
         )
-    memory = MemoryFile.open(config.memory)
+        return memory, make_store(config, memory)
+    if expecting is not None:
+        memory = expecting.memory
+        memory.take()
+    else:
+        memory = MemoryFile.open(config.memory)
     try:
         lower.refuse_mismatch(memory, config, disk)
     except BaseException:
         memory.close()
         raise
-    return memory
+    if expecting is None:
+        return memory, make_store(config, memory)
+    expecting.begin()
+    return memory, expecting
 
 
 def node_env() -> dict[str, str]:

@@ -61,15 +61,15 @@ def config_complete() -> None:
 
 def get_ready() -> None:
     global _checked
-    log = None
+    before = wiring.Before()
     with _supervisor.reporting():
         if _supervisor.is_standby:
             wiring.check_successor(_settings)
             wiring.warm_up(_settings)
             _supervisor.be_forked()
-            log = wiring.settle(_settings)
+            before = wiring.settle(_settings)
             _supervisor.wait_turn()
-        _checked = wiring.check(_settings, _supervisor.is_supervised, log)
+        _checked = wiring.check(_settings, _supervisor.is_supervised, before)
 
 
 def after_fork() -> None:

@@ -23,7 +23,8 @@ from typing import NamedTuple
 FLOORS = {
     "zcache_core": {
         0: "native pthread layout counter_ids errors counters commands owner process",
-        1: "memfile headroom backing arena committer samefill slots codec crypt crew",
+        1: "inventory geometry memfile headroom backing arena committer adoption stacks samefill "
+        "slots codec crypt crew",
         2: "allocator accounting zbud z3fold sizeclass zspage zsmalloc several index",
         3: "cold ring ringside core ramtier cooling takeover moving tidying denser store probe "
         "foreign foreignfound donation",

@@ -80,6 +80,7 @@ def test_each_killed_server_has_its_successor(it: Served, rng: random.Random) ->
         handle.pwrite(rng.randbytes(PAGE), (10 + turn) * PAGE)
     last = ready(it)
     assert last.supervisor_pid == first.supervisor_pid
+    assert locked_kb(last.server_pid) == 0, "the kernel takes nothing back from a locked mapping"
     # On a machine busy with other things a fork may come too late for one of the last three.
     assert 2 <= last.takeovers <= 5
     assert last.upgrades == 0
@@ -89,19 +90,20 @@ def test_each_killed_server_has_its_successor(it: Served, rng: random.Random) ->
 
 
 def test_what_waits_is_locked_and_has_no_page(it: Served) -> None:
-    """All of its program in memory, nothing of the memory file; ready before it is needed."""
+    """All of its program in memory, and its own; the memory file mapped, and not to be written."""
     it.serve(*WORDS, "standby=yes")
     state = ready(it)
     for pid in (state.standby_pid, origin(state)):
         maps = Path(f"/proc/{pid}/maps").read_text()
-        assert "SYSV" not in maps
+        rights = [row.split()[1] for row in maps.splitlines() if "SYSV" in row]
+        assert rights == (["r--s"] if pid == state.standby_pid else [])
         assert "codec.cpython" in maps, "the core is loaded"
         if has_capability(CAPABILITIES["CAP_IPC_LOCK"][0]):
             resident = mapped = 0
             for row in Path(f"/proc/{pid}/smaps").read_text().splitlines():
                 words = row.split()
                 if "-" in words[0]:
-                    is_file = len(words) > 5 and words[5].startswith("/") and words[1][0] == "r"
+                    is_file = len(words) > 5 and words[5][0] == "/" and words[1][:4:3] == "rp"
                 elif is_file and words[0] in ("Size:", "Rss:"):
                     mapped += int(words[1]) * (words[0] == "Size:")
                     resident += int(words[1]) * (words[0] == "Rss:")
@@ -109,6 +111,25 @@ def test_what_waits_is_locked_and_has_no_page(it: Served) -> None:
             assert int(status(pid)["VmLck"].split()[0]) > resident
         assert status(pid)["VmSwap"].split()[0] == "0"
     assert int(status(state.standby_pid)["Threads"]) == 1
+    assert to_be_copied_kb(state.standby_pid) < 64, "what it shares, it would have to copy"
+
+
+def locked_kb(pid: int) -> int:
+    """Of the memory file, in this process."""
+    rows = Path(f"/proc/{pid}/smaps").read_text().partition("SYSV")[2].splitlines()
+    return next(int(row.split()[1]) for row in rows if row.startswith("Locked:"))
+
+
+def to_be_copied_kb(pid: int) -> int:
+    """Memory of its own to write that another process has too: the first write copies it."""
+    found, writable = 0, False
+    for row in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        words = row.split()
+        if "-" in words[0]:
+            writable = words[1][1] == "w" and words[1][3] == "p"
+        elif writable and words[0] == "Shared_Dirty:":
+            found += int(words[1])
+    return found
 
 
 @pytest.mark.parametrize("who", ["standby", "origin", "both"])

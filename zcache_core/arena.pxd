@@ -19,6 +19,10 @@ cdef enum FrameState:
     FRAME_ZSMALLOC = 4
     FRAME_TAIL = 5              # zsmalloc's too: a frame of a zspage that is not its first
 
+cdef enum Held:                 # of a taken-over file
+    HELD_UNMAPPED = 1           # who is free is known, but nothing may be punched: frames are being mapped
+    HELD_UNKNOWN = 2            # nothing committed, nothing punched
+
 ctypedef struct Frame:          # 16 bytes for each frame, in the server's own locked memory
     uint32_t next               # links of whatever list the frame is on
     uint32_t prev
@@ -34,6 +38,7 @@ ctypedef struct Frame:          # 16 bytes for each frame, in the server's own l
 ctypedef struct Arena:
     uint8_t *base
     BlobHeader *headers         # for pages kept raw: one per frame, in the memory file
+    uint64_t *map               # in the memory file too: a bit per frame, set only if it has memory; under `lock`
     Frame *frames               # by frame number
     uint32_t total              # frames the memory file has room for
     # changed under `lock`; read without it where being a little late does not matter
@@ -55,7 +60,7 @@ ctypedef struct Arena:
     bint failing                # no memory is to be had: who needs some is refused at once
     int64_t short_since_us      # memory is short: nothing was committed since; 0: it is not
     int64_t punch_after_us      # the kernel refused to take memory back: try again then
-    uint32_t held               # atomic: of a taken-over file, what is free is being found: nothing is committed, nothing punched
+    uint32_t held               # atomic: a Held, 0 in the ordinary case
     bint settling               # quiet: the reserve is enough
     bint keep_all               # commit=all: the reserve is the whole pool
     bint squeezed               # memory is short: give back what is not in use
@@ -69,7 +74,10 @@ ctypedef struct Arena:
     void (*quiesce)(void *) noexcept nogil
     void *quiesce_argument
 
-cdef int arena_init(Arena *arena, uint8_t *base, BlobHeader *headers, uint32_t total, uint64_t *cells) noexcept nogil
+cdef int arena_init(
+    Arena *arena, uint8_t *base, BlobHeader *headers, uint64_t *map, uint32_t total, uint64_t *cells
+) noexcept nogil
+cdef void arena_tell(Arena *arena) noexcept nogil
 cdef uint32_t arena_take(Arena *arena) noexcept nogil
 cdef bint arena_wait(Arena *arena, uint32_t frames, int64_t deadline_us, bint over) noexcept nogil
 cdef void arena_settle(Arena *arena) noexcept nogil
@@ -83,6 +91,17 @@ cdef void publish(Arena *arena) noexcept nogil
 cdef uint32_t wanted(Arena *arena) noexcept nogil
 cdef uint32_t surplus(Arena *arena) noexcept nogil
 cdef void push_free(Arena *arena, uint32_t frame) noexcept nogil
+
+cdef inline bint frame_has_memory(Arena *arena, uint32_t frame) noexcept nogil:
+    return arena.map[frame >> 6] >> (frame & 63) & 1
+
+cdef inline void frame_gets_memory(Arena *arena, uint32_t frame) noexcept nogil:
+    """Noted after it is there."""
+    arena.map[frame >> 6] |= <uint64_t>1 << (frame & 63)
+
+cdef inline void frame_loses_memory(Arena *arena, uint32_t frame) noexcept nogil:
+    """Noted before it is gone: at no moment does the map promise what is not there."""
+    arena.map[frame >> 6] &= ~(<uint64_t>1 << (frame & 63))
 
 cdef inline uint8_t *frame_address(Arena *arena, uint32_t frame) noexcept nogil:
     return arena.base + (<uint64_t>frame << 12)

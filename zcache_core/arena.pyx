@@ -68,11 +68,14 @@ cdef inline uint32_t reserve_for(uint32_t frames) noexcept nogil:
     return min(frames, max(<uint32_t>RESERVE_LEAST, min(<uint32_t>RESERVE_MOST, frames // RESERVE_SHARE)))
 
 
-cdef int arena_init(Arena *arena, uint8_t *base, BlobHeader *headers, uint32_t total, uint64_t *cells) noexcept nogil:
+cdef int arena_init(
+    Arena *arena, uint8_t *base, BlobHeader *headers, uint64_t *map, uint32_t total, uint64_t *cells
+) noexcept nogil:
     """An arena of uncommitted frames; 0 or ENOMEM."""
     memset(arena, 0, sizeof(Arena))
     arena.base = base
     arena.headers = headers
+    arena.map = map
     arena.total = total
     arena.limit = arena.goal = arena.target = total
     arena.reserve = reserve_for(total)
@@ -89,8 +92,14 @@ cdef int arena_init(Arena *arena, uint8_t *base, BlobHeader *headers, uint32_t t
     lock_init(&arena.lock)
     cond_init(&arena.work)
     cond_init(&arena.room)
-    cells[C_POOL_LIMIT_FRAMES] = cells[C_POOL_SET_FRAMES] = cells[C_POOL_TARGET_FRAMES] = total
     return 0
+
+
+cdef void arena_tell(Arena *arena) noexcept nogil:
+    """Its settings, for whoever reads the counters; nothing is written to the file before."""
+    arena.cells[C_POOL_LIMIT_FRAMES] = arena.limit
+    arena.cells[C_POOL_SET_FRAMES] = arena.goal
+    arena.cells[C_POOL_TARGET_FRAMES] = arena.target
 
 
 # ---- taking and giving, by allocators -------------------------------------------
@@ -106,7 +115,7 @@ cdef void publish(Arena *arena) noexcept nogil:
 
 cdef uint32_t wanted(Arena *arena) noexcept nogil:
     """Frames to commit now.  Lock held."""
-    if arena.held:
+    if arena.held == HELD_UNKNOWN:
         return 0
     if arena.free_count < arena.reserve and arena.committed < arena.target:
         return min(arena.reserve - arena.free_count, arena.target - arena.committed)
@@ -194,7 +203,7 @@ cdef bint arena_wait(Arena *arena, uint32_t frames, int64_t deadline_us, bint ov
     while arena.free_count < frames:
         if arena.failing or not arena.running:
             break
-        if arena.committed >= (arena.goal if over else arena.target) and arena.moving == 0 and not arena.held:
+        if arena.committed >= (arena.goal if over else arena.target) and arena.moving == 0 and arena.held != HELD_UNKNOWN:
             break
         arena.over_waiting += over
         arena.over_frames = frames

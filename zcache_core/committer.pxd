@@ -8,5 +8,3 @@ cdef void arena_free(Arena *arena) noexcept nogil
 cdef int arena_start(Arena *arena) noexcept nogil
 cdef void arena_stop(Arena *arena) noexcept nogil
 cdef int arena_commit_now(Arena *arena, uint32_t frames) noexcept nogil
-cdef void arena_adopt(Arena *arena) noexcept nogil
-cdef void arena_adopt_rest(Arena *arena) noexcept nogil

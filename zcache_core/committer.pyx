@@ -13,42 +13,31 @@ Frames that the kernel does not take back (it refuses inside an mlocked mapping)
 the free list and are counted; it is tried again after 0.1 s.
 """
 
-from libc.errno cimport EAGAIN, EINVAL, ENOMEM, errno
+from libc.errno cimport EAGAIN, ENOMEM
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport qsort
 from posix.mman cimport MAP_FAILED, munmap
 from posix.time cimport timespec
 
 from zcache_core.arena cimport (
-    BATCH, FRAME_TAKEN, FRAME_UNCOMMITTED, NO_FRAME, Arena, Frame, frame_address, publish, push_free,
-    surplus, wanted,
+    BATCH, FRAME_UNCOMMITTED, NO_FRAME, Arena, Frame, frame_address, frame_gets_memory,
+    frame_loses_memory, publish, push_free, surplus, wanted,
 )
 from zcache_core.backing cimport (
     back_range, backing_close, backing_may, backing_open, backing_round, backing_round_ends,
 )
 from zcache_core.counter_ids cimport (
-    C_COMMIT_FAILURES, C_COMMIT_PAUSES, C_PUNCHED_FRAMES, C_PUNCH_FAILURES, C_UNSORTED_FRAMES,
+    C_COMMIT_FAILURES, C_COMMIT_PAUSES, C_PUNCHED_FRAMES, C_PUNCH_FAILURES,
 )
 from zcache_core.layout cimport HEADER_BYTES, PAGE_BYTES, PAGE_SHIFT
-from zcache_core.native cimport zc_store32
 from zcache_core.pthread cimport (
-    at_us, lock_take, now_us, pthread_cond_broadcast, pthread_cond_signal, pthread_cond_timedwait,
-    pthread_cond_wait, pthread_join, pthread_mutex_unlock, sched_yield, thread_start,
+    at_us, lock_take, now_us, pthread_cond_broadcast, pthread_cond_timedwait,
+    pthread_cond_wait, pthread_join, pthread_mutex_unlock, thread_start,
 )
 
-cdef extern from *:
-    """
-    #ifndef MADV_POPULATE_READ
-    #define MADV_POPULATE_READ 22       /* Linux 5.14 */
-    #endif
-    static void zc_look_at(volatile unsigned char *p) { (void)*p; }
-    """
-    void zc_look_at(uint8_t *p) nogil
-
 cdef extern from "<sys/mman.h>" nogil:
-    enum: MADV_REMOVE, MADV_POPULATE_READ
+    enum: MADV_REMOVE
     int madvise(void *addr, size_t length, int advice)
-    int mincore(void *addr, size_t length, unsigned char *answer)
 
 cdef enum:
     RETRY_US = 100000           # after the kernel refused memory, or refused to take it back
@@ -57,7 +46,6 @@ cdef enum:
     STEP = 16
     LOOK_US = 5000
     PATIENCE_US = 100000
-    TABLE_SHIFT = 21            # address space of one page table: 512 pages (less elsewhere than x86-64: more faults)
 
 
 cdef int commit_range(Arena *arena, uint32_t first, uint32_t n) noexcept nogil:
@@ -158,6 +146,7 @@ cdef bint commit_batch(Arena *arena, uint32_t most, bint careful) noexcept nogil
     lock_take(&arena.lock)
     arena.moving -= n
     for i in range(done):
+        frame_gets_memory(arena, batch[done - 1 - i])
         push_free(arena, batch[done - 1 - i])
     if done < n:
         return_bare(arena, batch + done, n - done)
@@ -180,6 +169,7 @@ cdef void punch_batch(Arena *arena, uint32_t most) noexcept nogil:
         batch[n] = arena.free_head
         arena.free_head = arena.frames[batch[n]].next
         arena.frames[batch[n]].state = FRAME_UNCOMMITTED
+        frame_loses_memory(arena, batch[n])
         n += 1
     arena.free_count -= n
     arena.moving += n
@@ -201,6 +191,7 @@ cdef void punch_batch(Arena *arena, uint32_t most) noexcept nogil:
     lock_take(&arena.lock)
     arena.moving -= n
     for i in range(kept_count):     # the memory is still there, and still ours
+        frame_gets_memory(arena, kept[kept_count - 1 - i])
         push_free(arena, kept[kept_count - 1 - i])
     return_bare(arena, batch, gone)
     arena.cells[C_PUNCHED_FRAMES] += gone
@@ -274,106 +265,3 @@ cdef void arena_free(Arena *arena) noexcept nogil:
     if arena.frames != NULL and <void *>arena.frames != MAP_FAILED:
         munmap(arena.frames, <size_t>arena.total * sizeof(Frame))
     arena.frames = NULL
-
-
-# ---- a file that is taken over -------------------------------------------------------
-#
-# The frames lie there as the predecessor left them: taken ones, its reserve, and what it was
-# writing when it died.  They have memory, but this process has no page tables for them.
-#
-#   before requests may write    which frames are taken is known; one page of every 2 MiB that
-#                                hold any is touched, so that their page tables are there
-#   behind, 1 MiB at a time      mapped, 16 pages a fault; what is not taken and has memory goes
-#                                on the free list, what has none on the uncommitted one
-#
-# So a request may meet a page that is not mapped yet.  That costs it a minor fault (half a
-# microsecond), which neither waits nor needs memory: the page is there, locked, and so is the table
-# that it is put into.  Mapping all of it beforehand, under the lock, made the first write wait for
-# 0.35 to 1 s for each GiB.
-# Nothing is given back and nothing is committed until all is sorted.  Frames that are free
-# keep their memory: on a machine without any, what is given up is not to be had again.
-
-cdef bint map_present(uint8_t *start, uint64_t length_bytes) noexcept nogil:
-    """Put pages that are there into this process's page tables; False if they cannot be."""
-    cdef uint64_t at = 0
-    if madvise(start, length_bytes, MADV_POPULATE_READ) == 0:
-        return True
-    if errno != EINVAL:
-        return False
-    while at < length_bytes:        # before Linux 5.14
-        zc_look_at(start + at)
-        at += PAGE_BYTES
-    return True
-
-
-cdef bint map_frames(Arena *arena, uint32_t first, uint32_t n) noexcept nogil:
-    """Frames [first, first + n), which have memory, and their headers."""
-    cdef uint64_t head = <uint64_t>first * HEADER_BYTES // PAGE_BYTES * PAGE_BYTES
-    cdef uint64_t tail = (<uint64_t>(first + n) * HEADER_BYTES + PAGE_BYTES - 1) // PAGE_BYTES * PAGE_BYTES
-    cdef bint good = map_present(<uint8_t *>arena.headers + head, tail - head)
-    return map_present(frame_address(arena, first), <uint64_t>n << PAGE_SHIFT) and good
-
-
-cdef void arena_adopt(Arena *arena) noexcept nogil:
-    """A rebuild has marked the taken frames: page tables for them.  Then `arena_adopt_rest`."""
-    cdef uint64_t table = 0         # the last one that is there
-    cdef uint64_t address
-    cdef uint32_t i
-    lock_take(&arena.lock)
-    arena.bare_from = arena.total
-    arena.bare_head = NO_FRAME
-    arena.committed = 0
-    for i in range(arena.total):
-        arena.committed += arena.frames[i].state >= FRAME_TAKEN
-    arena.cells[C_UNSORTED_FRAMES] = arena.total
-    publish(arena)
-    pthread_mutex_unlock(&arena.lock)
-    for i in range(arena.total):    # its table has the next 511 pages too
-        address = <uint64_t>frame_address(arena, i)
-        if arena.frames[i].state >= FRAME_TAKEN and address >> TABLE_SHIFT != table:
-            table = address >> TABLE_SHIFT
-            map_frames(arena, i, 1)
-
-
-cdef void sort_frames(Arena *arena, uint32_t first, uint32_t n) noexcept nogil:
-    """The free and the bare ones of [first, first + n), at most BATCH, on their lists."""
-    cdef uint8_t there[BATCH]
-    cdef uint32_t i, frame, run
-    cdef uint32_t at = 0
-    while mincore(frame_address(arena, first), <size_t>n << PAGE_SHIFT, there) != 0:
-        sched_yield()               # it needs a page for a moment; nothing else can go wrong
-    while at < n:
-        run = 1
-        while at + run < n and (there[at + run] & 1) == (there[at] & 1):
-            run += 1
-        if there[at] & 1 and not map_frames(arena, first + at, run):
-            arena.cells[C_COMMIT_FAILURES] += 1
-        at += run
-    lock_take(&arena.lock)
-    for i in range(n):
-        frame = first + n - 1 - i
-        # Taken since, or taken and given back: known.  Nobody else has made one uncommitted.
-        if arena.frames[frame].state != FRAME_UNCOMMITTED:
-            continue
-        arena.committed += 1
-        if there[n - 1 - i] & 1:
-            push_free(arena, frame)
-        else:
-            return_bare(arena, &frame, 1)
-    arena.cells[C_UNSORTED_FRAMES] -= n
-    publish(arena)
-    pthread_cond_broadcast(&arena.room)
-    pthread_mutex_unlock(&arena.lock)
-
-
-cdef void arena_adopt_rest(Arena *arena) noexcept nogil:
-    """Map the taken frames and find the others.  Requests are served meanwhile."""
-    cdef uint32_t first = 0
-    while first < arena.total:
-        sort_frames(arena, first, min(<uint32_t>BATCH, arena.total - first))
-        first += BATCH
-    lock_take(&arena.lock)
-    zc_store32(&arena.held, 0)
-    pthread_cond_signal(&arena.work)
-    pthread_cond_broadcast(&arena.room)
-    pthread_mutex_unlock(&arena.lock)

@@ -200,9 +200,7 @@ COUNTERS: tuple[Counter, ...] = (
     Counter("committed_frames", "frames", "gauge", "frames backed by memory, reserve included"),
     Counter("committed_frames_max", "frames", "max", "most of those so far"),
     Counter("free_frames", "frames", "gauge", "committed frames waiting for use: the reserve"),
-    Counter(
-        "unsorted_frames", "frames", "gauge", "of a predecessor's: not mapped, free or taken, yet"
-    ),
+    Counter("unsorted_frames", "frames", "gauge", "of a predecessor's: not mapped yet"),
     Counter("punched_frames", "frames", "counter", "frames given back to the system"),
     Counter("punch_failures", "events", "counter", "times the system did not take them back"),
     Counter("private_table_bytes", "bytes", "gauge", "server's own tables and buffers"),

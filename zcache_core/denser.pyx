@@ -230,12 +230,20 @@ cdef bint dense_prepare(Core *core, int level) noexcept nogil:
         pthread_mutex_unlock(&core.dense.turn)
         return False
     b.choice = choice
-    core.dense.cells[C_PRIVATE_TABLE_BYTES] = (
-        b.memory_bytes + codec_context_bytes(&b.own) + core.index.pages
-        + (0 if core.dense.readers_counted else core.slots.readers_backed_bytes)
-    )
+    if core.index.entries != NULL:      # the memory file is ours
+        dense_tell(core)
     pthread_mutex_unlock(&core.dense.turn)
     return True
+
+
+cdef void dense_tell(Core *core) noexcept nogil:
+    """What dense_prepare has taken, for the counters."""
+    cdef Batch *b = <Batch *>core.dense.batch
+    if b != NULL:
+        core.dense.cells[C_PRIVATE_TABLE_BYTES] = (
+            b.memory_bytes + codec_context_bytes(&b.own) + core.index.pages
+            + (0 if core.dense.readers_counted else core.slots.readers_backed_bytes)
+        )
 
 
 # ---- the thread ---------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
-from zcache_core.arena cimport Frame, arena_init, arena_set_goal, arena_squeeze
+from zcache_core.arena cimport HELD_UNKNOWN, Frame, arena_init, arena_set_goal, arena_squeeze, arena_tell
 from zcache_core.backing cimport back_range
 from zcache_core.committer cimport arena_commit_now, arena_free, arena_start
 from zcache_core.counter_ids cimport (
@@ -31,7 +31,7 @@ from zcache_core.foreignfound cimport foreign_check, foreign_take_over
 from zcache_core.layout cimport COUNTER_CELLS, COUNTER_SHARDS, HEADER_BYTES, PAGE_BYTES
 from zcache_core.memfile cimport MemoryFile
 from zcache_core.pthread cimport lock_take, pthread_mutex_unlock
-from zcache_core.several cimport several_make
+from zcache_core.several cimport several_make, several_tell
 from zcache_core.slots cimport SLOTS
 
 from zcache_core.counters import STORED
@@ -93,7 +93,7 @@ cdef class Donation:
         f.places = <Place *>(<uint8_t *>memory.index + OWNERS * OWNER_BYTES)
         f.total = <uint32_t>((memory.super.device_pages * ENTRY_BYTES - OWNERS * OWNER_BYTES) // PLACE_BYTES)
         if arena_init(
-            &f.arena, memory.arena, memory.frame_headers, <uint32_t>memory.super.pool_frames,
+            &f.arena, memory.arena, memory.frame_headers, memory.frame_map, <uint32_t>memory.super.pool_frames,
             memory.counters + (SLOTS + 1) * COUNTER_CELLS,
         ):
             raise MemoryFileError("no memory for the frame table; lend less")
@@ -101,6 +101,8 @@ cdef class Donation:
         f.allocator = several_make(&f.arena, memory.counters + SLOTS * COUNTER_CELLS, ZBUD)
         if f.allocator == NULL or foreign_make(f):
             raise MemoryFileError("no memory for the tables; lend less")
+        arena_tell(&f.arena)
+        several_tell(f.allocator)
         for row in range(OWNERS):
             f.held[row].quota_bytes = <uint64_t>-1
         f.cells[C_PRIVATE_TABLE_BYTES] = f.arena.total * <uint64_t>sizeof(Frame) + 8 * <uint64_t>f.arena.total + 4 * (
@@ -121,7 +123,7 @@ cdef class Donation:
             if arena_commit_now(&f.arena, f.arena.reserve):
                 raise MemoryFileError("there is not enough memory for the reserve; lend less")
         else:
-            f.arena.held = 1
+            f.arena.held = HELD_UNKNOWN
             with nogil:
                 foreign_take_over(f)
         if arena_start(&f.arena):

@@ -10,8 +10,8 @@ has 32 bytes, so a GiB takes a few milliseconds.  Blobs are not looked at; a get
 from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memset
 
+from zcache_core.adoption cimport arena_adopt_rest
 from zcache_core.allocator cimport blob_start, object_header
-from zcache_core.committer cimport arena_adopt_rest
 from zcache_core.counter_ids cimport (
     C_FOREIGN_DAMAGED_PAGES, C_FOREIGN_PERS_BYTES, C_FOREIGN_PERS_PAGES, C_REBUILT_PAGES,
 )

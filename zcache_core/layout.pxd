@@ -38,7 +38,6 @@ from zcache_core.native cimport zc_blob_checksum, zc_entry_check
 
 cdef enum:
     FORMAT_VERSION = 3
-    FORMAT_READ = 2             # and all in between are read: what they have not is zeros there
     PAGE_BYTES = 4096
     PAGE_SHIFT = 12
     HEADER_BYTES = 24

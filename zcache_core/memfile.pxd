@@ -10,12 +10,14 @@ cdef class MemoryFile:
     cdef readonly bint writable
     cdef readonly bint stays_locked
     cdef public bint fresh
+    cdef readonly bint expected     # mapped beforehand, not ours yet
     cdef object _name
     cdef object _lock
     cdef uint8_t *base
     cdef Superblock *super
     cdef uint64_t *counters
     cdef Entry *index
+    cdef uint64_t *frame_map     # a bit for each frame: set if it has memory
     cdef BlobHeader *frame_headers
     cdef uint8_t *arena
 

@@ -1,9 +1,9 @@
 """The memory file: one System V segment that holds all that must outlive a server.
 
-    +------------+----------+---------------------+----------------+-------------- - - -
-    | superblock | counters | index: 16 B per page | frame headers  | arena: 4 KiB frames
-    | 4 KiB      | 160 KiB  | of the device        | 24 B per frame |
-    +------------+----------+---------------------+----------------+-------------- - - -
+    +------------+----------+----------------------+-----------+----------------+----------- - -
+    | superblock | counters | index: 16 B per page | frame map | frame headers  | arena: frames
+    | 4 KiB      | 160 KiB  | of the device        | a bit per | 24 B per frame | of 4 KiB
+    +------------+----------+----------------------+-----------+----------------+----------- - -
 
 A System V segment, not a file and not anonymous memory, because of what happens
 when its owner dies: memory locked with mlock becomes evictable at that moment
@@ -12,6 +12,9 @@ SHM_LOCK stays where it is with nobody attached.  It is addressed by offset only
 holds no lock word, and its holes are punched with MADV_REMOVE; that is refused
 inside an mlocked mapping, so the mapping is munlocked again after every
 mlockall (`unlock_mapping`).
+
+A standby maps the file beforehand, without the right to write (`expect`), and gets that right
+when the owner is gone (`take`): then mapping costs nothing, when memory may not be had.
 
 A private file (no name) is removed by the kernel at the last detach, whatever
 ended its owner.  A named one is found again through the owner's lock file
@@ -30,15 +33,20 @@ from libc.errno cimport errno
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 
+from zcache_core.geometry cimport map_ahead, map_bytes
 from zcache_core.layout cimport (
-    COUNTER_CELLS, COUNTER_SHARDS, DEVICE_NAME_BYTES, FORMAT_READ, FORMAT_VERSION, KEY_BYTES, MAX_DEVICES,
+    COUNTER_CELLS, COUNTER_SHARDS, DEVICE_NAME_BYTES, FORMAT_VERSION, KEY_BYTES, MAX_DEVICES,
     NAME_BYTES, PAGE_BYTES, ST_DISK, ST_EMPTY, ST_LOST, ST_PEER, ST_RAM_EPHEMERAL, BlobHeader, Entry,
     Superblock, state_of,
 )
 
 from zcache_core.counters import STORED
-from zcache_core.errors import InUseError, MemoryFileError
-from zcache_core.owner import OwnerLock, recorded_segment, start_ticks, unattached_segments
+from zcache_core.errors import MemoryFileError
+from zcache_core.geometry import check_sizes, geometry_of
+from zcache_core.inventory import (  # noqa: F401
+    MAGIC, exists, find, is_memory_file, leftovers, remove, segment_name,
+)
+from zcache_core.owner import OwnerLock, start_ticks
 
 cdef extern from "<sys/ipc.h>" nogil:
     enum: IPC_PRIVATE, IPC_CREAT, IPC_EXCL, IPC_RMID
@@ -54,46 +62,15 @@ cdef extern from "<sys/random.h>" nogil:
     ssize_t getrandom(void *buf, size_t length, unsigned int flags)
 
 cdef extern from "<sys/mman.h>" nogil:
-    enum: MADV_DONTDUMP
+    enum: MADV_DONTDUMP, PROT_READ, PROT_WRITE
     int madvise(void *addr, size_t length, int advice)
+    int mprotect(void *addr, size_t length, int rights)
     int munlock(const void *addr, size_t length)
 
-MAGIC = b"ZCACHEMF"
 FORMAT = FORMAT_VERSION
 FOREIGN_DEVICE = "(foreign)"     # the only device of a file that holds pages of others (donation.pyx)
-GEOMETRY = struct.Struct("<8Q")
 # Which cell means what; another table's cells are not to be read as ours.
 COUNTERS_ID = zlib.crc32(" ".join(counter.name for counter in STORED).encode()) + 1
-
-
-def _page_up(n: int) -> int:
-    return (n + PAGE_BYTES - 1) // PAGE_BYTES * PAGE_BYTES
-
-
-def _geometry(device_bytes: int, pool_bytes: int, epoch: int) -> bytes:
-    """The eight fixed words of the superblock, in file order."""
-    device_pages = device_bytes // PAGE_BYTES
-    frames = pool_bytes // PAGE_BYTES
-    counters_offset = PAGE_BYTES
-    index_offset = counters_offset + _page_up(COUNTER_CELLS * COUNTER_SHARDS * 8)
-    headers_offset = index_offset + _page_up(device_pages * sizeof(Entry))
-    arena_offset = headers_offset + _page_up(frames * sizeof(BlobHeader))
-    file_bytes = arena_offset + frames * PAGE_BYTES
-    return GEOMETRY.pack(
-        file_bytes, epoch, frames, counters_offset, headers_offset, arena_offset,
-        index_offset, device_pages,
-    )
-
-
-def _check_sizes(device_bytes: int, pool_bytes: int) -> None:
-    for what, n in (("device", device_bytes), ("pool", pool_bytes)):
-        if n <= 0 or n % PAGE_BYTES:
-            raise MemoryFileError(
-                f"the {what} size {n} is no positive multiple of {PAGE_BYTES} bytes; "
-                f"use {max(PAGE_BYTES, n // PAGE_BYTES * PAGE_BYTES)}"
-            )
-    if device_bytes // PAGE_BYTES > 1 << 32:
-        raise MemoryFileError("a device has at most 16 TiB (2^32 pages); use a smaller size")
 
 
 cdef class MemoryFile:
@@ -115,18 +92,18 @@ cdef class MemoryFile:
         Raises MemoryFileError when sizes or name are wrong or the kernel refuses,
         InUseError when a living process owns the name.
         """
-        _check_sizes(device_bytes, pool_bytes)
+        check_sizes(device_bytes, pool_bytes)
         cdef MemoryFile self = cls.__new__(cls)
         self._name = name
         self._lock = OwnerLock.acquire(name) if name is not None else None
-        if self._lock is not None and self._lock.shmid >= 0 and _is_ours(self._lock.shmid):
+        if self._lock is not None and self._lock.shmid >= 0 and is_memory_file(self._lock.shmid):
             self._lock.release()
             raise MemoryFileError(
                 f"a memory file named {name} exists already (segment {self._lock.shmid}); "
                 f"open it, or remove it with 'zcache check --remove-leftovers'"
             )
-        geometry = _geometry(device_bytes, pool_bytes, int.from_bytes(os.urandom(8), "little"))
-        file_bytes = GEOMETRY.unpack(geometry)[0]
+        geometry = geometry_of(device_bytes, pool_bytes, int.from_bytes(os.urandom(8), "little"))
+        file_bytes = int.from_bytes(geometry[:8], "little")
         self.shmid = shmget(IPC_PRIVATE, file_bytes, IPC_CREAT | IPC_EXCL | 0o600 | SHM_NORESERVE)
         if self.shmid < 0:
             error = os.strerror(errno)
@@ -178,7 +155,7 @@ cdef class MemoryFile:
         cdef MemoryFile self = cls.__new__(cls)
         self._name = name
         self._lock = OwnerLock.acquire(name)
-        if self._lock.shmid < 0 or not _is_ours(self._lock.shmid):
+        if self._lock.shmid < 0 or not is_memory_file(self._lock.shmid):
             self._release()
             raise MemoryFileError(f"there is no memory file named {name}; start without one first")
         self.shmid = self._lock.shmid
@@ -198,6 +175,51 @@ cdef class MemoryFile:
         self._map_parts()
         self._own()
         return self
+
+    @classmethod
+    def expect(cls, name):
+        """The file of that name whose owner still lives: all is had that can be had before `take`.
+
+        Mapped where it will be written, but not to be written, with page tables for all that has
+        memory.  None when there is no such file; MemoryFileError when it cannot be read.
+        """
+        cdef MemoryFile self = cls.__new__(cls)
+        cdef uint64_t size
+        shmid = find(name)
+        if shmid is None or segment_name(shmid) != name:
+            return None
+        self.shmid = shmid
+        self._attach(False)
+        try:
+            self._check()
+            size = self.super.file_bytes
+            self._detach()
+            self._attach(True)
+            if mprotect(self.base, size, PROT_READ):
+                raise MemoryFileError(f"segment {shmid} cannot be protected ({os.strerror(errno)}); run without standby")
+        except Exception:
+            self.close()
+            raise
+        self._name = name
+        self.writable = False
+        self.expected = True
+        self._map_parts()
+        with nogil:
+            map_ahead(self.base)
+        return self
+
+    def take(self):
+        """Of an expected file: its owner is gone, it is ours.  Raises as `open` does."""
+        assert self.expected
+        self._lock = OwnerLock.acquire(self._name)
+        if self._lock.shmid != self.shmid:
+            raise MemoryFileError(f"the memory file {self._name} is another one now; start again")
+        self._lock.wait_for_exit(self.super.owner_pid, self.super.owner_start_ticks)
+        if mprotect(self.base, self.super.file_bytes, PROT_READ | PROT_WRITE):
+            raise MemoryFileError(f"segment {self.shmid} cannot be written ({os.strerror(errno)}); start again")
+        self.writable, self.expected = True, False
+        self.unlock_mapping()       # an mlockall may have come since
+        self._own()
 
     @classmethod
     def attach(cls, shmid):
@@ -233,10 +255,10 @@ cdef class MemoryFile:
     cdef object _check(self):
         if self.super.magic[:8] != MAGIC:
             raise MemoryFileError(f"segment {self.shmid} is no zcache memory file; name another")
-        if not FORMAT_READ <= self.super.format_version <= FORMAT_VERSION:
+        if self.super.format_version != FORMAT_VERSION:
             raise MemoryFileError(
                 f"the memory file has format {self.super.format_version}, this version reads "
-                f"{FORMAT_READ} to {FORMAT_VERSION}; swapoff with the version that made it, then start this one"
+                f"{FORMAT_VERSION}; swapoff with the version that made it, then start this one"
             )
         words = (<char *>&self.super.file_bytes)[:64]
         if zlib.crc32(words) != self.super.header_crc:
@@ -279,6 +301,7 @@ cdef class MemoryFile:
         cdef Superblock *s = self.super
         self.counters = <uint64_t *>(self.base + s.counters_offset)
         self.index = <Entry *>(self.base + s.index_offset)
+        self.frame_map = <uint64_t *>(self.base + s.frame_headers_offset - map_bytes(s.pool_frames))
         self.frame_headers = <BlobHeader *>(self.base + s.frame_headers_offset)
         self.arena = self.base + s.arena_offset
         madvise(self.base, s.file_bytes, MADV_DONTDUMP)
@@ -290,7 +313,6 @@ cdef class MemoryFile:
         if self.super.counters_id != COUNTERS_ID:
             memset(self.counters, 0, COUNTER_CELLS * COUNTER_SHARDS * 8)
             self.super.counters_id = COUNTERS_ID
-        self.super.format_version = FORMAT_VERSION
         self.super.owner_pid = os.getpid()
         self.super.owner_start_ticks = start_ticks(os.getpid())
         if self._lock is not None:
@@ -356,7 +378,7 @@ cdef class MemoryFile:
 
     @property
     def overhead_bytes(self):
-        """Superblock, counters and index: committed as long as the file lives."""
+        """Superblock, counters, index and frame map: committed as long as the file lives."""
         return self._open_super().frame_headers_offset
 
     cdef Superblock *_open_super(self) except NULL:
@@ -432,64 +454,10 @@ cdef class MemoryFile:
         memcpy(self.base + <size_t>offset_bytes, <const char *>data, len(data))
 
     def offsets(self):
-        """Where the parts lie, in bytes: counters, index, frame_headers, arena."""
+        """Where the parts lie, in bytes: counters, index, frame_map, frame_headers, arena."""
         cdef Superblock *s = self._open_super()
         return {
             "counters": s.counters_offset, "index": s.index_offset,
+            "frame_map": s.frame_headers_offset - map_bytes(s.pool_frames),
             "frame_headers": s.frame_headers_offset, "arena": s.arena_offset,
         }
-
-
-def _is_ours(int shmid):
-    """Whether the segment exists, can be read by us, and is a zcache memory file."""
-    cdef void *base = shmat(shmid, NULL, SHM_RDONLY)
-    if base == <void *>-1:
-        return False
-    try:
-        return (<char *>base)[:8] == MAGIC
-    finally:
-        shmdt(base)
-
-
-def find(str name):
-    """Segment of the memory file of that name (its owner may live), None when there is none."""
-    shmid = recorded_segment(name)
-    return shmid if shmid >= 0 and _is_ours(shmid) else None
-
-
-def exists(str name):
-    """Whether a memory file of that name is there to be opened (its owner may live)."""
-    return find(name) is not None
-
-
-def segment_name(int shmid):
-    """Name of the memory file in that segment, None when it is no memory file."""
-    cdef void *base = shmat(shmid, NULL, SHM_RDONLY)
-    if base == <void *>-1:
-        return None
-    try:
-        if (<char *>base)[:8] != MAGIC:
-            return None
-        return (<Superblock *>base).name[:NAME_BYTES].rstrip(b"\0").decode(errors="replace")
-    finally:
-        shmdt(base)
-
-
-def remove(int shmid):
-    """Remove a memory file; its pages are lost.  Raises MemoryFileError."""
-    if not _is_ours(shmid):
-        raise MemoryFileError(f"segment {shmid} is no zcache memory file; nothing removed")
-    if not any(row.shmid == shmid for row in unattached_segments()):
-        raise InUseError(f"segment {shmid} is attached by a running server; stop that one first")
-    if shmctl(shmid, IPC_RMID, NULL) != 0:
-        raise MemoryFileError(f"segment {shmid} cannot be removed ({os.strerror(errno)})")
-
-
-def leftovers():
-    """Memory files that nobody has attached, as a list of `owner.Leftover`."""
-    found = []
-    for row in unattached_segments():
-        name = segment_name(row.shmid)
-        if name is not None:
-            found.append(row._replace(name=name))
-    return found

@@ -9,15 +9,16 @@ import os
 from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memset
 
+from zcache_core.adoption cimport arena_adopt_rest
 from zcache_core.allocator cimport Allocator, frame_next, object_header
 from zcache_core.arena cimport (
-    Arena, arena_init, arena_wait,
+    Arena, arena_init, arena_tell, arena_wait,
 )
-from zcache_core.committer cimport arena_adopt_rest, arena_commit_now, arena_free, arena_start
+from zcache_core.committer cimport arena_commit_now, arena_free, arena_start
 from zcache_core.layout cimport COUNTER_CELLS, PAGE_BYTES, BlobHeader
 from zcache_core.memfile cimport MemoryFile
 from zcache_core.pthread cimport now_us
-from zcache_core.several cimport allocator_broken, several_make
+from zcache_core.several cimport allocator_broken, several_make, several_tell
 
 from zcache_core.several import ALLOCATORS
 
@@ -42,7 +43,9 @@ cdef class Probe:
         self.memory = memory
         if name not in ALLOCATORS:
             raise ValueError(f"unknown allocator {name!r}")
-        if arena_init(&self.arena, memory.arena, memory.frame_headers, <uint32_t>memory.super.pool_frames, cells):
+        if arena_init(
+            &self.arena, memory.arena, memory.frame_headers, memory.frame_map, <uint32_t>memory.super.pool_frames, cells
+        ):
             raise MemoryError("no memory for the frame table")
         self.zoneinfo = os.fsencode(zoneinfo)
         self.arena.zoneinfo = self.zoneinfo
@@ -51,6 +54,8 @@ cdef class Probe:
         self.allocator = several_make(&self.arena, cells + COUNTER_CELLS, ALLOCATORS.index(name))
         if self.allocator == NULL:
             raise MemoryError("no memory for the allocator")
+        arena_tell(&self.arena)
+        several_tell(self.allocator)
 
     def __dealloc__(self):
         arena_free(&self.arena)

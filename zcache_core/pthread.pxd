@@ -29,10 +29,6 @@ cdef extern from "<pthread.h>" nogil:
     enum: PTHREAD_PRIO_INHERIT
     int pthread_attr_init(pthread_attr_t *)
     int pthread_attr_setstacksize(pthread_attr_t *, size_t)
-    int pthread_attr_setinheritsched(pthread_attr_t *, int)
-    int pthread_attr_setschedpolicy(pthread_attr_t *, int)
-    int pthread_attr_setschedparam(pthread_attr_t *, const sched_param *)
-    enum: PTHREAD_EXPLICIT_SCHED
     int pthread_setname_np(pthread_t, const char *)
     int pthread_join(pthread_t, void **)
     int pthread_mutexattr_init(pthread_mutexattr_t *)
@@ -112,6 +108,7 @@ cdef extern from *:
     #ifndef ZC_STARTED
     #define ZC_STARTED
     #include <pthread.h>
+    #include <sched.h>
     #include <stdlib.h>
     #include <string.h>
 
@@ -126,22 +123,30 @@ cdef extern from *:
             room[i - 1024] = 0;
     }
 
-    struct zc_started { void *(*run)(void *); void *argument; };
+    struct zc_started { void *(*run)(void *); void *argument; int ordinary; };
     static void *zc_thread(void *made)
     {
         struct zc_started what = *(struct zc_started *)made;
         free(made);
         zc_touch_stack();
+        /* Only now: a fault holds the lock of this process's mappings, and an ordinary thread
+         * may wait for memory in it, when there is none, until a swap write is served.  Then
+         * nobody here could map anything, and nobody serve. */
+        if (what.ordinary) {
+            struct sched_param none = { 0 };
+            sched_setscheduler(0, SCHED_OTHER, &none);
+        }
         return what.run(what.argument);
     }
     static int zc_thread_create(pthread_t *thread, const pthread_attr_t *attributes,
-                                void *(*run)(void *), void *argument)
+                                void *(*run)(void *), void *argument, int ordinary)
     {
         struct zc_started *what = malloc(sizeof *what);
         if (what == NULL)
             return 12;      /* ENOMEM */
         what->run = run;
         what->argument = argument;
+        what->ordinary = ordinary;
         int error = pthread_create(thread, attributes, zc_thread, what);
         if (error)
             free(what);
@@ -149,39 +154,37 @@ cdef extern from *:
     }
     #endif
     """
-    int zc_thread_create(pthread_t *, const pthread_attr_t *, void *(*)(void *) noexcept nogil, void *) nogil
+    int zc_thread_create(
+        pthread_t *, const pthread_attr_t *, void *(*)(void *) noexcept nogil, void *, int ordinary
+    ) nogil
+
+cdef enum:
+    STACK_BYTES = 256 * 1024    # compression states live elsewhere
+
+cdef inline int thread_start_as(
+    pthread_t *thread, void *(*run)(void *) noexcept nogil, void *argument, const char *name, bint ordinary
+) noexcept nogil:
+    cdef pthread_attr_t attributes
+    cdef int error
+    pthread_attr_init(&attributes)
+    pthread_attr_setstacksize(&attributes, STACK_BYTES)
+    error = zc_thread_create(thread, &attributes, run, argument, ordinary)
+    if error == 0:
+        pthread_setname_np(thread[0], name)
+    return error
 
 cdef inline int thread_start_alike(
     pthread_t *thread, void *(*run)(void *) noexcept nogil, void *argument, const char *name
 ) noexcept nogil:
     """As thread_start, but of the caller's own scheduling class."""
-    cdef pthread_attr_t attributes
-    cdef int error
-    pthread_attr_init(&attributes)
-    pthread_attr_setstacksize(&attributes, 256 * 1024)
-    error = zc_thread_create(thread, &attributes, run, argument)
-    if error == 0:
-        pthread_setname_np(thread[0], name)
-    return error
+    return thread_start_as(thread, run, argument, name, False)
 
 cdef inline int thread_start(
     pthread_t *thread, void *(*run)(void *) noexcept nogil, void *argument, const char *name
 ) noexcept nogil:
-    """A background thread called `name` (15 letters, as top -H shows it), with a small stack (256 KiB: compression states live elsewhere), resident from the start.
+    """A background thread called `name` (15 letters, as top -H shows it), with a small stack, resident from the start.
 
-    Of the ordinary class, also where serving threads are SCHED_FIFO: on one CPU they
+    Of the ordinary class from there on, also where serving threads are SCHED_FIFO: on one CPU they
     come first, and lend their priority to whoever holds a lock they want.
     """
-    cdef pthread_attr_t attributes
-    cdef sched_param ordinary
-    cdef int error
-    ordinary.sched_priority = 0
-    pthread_attr_init(&attributes)
-    pthread_attr_setinheritsched(&attributes, PTHREAD_EXPLICIT_SCHED)
-    pthread_attr_setschedpolicy(&attributes, SCHED_OTHER)
-    pthread_attr_setschedparam(&attributes, &ordinary)
-    pthread_attr_setstacksize(&attributes, 256 * 1024)
-    error = zc_thread_create(thread, &attributes, run, argument)
-    if error == 0:
-        pthread_setname_np(thread[0], name)
-    return error
+    return thread_start_as(thread, run, argument, name, True)

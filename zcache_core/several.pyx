@@ -29,15 +29,15 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
 from zcache_core.accounting cimport wrong_counters
+from zcache_core.adoption cimport arena_adopt
 from zcache_core.allocator cimport Allocator, Held, frame_opener
 from zcache_core.arena cimport FRAME_TAKEN, FRAME_ZSMALLOC, NO_FRAME, Arena
-from zcache_core.committer cimport arena_adopt
 from zcache_core.counter_ids cimport C_ALLOCATOR, C_MIGRATING, C_PRIVATE_TABLE_BYTES
 from zcache_core.layout cimport PAGE_BYTES, PAGE_SHIFT
 from zcache_core.pthread cimport lock_init, lock_take, pthread_mutex_unlock
 from zcache_core.z3fold cimport z3fold_make
 from zcache_core.zbud cimport zbud_make
-from zcache_core.zsmalloc cimport zsmalloc_make, zsmalloc_prepare
+from zcache_core.zsmalloc cimport zsmalloc_make, zsmalloc_prepare, zsmalloc_tell
 
 cdef enum:
     KINDS = 3
@@ -296,8 +296,13 @@ cdef Allocator *several_make(Arena *arena, uint64_t *cells, uint32_t number) noe
     s.face.ephemeral = several_ephemeral
     s.face.check = several_check
     s.face.discard = several_discard
-    tell(s)
     return &s.face
+
+
+cdef void several_tell(Allocator *self) noexcept nogil:
+    """What is chosen, for whoever reads the counters; nothing is written to the file before."""
+    zsmalloc_tell((<Several *>self).kind[ZSMALLOC])
+    tell(<Several *>self)
 
 
 cdef uint32_t allocator_broken(Allocator *allocator) noexcept nogil:

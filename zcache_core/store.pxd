@@ -12,4 +12,5 @@ cdef class Store:
     cdef bint tidy
     cdef bint open
     cdef bint started
+    cdef bint begun             # the counters are ours
     cdef object _require_open(self)

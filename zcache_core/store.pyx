@@ -25,9 +25,7 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memset
 
 from zcache_core.allocator cimport object_header
-from zcache_core.arena cimport (
-    Frame, arena_init, arena_keep_all, arena_set_goal,
-)
+from zcache_core.arena cimport HELD_UNKNOWN, Frame, arena_init, arena_keep_all, arena_set_goal, arena_tell
 from zcache_core.backing cimport back_range
 from zcache_core.codec cimport codec_discard, codec_memory_bytes, codec_prepare
 from zcache_core.committer cimport arena_commit_now, arena_free, arena_start
@@ -36,6 +34,7 @@ from zcache_core.counter_ids cimport C_DEVICE_PAGES, C_PRIVATE_TABLE_BYTES
 from zcache_core.crew cimport crew_memory_bytes, crew_start, crew_stop
 from zcache_core.denser cimport (
     dense_all, dense_choose, dense_free, dense_init, dense_prepare, dense_start, dense_stop,
+    dense_tell,
 )
 from zcache_core.index cimport entry_load, index_init, versions_take
 from zcache_core.layout cimport (
@@ -49,7 +48,7 @@ from zcache_core.pthread cimport (
 from zcache_core.ramtier cimport (
     in_ram, is_below, load_blob, store_get, store_invalidate, store_put, store_victims, store_wait_ready,
 )
-from zcache_core.several cimport allocator_broken, several_make
+from zcache_core.several cimport allocator_broken, several_make, several_tell
 from zcache_core.slots cimport Slot, slot_release, slot_take, slots_free, slots_init, slots_quiesce
 from zcache_core.takeover cimport takeover
 from zcache_core.tidying cimport tidy_all, tidy_choose, tidy_start, tidy_stop
@@ -87,7 +86,8 @@ cdef class Store:
 
     allocator "zbud", "z3fold" or "zsmalloc"; codec "lz4", "zstd", "zstd:LEVEL" or "none"; commit "ahead" or
     "all"; `tidy`: with the threads that compact and recompress in the background.  Raises ConfigError for other words, MemoryFileError without memory.
-    Call start() before the first request, in the process that serves.
+    Call start() before the first request, in the process that serves.  On a file that is only expected
+    (`MemoryFile.expect`) all its memory is had, and nothing written; begin() when the file is taken.
     """
 
     def __cinit__(self, MemoryFile memory, str allocator="zbud", str codec="lz4", str commit="ahead", bint tidy=True):
@@ -102,16 +102,15 @@ cdef class Store:
             core.codec.codec, core.codec.level = codec_names.parse(codec)
         except ValueError as error:
             raise ConfigError(str(error)) from None
-        if memory.base == NULL or not memory.writable:
+        if memory.base == NULL or not (memory.writable or memory.expected):
             raise MemoryFileError("a store needs a memory file that is open for writing")
         if memory.devices()[0][0] == FOREIGN_DEVICE:
             raise MemoryFileError(f"the memory file {memory.name} is a node's that lends it; name another")
         self.memory = memory
         self.codec_text, self.commit = codec, commit
-        self._reset_gauges()
-        index_init(&core.index, memory.index, memory.super.device_pages, &memory.super.devices[0])
         if slots_init(&core.slots, memory.counters) or codec_prepare(&core.slots, core.codec) or arena_init(
-            &core.arena, memory.arena, memory.frame_headers, <uint32_t>memory.super.pool_frames, core.slots.background
+            &core.arena, memory.arena, memory.frame_headers, memory.frame_map,
+            <uint32_t>memory.super.pool_frames, core.slots.background,
         ):
             raise MemoryFileError("no memory for the store's tables; choose a smaller pool")
         core.arena.quiesce = slots_quiesce
@@ -121,24 +120,39 @@ cdef class Store:
             raise MemoryFileError("no memory for the allocator; choose a smaller pool")
         for i in range(PAGE_LOCKS):
             lock_init(&core.page_lock[i])
+        self.tidy = tidy
+        lock_init(&core.tidy.turn)
+        core.index.pages = memory.super.device_pages    # all that is known of the index before begin()
+        dense_init(core)
+        self.open = True
+        if memory.writable:
+            self.begin()
+
+    def begin(self):
+        """The memory file is ours: what it counts is ours.
+
+        Gauges say what is now; a file that is taken over tells the past.
+        """
+        cdef Core *core = &self.core
+        cdef int shard, cell
+        if self.begun:
+            return
+        assert self.memory.writable
+        self.begun = True
+        index_init(&core.index, self.memory.index, self.memory.super.device_pages, &self.memory.super.devices[0])
+        for cell, counter in enumerate(STORED):
+            if counter.kind == "gauge":
+                for shard in range(COUNTER_SHARDS):
+                    self.memory.counters[shard * COUNTER_CELLS + cell] = 0
+        arena_tell(&core.arena)
+        several_tell(core.allocator)
         core.slots.background[C_DEVICE_PAGES] = core.index.pages
         core.slots.background[C_PRIVATE_TABLE_BYTES] = (
             core.slots.memory_bytes + codec_memory_bytes(&core.slots) + core.arena.total * <uint64_t>sizeof(Frame)
             + core.allocator.table_bytes
         )
-        self.tidy = tidy
-        lock_init(&core.tidy.turn)
-        dense_init(core)
         core.dense.readers_counted = core.slots.readers_backed
-        self.open = True
-
-    def _reset_gauges(self):
-        """Gauges say what is now; a file that is taken over tells the past."""
-        cdef int shard, cell
-        for cell, counter in enumerate(STORED):
-            if counter.kind == "gauge":
-                for shard in range(COUNTER_SHARDS):
-                    self.memory.counters[shard * COUNTER_CELLS + cell] = 0
+        dense_tell(core)
 
     def start(self):
         """Commit the index and the reserve, start the threads; serve from now on."""
@@ -154,7 +168,7 @@ cdef class Store:
         if self.commit == "all":
             arena_keep_all(&core.arena)
         if not self.memory.fresh:
-            core.arena.held = 1
+            core.arena.held = HELD_UNKNOWN
             if thread_start_alike(&core.rebuilder, takeover, core, b"zc-takeover") != 0:
                 raise MemoryFileError("no thread could be started; raise the limit of processes")
             core.rebuilding = True

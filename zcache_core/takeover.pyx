@@ -14,10 +14,10 @@ needed: no list, no lock, no count.
 
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
+from zcache_core.adoption cimport arena_adopt_rest
 from zcache_core.allocator cimport object_bytes, object_header
 from zcache_core.backing cimport change_class
 from zcache_core.codec cimport codec_expect_zstd
-from zcache_core.committer cimport arena_adopt_rest
 from zcache_core.core cimport Core
 from zcache_core.counter_ids cimport C_LOST_PAGES, C_PRIVATE_TABLE_BYTES, C_REBUILD_US, C_REBUILT_PAGES
 from zcache_core.index cimport entry_flip, entry_load, versions_start_at, versions_take

@@ -8,3 +8,4 @@ from zcache_core.pthread cimport pthread_mutex_t
 
 cdef Allocator *zsmalloc_make(Arena *arena, uint64_t *cells, pthread_mutex_t *guard) noexcept nogil
 cdef bint zsmalloc_prepare(Allocator *self) noexcept nogil
+cdef void zsmalloc_tell(Allocator *self) noexcept nogil

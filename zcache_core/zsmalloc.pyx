@@ -352,6 +352,11 @@ cdef bint zsmalloc_prepare(Allocator *self) noexcept nogil:
     return back_range(<uint8_t *>(<Zsmalloc *>self).bits, <uint64_t>self.arena.total * sizeof(Bits)) == 0
 
 
+cdef void zsmalloc_tell(Allocator *self) noexcept nogil:
+    """No zspage yet, whatever a predecessor counted."""
+    memset(self.cells + CLASS_CELLS, 0, 2 * (<Zsmalloc *>self).classes.n * sizeof(uint64_t))
+
+
 cdef Allocator *zsmalloc_make(Arena *arena, uint64_t *cells, pthread_mutex_t *guard) noexcept nogil:
     """A zsmalloc allocator on `arena`; NULL when there is no memory."""
     cdef Zsmalloc *z = <Zsmalloc *>calloc(1, sizeof(Zsmalloc))
@@ -364,7 +369,6 @@ cdef Allocator *zsmalloc_make(Arena *arena, uint64_t *cells, pthread_mutex_t *gu
         free(z)
         return NULL
     sizeclasses_make(&z.classes)
-    memset(cells + CLASS_CELLS, 0, 2 * z.classes.n * sizeof(uint64_t))      # a predecessor's
     z.aside = NO_FRAME
     memset(z.head, 0xFF, sizeof(z.head))        # NO_FRAME
     z.face.name = b"zsmalloc"

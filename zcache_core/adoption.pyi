@@ -1,0 +1,1 @@
+"""Adopting a predecessor's frames; its face is C only (adoption.pxd)."""
