@@ -75,7 +75,7 @@ deb: run-packages venv core ## make a Debian package in build/
 clean: ## remove everything that setup and tests made, but no Debian package
 	rm -rf .venv build .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find zcache_core cluster plugin bench tests -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
-	rm -f zcache_core/*.so zcache_core/*.c cluster/*.so cluster/*.c zcache_core/counter_ids.pxd
+	rm -f zcache_core/*.so zcache_core/*.c cluster/*.so cluster/*.c zcache_core/counter_ids.pxd plugin/zcache-relay
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16

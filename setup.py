@@ -1,4 +1,4 @@
-"""Builds the compiled modules in place: `python setup.py build_ext --inplace`.
+"""Builds the compiled modules, and the TLS relay, in place: `python setup.py build_ext --inplace`.
 
 Everything else stands in pyproject.toml.  ZCACHE_WERROR=1 turns the C compiler's
 warnings into errors (development and CI); ZCACHE_SANITIZE=address,undefined builds
@@ -14,6 +14,7 @@ from pathlib import Path
 
 from Cython.Build import cythonize
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 PACKAGES = ("zcache_core", "cluster")
@@ -72,8 +73,30 @@ def extensions() -> list[Extension]:
     ]
 
 
+class Build(build_ext):
+    """The extensions, and the one program that is no module."""
+
+    def run(self) -> None:
+        super().run()
+        source, program = ROOT / "plugin/relay.c", ROOT / "plugin/zcache-relay"
+        if program.exists() and program.stat().st_mtime > source.stat().st_mtime:
+            return
+        sanitize = [f"-fsanitize={s}" for s in [os.environ.get("ZCACHE_SANITIZE")] if s]
+        objects = self.compiler.compile(
+            [str(source.relative_to(ROOT))],
+            output_dir=self.build_temp,
+            extra_postargs=flags() + sanitize,
+        )
+        new = program.with_name("zcache-relay.new")  # another one may be running
+        self.compiler.link_executable(
+            objects, str(new), libraries=["ssl", "crypto"], extra_postargs=sanitize
+        )
+        new.replace(program)
+
+
 write_counter_ids()
 setup(
+    cmdclass={"build_ext": Build},
     ext_modules=cythonize(
         extensions(),
         nthreads=0,

@@ -17,8 +17,10 @@ library's (`peersocket`).
 from __future__ import annotations
 
 import datetime
+import ipaddress
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from cryptography import x509
@@ -31,6 +33,7 @@ from zcache_core.errors import ConfigError
 CA_CERTIFICATE, CA_KEY, NODE = "ca.pem", "ca.key", "node.pem"
 CA_DAYS, NODE_DAYS = 3650, 825
 NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,47}"
+HOST_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,252}"
 CLOCKS_APART = datetime.timedelta(hours=1)  # of two machines of a cluster
 
 Key = ec.EllipticCurvePrivateKey
@@ -58,8 +61,11 @@ def init(folder: Path) -> Path:
     return certificate
 
 
-def add(folder: Path, name: str, days: int = NODE_DAYS) -> Path:
-    """The one file of a new node: FOLDER/NAME/node.pem.  Raises ConfigError."""
+def add(folder: Path, name: str, days: int = NODE_DAYS, addresses: Sequence[str] = ()) -> Path:
+    """The one file of a new node: FOLDER/NAME/node.pem.  Raises ConfigError.
+
+    addresses: other names, and IP addresses, by which an NBD client may attach its device.
+    """
     if not re.fullmatch(NAME_PATTERN, name, re.ASCII):
         raise ConfigError(
             f"{name!r} is no name of a node; write up to 48 letters, digits, dots, dashes and "
@@ -77,6 +83,7 @@ def add(folder: Path, name: str, days: int = NODE_DAYS) -> Path:
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_usage(signs_certificates=False), critical=True)
         .add_extension(x509.ExtendedKeyUsage(both), critical=False)
+        .add_extension(_names([name, *addresses]), critical=False)
         .add_extension(
             x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key()), critical=False
         )
@@ -86,6 +93,21 @@ def add(folder: Path, name: str, days: int = NODE_DAYS) -> Path:
     path.parent.mkdir(mode=0o700, exist_ok=True)
     _write_private(path, _private_bytes(key) + made.public_bytes(pem) + ca.public_bytes(pem))
     return path
+
+
+def _names(texts: Sequence[str]) -> x509.SubjectAlternativeName:
+    """What a client that compares names may find: RFC 6125 looks here, and not at the subject."""
+    found: list[x509.GeneralName] = []
+    for text in dict.fromkeys(texts):
+        try:
+            found.append(x509.IPAddress(ipaddress.ip_address(text)))
+        except ValueError:
+            if not re.fullmatch(HOST_PATTERN, text, re.ASCII):
+                raise ConfigError(
+                    f"{text!r} is no address of a machine; write an IP address, or a host's name"
+                ) from None
+            found.append(x509.DNSName(text))
+    return x509.SubjectAlternativeName(found)
 
 
 def name_in(folder: Path) -> str:

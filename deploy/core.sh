@@ -23,13 +23,14 @@ sources() { find zcache_core cluster -name "$1" ! -name counter_ids.pxd 2>/dev/n
 hash_of() { xargs -r sha256sum | sha256sum; }
 shared=$({ echo setup.py zcache_core/counters.py requirements.lock && sources '*.h' && sources '*.pxd'; } |
     hash_of)
-own=$(sources '*.pyx' | hash_of)
+own=$({ echo plugin/relay.c && sources '*.pyx'; } | hash_of)
 
 complete() { # every .pyx has its compiled module
     for source in $(sources '*.pyx'); do
         set -- "${source%.pyx}".*.so
         [ -e "$1" ] || return 1
     done
+    [ -e plugin/zcache-relay ]
 }
 
 line() { sed -n "$1p" "build/core-$mode" 2>/dev/null || :; }
@@ -43,6 +44,7 @@ else
     for source in $(sources '*.pyx'); do
         rm -f "${source%.pyx}".*.so "${source%.pyx}.c"
     done
+    rm -f plugin/zcache-relay
     rm -rf build/core-* build/lib.* build/temp.*
 fi
 

@@ -15,7 +15,7 @@ next=$(/usr/bin/python3 -c 'import sys; print("%d.%d" % (sys.version_info[0], sy
 
 rm -rf $tree
 DESTDIR=$PWD/$tree PREFIX=/usr deploy/install.sh install
-find $tree -name '*.so' -exec strip --strip-unneeded {} +
+find $tree \( -name '*.so' -o -name zcache-relay \) -exec strip --strip-unneeded {} +
 gzip -9n $tree/usr/share/man/man1/*.1
 mkdir -p $tree/DEBIAN
 

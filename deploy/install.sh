@@ -45,7 +45,7 @@ install_all() {
         "$root/share/doc/zcache"
     for package in zcache_core cluster plugin; do
         mkdir "$lib.new/$package"
-        find $package -maxdepth 1 \( -name '*.py' -o -name '*.so' \) \
+        find $package -maxdepth 1 \( -name '*.py' -o -name '*.so' -o -name zcache-relay \) \
             -exec cp -p {} "$lib.new/$package/" \;
         find $package -mindepth 1 -maxdepth 1 -type d ! -name __pycache__ \
             -exec cp -rp {} "$lib.new/$package/" \;

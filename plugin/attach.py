@@ -26,10 +26,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from plugin import nbdnetlink, servestate, statepage
+from plugin import nbdnetlink, servestate, statepage, tlsfiles
 from plugin.dialer import Generations, Target, dial, explain
 from plugin.instance import Instance, parse_export
 from plugin.nbdnetlink import Family, Timeouts
+from plugin.relays import Relays
 from plugin.statepage import StatePage
 from zcache_core import process
 from zcache_core.errors import AttachError, ConfigError, InUseError
@@ -49,12 +50,18 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Wish:
-    """What to attach: an NBD URI, on which device (None: any free one), with which timeouts."""
+    """What to attach: an NBD URI, on which device (None: any free one), with which timeouts.
+
+    tls: folder or file with our certificates, None for what the URI says, or the default one.
+    tls_name: what the server's certificate is for, None for the URI's host.
+    """
 
     uri: str
     index: int | None
     timeouts: Timeouts
     plain: bool = False
+    tls: str | None = None
+    tls_name: str | None = None
 
 
 @dataclass(frozen=True)
@@ -69,32 +76,58 @@ class Attached:
         return f"/dev/nbd{self.index}"
 
 
-def parse_uri(uri: str, plain: bool = False) -> Target:
+def parse_uri(uri: str, plain: bool = False, tls_name: str | None = None) -> Target:
     """The Target of nbd://HOST[:PORT][/EXPORT] or nbd+unix:///[EXPORT]?socket=PATH.
 
-    A host's name is looked up here, once.  Raises ConfigError, AttachError.
+    nbds:// and nbds+unix:// are the same with TLS.  A host's name is looked up here, once.
+    Raises ConfigError, AttachError.
     """
     parts = urllib.parse.urlsplit(uri)
-    if parts.scheme not in ("nbd", "nbd+unix") or not (
-        parts.hostname or parts.scheme == "nbd+unix"
-    ):
+    scheme, unix, _ = parts.scheme.partition("+unix")
+    if scheme not in ("nbd", "nbds") or not (parts.hostname or unix):
         raise ConfigError(
-            f"{uri} is no address of an NBD server; write nbd://HOST:PORT/ or "
-            f"nbd+unix:///?socket=PATH"
+            f"{uri} is no address of an NBD server; write nbd://HOST:PORT/, nbds://HOST:PORT/ with "
+            f"TLS, or nbd+unix:///?socket=PATH"
         )
+    tls = ""
+    if scheme == "nbds":
+        tls = tls_name or query(uri, "tls-hostname") or parts.hostname or ""
+        if not tls:
+            raise ConfigError(f"{uri} names no host; write --tls-name, the name in its certificate")
+    elif tls_name or query(uri, "tls-hostname"):
+        raise ConfigError(f"{uri} is without TLS; write nbds:// instead of nbd://")
     device = urllib.parse.unquote(parts.path.removeprefix("/"))
     if not plain and parse_export(device).generation is not None:
         raise ConfigError(f"leave the generation out of {uri}; every connection gets its own")
-    if parts.scheme == "nbd+unix":
-        socket_path = urllib.parse.parse_qs(parts.query).get("socket", [""])[0]
+    if unix:
+        socket_path = query(uri, "socket")
         if not socket_path or parts.netloc:
             raise ConfigError(f"{uri} names no socket; write nbd+unix:///?socket=/run/zcache.sock")
-        return Target(os.path.abspath(socket_path), device=device, plain=plain)
+        return Target(os.path.abspath(socket_path), device=device, plain=plain, tls=tls)
     try:
         port = parts.port or NBD_PORT
     except ValueError as error:
         raise ConfigError(f"{uri} has no possible port; write one from 1 to 65535") from error
-    return Target("", _address_of(parts.hostname or "", port), port, device, plain)
+    return Target("", _address_of(parts.hostname or "", port), port, device, plain, tls)
+
+
+def query(uri: str, name: str) -> str:
+    """A word after the question mark; "" without it."""
+    return urllib.parse.parse_qs(urllib.parse.urlsplit(uri).query).get(name, [""])[0]
+
+
+def make_relays(wish: Wish, target: Target) -> Relays | None:
+    """For TLS, what it takes; None without.  Raises ConfigError."""
+    folder = wish.tls or query(wish.uri, "tls-certificates")
+    if not target.tls:
+        if folder:
+            raise ConfigError(f"{wish.uri} is without TLS; write nbds:// instead of nbd://")
+        return None
+    if not folder and not os.path.isdir(tlsfiles.DEFAULT_FOLDER):
+        raise ConfigError(
+            f"{wish.uri} needs certificates; name their folder: --tls FOLDER ({tlsfiles.HOW})"
+        )
+    return Relays(tlsfiles.message(os.path.abspath(folder or tlsfiles.DEFAULT_FOLDER)))
 
 
 def _address_of(host: str, port: int) -> str:
@@ -143,7 +176,8 @@ def mender_pid(state: dict[str, Any]) -> int:
 
 def attach(instance: Instance, wish: Wish, say: Say) -> Attached:
     """Attach, or adopt what was attached.  Raises AttachError, ConfigError, InUseError."""
-    target = parse_uri(wish.uri, wish.plain)
+    target = parse_uri(wish.uri, wish.plain, wish.tls_name)
+    relays = make_relays(wish, target)
     try:
         fd = statepage.lock(instance.attach)
     except BlockingIOError:
@@ -151,10 +185,12 @@ def attach(instance: Instance, wish: Wish, say: Say) -> Attached:
     try:
         found = look(instance)
         if found is None:
-            return _connect(instance, wish, target, fd, say)
+            return _connect(instance, wish, target, relays, fd, say)
         say(f"{found.device} is attached, but nobody mends its connection")
-        return _adopt(instance, wish, target, found.index, fd, say)
+        return _adopt(instance, wish, target, relays, found.index, fd, say)
     finally:
+        if relays is not None:
+            relays.close()  # the helper has them
         os.close(fd)  # the helper has it too
         servestate.tell_attached(instance)
 
@@ -175,29 +211,44 @@ def _already(instance: Instance, wish: Wish) -> Attached:
     return found
 
 
-def _connect(instance: Instance, wish: Wish, target: Target, fd: int, say: Say) -> Attached:
+def _connect(
+    instance: Instance, wish: Wish, target: Target, relays: Relays | None, fd: int, say: Say
+) -> Attached:
     generations = Generations(int(statepage.read(instance.attach).get("generation", 0)))
     numbers = nbdnetlink.family()
     try:
-        link = dial(target, generations)
+        link = dial(target, generations, relays)
     except (AttachError, OSError) as error:
         raise explain(error, target) from error
+    if relays is not None:
+        relays.keep()
     with link.sock:
         page = StatePage.create(fd, _values(wish, generations))
         index = nbdnetlink.connect(link, wish.index, wish.timeouts, backend(instance))
         page.update(device=f"/dev/nbd{index}")
         try:
-            start = Start(instance, target, index, link.size_bytes, generations.last, numbers)
+            size_bytes, last = link.size_bytes, generations.last
+            start = Start(instance, target, index, size_bytes, last, numbers, relays)
             pid = start_mender(start, fd, link.sock)
         except BaseException:
             nbdnetlink.disconnect(index)
             raise
-    say(f"/dev/nbd{index} is attached to {wish.uri} ({link.size_bytes >> 20} MiB), helper {pid}")
+    how = f", TLS with {target.tls}" if target.tls else ""
+    say(
+        f"/dev/nbd{index} is attached to {wish.uri} ({link.size_bytes >> 20} MiB{how}), "
+        f"helper {pid}"
+    )
     return Attached(index, pid)
 
 
 def _adopt(
-    instance: Instance, wish: Wish, target: Target, index: int, fd: int, say: Say
+    instance: Instance,
+    wish: Wish,
+    target: Target,
+    relays: Relays | None,
+    index: int,
+    fd: int,
+    say: Say,
 ) -> Attached:
     """A helper for a device that has lost its own."""
     if wish.index not in (None, index):
@@ -211,7 +262,8 @@ def _adopt(
     size_bytes = int((nbdnetlink.SYSFS / f"nbd{index}" / "size").read_text()) * SECTOR_BYTES
     generations = Generations(int(state.get("generation", 0)))
     StatePage.create(fd, _values(wish, generations) | {"device": f"/dev/nbd{index}"})
-    start = Start(instance, target, index, size_bytes, generations.last, nbdnetlink.family())
+    numbers = nbdnetlink.family()
+    start = Start(instance, target, index, size_bytes, generations.last, numbers, relays)
     pid = start_mender(start, fd, None)
     say(f"/dev/nbd{index} has a new helper, {pid}")
     return Attached(index, pid)
@@ -221,6 +273,8 @@ def _values(wish: Wish, generations: Generations) -> dict[str, Any]:
     return {
         "uri": wish.uri,
         "plain": wish.plain,
+        "tls": wish.tls,
+        "tls_name": wish.tls_name,
         "timeout_s": wish.timeouts.request_s,
         "dead_timeout_s": wish.timeouts.dead_s,
         "generation": generations.last,
@@ -242,9 +296,12 @@ class Start:
     size_bytes: int
     generation: int
     numbers: Family
+    relays: Relays | None = None
 
 
-def mender_words(start: Start, page_fd: int, sock: socket.socket | None) -> list[str]:
+def mender_words(
+    start: Start, page_fd: int, sock: socket.socket | None, certificates: str = ""
+) -> list[str]:
     """The helper's command line.  Everything in it is a finished number, path or message."""
     target, numbers = start.target, start.numbers
     template = nbdnetlink.reconfigure_template(numbers.family, start.index, backend(start.instance))
@@ -255,6 +312,9 @@ def mender_words(start: Start, page_fd: int, sock: socket.socket | None) -> list
         "port": target.port,
         "device": target.device,
         "plain": "yes" if target.plain else "",
+        "tls": target.tls,
+        "certificates": certificates,
+        "relays": ",".join(f"{pid}:{line.fileno()}" for pid, line in told(start)),
         "generation": start.generation,
         "size": start.size_bytes,
         "family": numbers.family,
@@ -267,14 +327,31 @@ def mender_words(start: Start, page_fd: int, sock: socket.socket | None) -> list
     return [MENDER_NAME, "-I", "-S", str(MENDER), *(f"{k}={v}" for k, v in options.items())]
 
 
+def told(start: Start) -> list[tuple[int, socket.socket]]:
+    """The relays that run already."""
+    return start.relays.told() if start.relays is not None else []
+
+
+def certificates_fd(start: Start) -> list[int]:
+    """What the relays are told, in a file without a name: a key is on no command line."""
+    if start.relays is None:
+        return []
+    fd = os.memfd_create("zcache-certificates")
+    os.write(fd, start.relays.certificates)
+    return [fd]
+
+
 def start_mender(start: Start, page_fd: int, sock: socket.socket | None) -> int:
     """Start the helper; its process, once it is ready for the worst.  Raises AttachError."""
     process.io_flusher()  # inherited; what it refuses, the helper will say
     read_fd, write_fd = os.pipe()
-    fds = [page_fd, write_fd, *([sock.fileno()] if sock is not None else [])]
+    secrets = certificates_fd(start)
+    fds = [page_fd, write_fd, *([sock.fileno()] if sock is not None else []), *secrets]
+    fds += [line.fileno() for _, line in told(start)]
+    words = mender_words(start, page_fd, sock, "".join(map(str, secrets)))
     try:
         child = subprocess.Popen(
-            [*mender_words(start, page_fd, sock), f"ready={write_fd}"],
+            [*words, f"ready={write_fd}"],
             executable=PYTHON,
             env={"PYTHONMALLOC": "malloc", "MALLOC_ARENA_MAX": "1", "LC_ALL": "C.UTF-8"},
             stdin=subprocess.DEVNULL,
@@ -285,7 +362,8 @@ def start_mender(start: Start, page_fd: int, sock: socket.socket | None) -> int:
             start_new_session=True,
         )
     finally:
-        os.close(write_fd)
+        for fd in (write_fd, *secrets):
+            os.close(fd)
     with os.fdopen(read_fd, "rb") as ready:
         if select.select([ready], [], [], READY_S)[0] and ready.read(1):
             assert child.stderr is not None

@@ -7,6 +7,7 @@ when they are needed: pyroute2 takes a third of a second, and `zcache status` ha
 from __future__ import annotations
 
 import argparse
+import os
 from typing import Any
 
 from plugin.instance import DEFAULT_NAME, Instance
@@ -26,11 +27,24 @@ INTERRUPTED = 130  # as a shell reports a program that Ctrl-C ended
 def add_commands(commands: Any) -> None:
     """`commands`: what add_subparsers gave."""
     one = commands.add_parser("attach", help="connect a /dev/nbdX to a server, and keep it so")
-    one.add_argument("uri", metavar="URI", help="nbd://HOST:PORT/ or nbd+unix:///?socket=PATH")
+    one.add_argument(
+        "uri", metavar="URI", help="nbd://HOST:PORT/, nbds://... with TLS, nbd+unix:///?socket=PATH"
+    )
     add_name(one)
     add_attaching(one)
     one.add_argument(
         "--plain", action="store_true", help="the server is no zcache: it has no generations"
+    )
+    one.add_argument(
+        "--tls",
+        metavar="FOLDER",
+        help="with node.pem, or a PEM file, for nbds:// (/etc/zcache/tls)",
+    )
+    one.add_argument(
+        "--tls-name", metavar="NAME", help="in the server's certificate (the URI's host)"
+    )
+    one.add_argument(
+        "--foreground", action="store_true", help="stay; SIGTERM, Ctrl-C: detach, unless in use"
     )
     one.set_defaults(run=_attach)
 
@@ -105,8 +119,13 @@ def _attach(args: argparse.Namespace) -> int:
     from plugin.nbdnetlink import Timeouts
 
     limits = Timeouts(*timeouts(args.timeout, args.dead_timeout))
-    wish = attach.Wish(args.uri, attach.parse_device(args.device), limits, args.plain)
+    index, tls = attach.parse_device(args.device), args.tls and os.path.abspath(args.tls)
+    wish = attach.Wish(args.uri, index, limits, args.plain, tls, args.tls_name)
     attach.attach(Instance(args.name), wish, say)
+    if args.foreground:
+        from plugin import foreground
+
+        return foreground.stay(Instance(args.name), wish, say)
     return 0
 
 

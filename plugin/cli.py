@@ -156,7 +156,7 @@ def _serve(args: argparse.Namespace) -> int:
     instance = Instance(args.name)
     words = serve.words_of(serve.read_toml(args.config), args.words) if args.config else args.words
     serve.start(instance, words, args.detach)
-    print(f"zcache: {args.name} is served on {instance.socket}")
+    print(f"zcache: {args.name} is served on {serve.address(instance)}")
     return 0
 
 

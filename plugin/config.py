@@ -23,7 +23,7 @@ from cluster.addresses import read_address
 from plugin.amounts import PAGE_BYTES, human, size_bytes, total_ram_bytes, whole_pages
 from plugin.codeckeys import RECOMPRESS_AGE_S, read_age, read_codec, read_recompress
 from plugin.instance import DEVICE_PATTERN
-from plugin.peerkeys import check_peer_keys, read_peers, read_replicas
+from plugin.peerkeys import check_nbd_key, check_peer_keys, read_nbd, read_peers, read_replicas
 from zcache_core import PAGES_PER_FRAME
 from zcache_core.diskfile import LEAST_BYTES as DISK_BYTES_MIN
 from zcache_core.errors import ConfigError
@@ -68,6 +68,7 @@ class Config:
     peers: tuple[str, ...] = ()  # addresses of donors
     replicas: int = 2  # copies of a page on different donors
     tls: str | None = None  # absolute path of the folder with node.pem
+    nbd: str | None = None  # HOST:PORT for other machines; None: a Unix socket
     control: str | None = None  # absolute path; None: beside the NBD socket
     metrics: str | None = None  # HOST:PORT for OpenMetrics and the web page
     memory: str | None = None  # None: private to the process
@@ -121,7 +122,8 @@ def parse(pairs: Iterable[tuple[str, str]], ram_bytes: int | None = None) -> Con
         )
     config = Config(**values)
     _check_disk_keys(config, given)
-    check_peer_keys(config.peers, config.tls, given)
+    check_nbd_key(config.nbd, config.tls)
+    check_peer_keys(config.peers, config.tls, given - ({"tls"} if config.nbd else set()))
     return config
 
 
@@ -419,8 +421,16 @@ KEYS: tuple[Key, ...] = (
         "tls",
         "tls",
         "none",
-        "folder with node.pem (zcache cluster-add), for peers that other machines can reach",
+        "folder with node.pem (zcache cluster-add), for peers= and nbd= that others can reach",
         _path("tls", "/etc/zcache/cluster"),
+    ),
+    Key(
+        "nbd",
+        "nbd",
+        "none",
+        "with zcache serve: HOST:PORT where another machine attaches the device, in place of a "
+        "Unix socket; with tls= encrypted, and only for machines of the cluster",
+        read_nbd,
     ),
     Key(
         "control",

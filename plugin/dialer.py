@@ -3,6 +3,7 @@
     target  Unix path or (address, port), device name      where
     Generations.next() -> 1700000000123456                   strictly rising, over restarts too
     dial(target, generation) -> Link(sock, size, flags)      connect, handshake, or an error
+    dial(target, generation, relays)                         with TLS: the Link is a relay's end
 
 Each connection set opens `DEVICE@GENERATION`, so that the server fences what is older: a worker
 of a dead connection may still hold a write that the kernel has sent again.
@@ -22,6 +23,7 @@ import socket
 import time
 
 from plugin.handshake import UNKNOWN_EXPORT, Handshake, RefusedError
+from plugin.relays import Relays
 from zcache_core.errors import AttachError
 
 CONNECT_S = 1.0  # a lost SYN is sent again after one second; a new attempt does that as well
@@ -37,14 +39,17 @@ class Target:
 
     unix: path of its socket, or host: numeric address, and port.  device: "" is its first one.
     plain: it knows no generations (any other NBD server); then `device` is the export's name.
+    tls: the name, or address, that its certificate must have; "" without TLS.
     """
 
-    __slots__ = ("device", "host", "plain", "port", "unix")
+    __slots__ = ("device", "host", "plain", "port", "tls", "unix")
 
     def __init__(
-        self, unix: str, host: str = "", port: int = 0, device: str = "", plain: bool = False
-    ) -> None:
+        self, unix: str, host: str = "", port: int = 0, device: str = "", plain: bool = False,
+        tls: str = "",
+    ) -> None:  # fmt: skip
         self.unix, self.host, self.port, self.device, self.plain = unix, host, port, device, plain
+        self.tls = tls
 
     def __str__(self) -> str:
         return self.unix or f"{self.host} port {self.port}"
@@ -89,14 +94,15 @@ class Link:
         self.sock, self.size_bytes, self.flags = sock, size_bytes, flags
 
 
-def dial(target: Target, generations: Generations | None) -> Link:
+def dial(target: Target, generations: Generations | None, relays: Relays | None = None) -> Link:
     """A new connection, the newest generation of its device.  Raises AttachError, OSError.
 
-    Without generations it is one to look at things, and disturbs no other.
+    Without generations it is one to look at things, and disturbs no other.  relays: for TLS.
     """
+    export = target.export(generations.next() if generations else None)
+    shake = Handshake(export, tls=bool(target.tls))
     sock = _connect(target)
     try:
-        shake = Handshake(target.export(generations.next() if generations else None))
         sock.settimeout(HANDSHAKE_S)
         while not shake.done:
             data = sock.recv(RECEIVE_BYTES)
@@ -104,11 +110,20 @@ def dial(target: Target, generations: Generations | None) -> Link:
                 raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
             if answer := shake.receive(data):
                 sock.sendall(answer)
+            if shake.wants_tls and relays is not None:
+                sock = relays.secure(sock, target.tls, target)
+                sock.settimeout(HANDSHAKE_S)
+                sock.sendall(shake.after_tls())
         sock.setblocking(True)
     except RefusedError as error:
         sock.close()
         if error.code == UNKNOWN_EXPORT and generations:
             generations.refused()
+        raise
+    except (BrokenPipeError, ConnectionResetError):
+        sock.close()
+        if shake.in_tls and relays is not None:
+            raise relays.why_ended(target, target.tls) from None
         raise
     except BaseException:
         sock.close()

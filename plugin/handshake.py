@@ -37,6 +37,7 @@ OPT_STARTTLS, OPT_GO = 5, 7
 REP_ACK, REP_INFO, REP_ERROR = 1, 3, 1 << 31
 NBD_INFO_EXPORT, NBD_INFO_BLOCK_SIZE = 0, 3
 UNKNOWN_EXPORT = REP_ERROR | 6
+NO_TLS = "the NBD server offers no TLS; start it with tls=FOLDER, or attach nbd://, without"
 MESSAGE_BYTES_MAX = 64 << 10
 NAME_BYTES_MAX = 4096  # of an export, as the protocol says
 REFUSALS = {
@@ -44,7 +45,7 @@ REFUSALS = {
     2: "does not permit it",
     3: "found the request malformed",
     4: "cannot do it on its platform",
-    5: "wants TLS; name a folder with certificates: --tls FOLDER",
+    5: "wants TLS; attach nbds:// instead of nbd://, with --tls FOLDER",
     6: "has no export of this name, or does not open it",
     7: "is shutting down",
     8: "wants a client that knows its block sizes",
@@ -71,12 +72,12 @@ class Handshake:
     """One handshake; feed it with `receive`.
 
     export: name, at most 4096 bytes of UTF-8.  tls: ask for TLS first; when `wants_tls` is
-    set, wrap the connection, then send what `after_tls` returns.
+    set, wrap the connection, then send what `after_tls` returns; `in_tls` from then on.
     Afterwards: size_bytes, flags (NBD_FLAG_* of the transmission phase), and the block sizes
     in bytes (minimum, preferred, maximum), or zeros when the server does not say.
     """
 
-    __slots__ = ("_data", "_export", "_option", "_tls", "block_bytes", "done", "flags",
+    __slots__ = ("_data", "_export", "_option", "_tls", "block_bytes", "done", "flags", "in_tls",
                  "size_bytes", "wants_tls")  # fmt: skip
 
     def __init__(self, export: str, tls: bool = False) -> None:
@@ -86,7 +87,7 @@ class Handshake:
         self._tls = tls
         self._data = b""
         self._option = 0  # the one that waits for its answer; 0: the greeting is awaited
-        self.done = self.wants_tls = False
+        self.done = self.wants_tls = self.in_tls = False
         self.size_bytes = self.flags = 0
         self.block_bytes = (0, 0, 0)
 
@@ -109,7 +110,7 @@ class Handshake:
     def after_tls(self) -> bytes:
         """The connection is wrapped: what has to be sent now."""
         assert self.wants_tls
-        self.wants_tls = False
+        self.wants_tls, self.in_tls = False, True
         return self._go()
 
     def _step(self) -> bytes | None:
@@ -152,6 +153,8 @@ class Handshake:
         return OPTION.pack(OPTIONS_MAGIC, OPT_GO, len(wish)) + wish
 
     def _reply(self, kind: int, payload: bytes) -> None:
+        if kind & REP_ERROR and self._option == OPT_STARTTLS:
+            raise RefusedError(NO_TLS, kind)
         if kind & REP_ERROR:
             why = REFUSALS.get(kind & ~REP_ERROR, f"says no (error {kind & ~REP_ERROR})")
             said = payload.decode(errors="replace").strip()

@@ -5,6 +5,7 @@
     RUNTIME/NAME.mem       the memory file's lock: the server's for its life (owner.py)
     RUNTIME/NAME.serve     the supervisor's lock; its text says whom it supervises
     RUNTIME/NAME.attach    the attach helper's lock; its text says what is attached
+    RUNTIME/NAME.tls/      nbd= with tls=: the certificates as nbdkit reads them
 
 RUNTIME is `owner.runtime_dir()`.  Nothing is opened here, so asking for a path costs
 nothing and leaves nothing.
@@ -79,6 +80,11 @@ class Instance:
     def attach(self) -> Path:
         """The attach helper's lock and state."""
         return self._path("attach")
+
+    @property
+    def tls(self) -> Path:
+        """The certificates of its NBD connections."""
+        return self._path("tls")
 
     def _path(self, ending: str) -> Path:
         return runtime_dir() / f"{self.name}.{ending}"

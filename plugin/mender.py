@@ -16,6 +16,9 @@ while the connection lives, and `zcache attach` starts a new one.  That has no c
 it finds out whether the link is dead by offering the kernel one end of a socket pair now and
 then, and taken means dead.
 
+With TLS it dials through a relay (`relays`), and keeps another one ready; the link lives on when
+it dies itself, as without.
+
 What it does not do: connect the device (`attach` does, and starts this), or end that connection.
 
 Started by `attach.start_mender`, not by people.  Linux: netlink(7), linux/nbd-netlink.h.
@@ -38,6 +41,7 @@ from contextlib import suppress
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 
 from plugin.dialer import Generations, Target, dial, explain
+from plugin.relays import MESSAGE_BYTES_MAX, Relays
 from plugin.spare import Spare
 from plugin.statepage import StatePage
 from zcache_core import process
@@ -129,10 +133,11 @@ class Mender:
         page: StatePage,
         size_bytes: int,
         spare: Spare,
+        relays: Relays | None = None,
     ) -> None:
         self._kernel, self._target, self._generations = kernel, target, generations
         self._sock, self._page, self._size_bytes = sock, page, size_bytes
-        self._spare = spare
+        self._spare, self._relays = spare, relays
 
     def run(self) -> None:
         """Until the device is gone: DeviceGoneError."""
@@ -143,6 +148,8 @@ class Mender:
                 self._mend()
             elif self._spare.line is None:
                 self.have_spare()
+            if self._relays is not None and self._relays.missing:
+                self._have_relays(self._relays)
             dead = self._is_dead()
 
     def have_spare(self) -> None:
@@ -153,12 +160,23 @@ class Mender:
             return
         if inherited.sock is not None:
             self._replace(inherited.sock)
+        if self._relays is not None and inherited.relays is not None:
+            self._relays.take_over(inherited.relays)
         self._generations.last = max(self._generations.last, inherited.generation)
         self._page.take_over(os.getpid(), start_ticks())
+
+    def _have_relays(self, relays: Relays) -> None:
+        """One was killed, or none was there yet.  This may take its time: the link lives."""
+        relays.fill()
+        self._page.update(relays=[pid for pid, _ in self._told_relays()])
+        if self._sock is not None:
+            self._spare.tell(self._sock, self._generations.last, self._told_relays())
 
     def close(self) -> None:
         """End in good order, and the spare with us."""
         self._spare.dismiss()
+        if self._relays is not None:
+            self._relays.close()
         if self._sock is not None:
             self._sock.close()
 
@@ -176,10 +194,15 @@ class Mender:
             watch.register(self._sock, select.POLLRDHUP)
         else:
             watch.register(self._kernel.events, select.POLLIN)
-        patient = self._sock is not None and self._spare.line is not None
+        for relay in self._relays or ():
+            watch.register(relay.line, 0)  # its end is heard of all the same
+        missing = self._relays is not None and self._relays.missing
+        patient = self._sock is not None and self._spare.line is not None and not missing
         ready = {fd for fd, _ in watch.poll(None if patient else PROBE_EVERY_S * 1000)}
         if self._spare.line is not None and self._spare.line.fileno() in ready:
             self._spare.bury()
+        if self._relays is not None:
+            self._relays.bury()
         if self._sock is not None:
             return self._sock.fileno() in ready
         if self._kernel.events.fileno() in ready:
@@ -208,7 +231,7 @@ class Mender:
     def _try(self) -> bool:
         """One connection, dialled and handed over; whether the kernel has one now."""
         try:
-            link = dial(self._target, self._generations)
+            link = dial(self._target, self._generations, self._relays)
         except (AttachError, OSError) as error:
             self._page.update(error=str(explain(error, self._target)))
             return False
@@ -243,7 +266,13 @@ class Mender:
     def _keep(self, sock: socket.socket) -> None:
         """This is the living one now."""
         self._replace(sock)
-        self._spare.tell(sock, self._generations.last)
+        if self._relays is not None:
+            self._relays.keep()
+            self._page.update(relays=[pid for pid, _ in self._told_relays()])
+        self._spare.tell(sock, self._generations.last, self._told_relays())
+
+    def _told_relays(self) -> list[tuple[int, socket.socket]]:
+        return self._relays.told() if self._relays is not None else []
 
     def _replace(self, sock: socket.socket) -> None:
         if self._sock is not None:
@@ -251,13 +280,13 @@ class Mender:
         self._sock = sock
 
 
-def warm_up(target: Target, page: StatePage) -> None:
-    """Do once all that mending does, where it disturbs nobody."""
+def warm_up(target: Target, page: StatePage, relays: Relays | None) -> None:
+    """Do once all that mending does, where it disturbs nobody: through the idle relay."""
     nowhere = Target(unix="/nonexistent/nbd.sock")
     for _ in range(3):
         for goal in (nowhere, target):
             try:
-                dial(goal, None).sock.close()
+                dial(goal, None, relays).sock.close()
             except (AttachError, OSError) as error:
                 page.update(error=str(explain(error, goal)))
     gc.collect()
@@ -270,7 +299,7 @@ def main(words: list[str]) -> int:
     told_fd = int(options["ready"])
     target = Target(
         options["unix"], options["host"], int(options["port"]), options["device"],
-        bool(options["plain"]),
+        bool(options["plain"]), options["tls"],
     )  # fmt: skip
     page = StatePage.open(int(options["page"]))
     generations = Generations(int(options["generation"]))
@@ -281,12 +310,17 @@ def main(words: list[str]) -> int:
         bytes.fromhex(options["template"]),
     )
     sock = socket.socket(fileno=int(options["sock"])) if options["sock"] else None
-    mender = Mender(kernel, target, generations, sock, page, int(options["size"]), Spare())
+    relays = found_relays(options["certificates"], options["relays"])
+    size_bytes = int(options["size"])
+    mender = Mender(kernel, target, generations, sock, page, size_bytes, Spare(), relays)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-    refused = settle()
-    warm_up(target, page)
+    refused = settle(secret=relays is not None)
+    if relays is not None:
+        relays.fill()
+        page.update(relays=[pid for pid, _ in relays.told()])
+    warm_up(target, page, relays)
     page.update(pid=os.getpid(), start_ticks=start_ticks(), refused="; ".join(refused))
     gc.freeze()
     try:
@@ -302,6 +336,17 @@ def main(words: list[str]) -> int:
     return 0
 
 
+def found_relays(certificates: str, running: str) -> Relays | None:
+    """certificates: a descriptor, "" without TLS.  running: PID:LINE,... of those there are."""
+    if not certificates:
+        return None
+    found = []
+    for row in filter(None, running.split(",")):
+        pid, _, line = row.partition(":")
+        found.append((int(pid), socket.socket(fileno=int(line))))
+    return Relays(os.pread(int(certificates), MESSAGE_BYTES_MAX, 0), found)
+
+
 def tell(fd: int) -> None:
     """Say that we are ready.  (A spare that gets here has nobody left to tell.)"""
     with suppress(BrokenPipeError):
@@ -315,9 +360,9 @@ def start_ticks() -> int:
         return int(file.read().rpartition(")")[2].split()[19])
 
 
-def settle() -> list[str]:
+def settle(secret: bool) -> list[str]:
     """Lock everything, keep the heap, be spared.  A sentence for each thing that was refused."""
-    refused = process.prepare(on_fault=False)
+    refused = process.prepare(on_fault=False, secret=secret)
     process.keep_heap(HEAP_BYTES)
     os.chdir("/")
     return refused

@@ -59,6 +59,13 @@ def add_commands(commands: Any) -> None:
     adding = commands.add_parser("cluster-add", help="make a node's certificate: one file")
     adding.add_argument("name", metavar="NAME", help="of the new node")
     adding.add_argument("--folder", default=CLUSTER_FOLDER, help=f"with the CA ({CLUSTER_FOLDER})")
+    adding.add_argument(
+        "--address",
+        action="append",
+        default=[],
+        metavar="ADDR",
+        help="an IP address or other name by which its swap device is attached; may be repeated",
+    )
     adding.set_defaults(run=_add)
 
 
@@ -125,7 +132,7 @@ def _init(args: argparse.Namespace) -> int:
 def _add(args: argparse.Namespace) -> int:
     from cluster import certificates
 
-    made = certificates.add(Path(args.folder), args.name)
+    made = certificates.add(Path(args.folder), args.name, addresses=args.address)
     print(
         f"zcache: copy {made} to the machine {args.name}, into a folder of its own, mode 0600; "
         f"there: tls=THAT_FOLDER"

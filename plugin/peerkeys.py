@@ -1,4 +1,4 @@
-"""Reading the keys about peers: whom to overflow to, how many copies, with which certificate."""
+"""Reading the keys about other machines: whom to overflow to, and who may attach the device."""
 
 from __future__ import annotations
 
@@ -30,14 +30,31 @@ def read_replicas(text: str, ram_bytes: int) -> int:
     return int(text)
 
 
+def read_nbd(text: str, ram_bytes: int) -> str:
+    """Where other machines attach the device."""
+    if text.startswith("/"):
+        raise ConfigError(f"nbd={text} is no HOST:PORT; leave it out: a Unix socket is the default")
+    return str(PeerAddress.read("nbd", text))
+
+
+def check_nbd_key(nbd: str | None, tls: str | None) -> None:
+    """Raises ConfigError for an address of a network without certificates."""
+    if nbd is not None:
+        PeerAddress.read("nbd", nbd).require_safe("nbd", tls)
+
+
 def check_peer_keys(peers: tuple[str, ...], tls: str | None, given: set[str]) -> None:
     """What keys of peers mean only together.  Raises ConfigError."""
     if not peers:
         for name in ("replicas", "tls"):
             if name in given:
                 raise ConfigError(
-                    f"{name}= means something only with peers=ADDRESS,...; add it, or leave "
-                    f"{name}= out"
+                    f"{name}= means something only with peers=ADDRESS,...{also(name)}; add it, or "
+                    f"leave {name}= out"
                 )
     for address in peers:
         PeerAddress.read("peers", address).require_safe("peers", tls)
+
+
+def also(name: str) -> str:
+    return " or nbd=HOST:PORT" if name == "tls" else ""

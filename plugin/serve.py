@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster import unixsock
-from plugin import config, servestate
+from plugin import config, servestate, tlsfiles
 from plugin.instance import Instance
 from plugin.leave import LEAVE
 from plugin.servestate import State, attached_device, is_alive
@@ -48,6 +49,8 @@ def start(instance: Instance, words: Sequence[str], detach: bool = True) -> None
     words = list(words) or _last_words(instance)
     settings = config.parse([split(word) for word in words])
     given = {word.partition("=")[0] for word in words}
+    if settings.nbd and settings.tls:
+        tlsfiles.lay_out(settings.tls, instance.tls)  # who is wrong hears it now
     for name in given & {"memory", "control"}:
         raise ConfigError(
             f"{name}= follows from the name of a supervised server; write --name instead"
@@ -108,6 +111,7 @@ def stop(instance: Instance, force: bool = False, keep: bool = False) -> bool:
         found = True
     if device is None and not keep:
         instance.serve.unlink(missing_ok=True)
+        shutil.rmtree(instance.tls, ignore_errors=True)
         shmid = memfile.find(instance.name)
         if shmid is not None:
             memfile.remove(shmid)
@@ -143,6 +147,14 @@ def upgrade(instance: Instance) -> State:
     late = f"the upgrade takes too long; see {log_path(instance)}"
     after: State = _wait(answered, UPGRADE_S, late)
     return after
+
+
+def address(instance: Instance) -> str:
+    """Where its server is, as its supervisor was told."""
+    given = dict(word.partition("=")[::2] for word in _last_words(instance))
+    if "nbd" in given:
+        return f"{'nbds' if 'tls' in given else 'nbd'}://{given['nbd']}/"
+    return str(instance.socket)
 
 
 def log_path(instance: Instance) -> Path:

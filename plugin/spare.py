@@ -1,6 +1,6 @@
 """The helper's spare: a copy that waits, locked in memory, to take its place.
 
-    mender ── each new connection's socket and generation ──► spare
+    mender ── each new connection's socket and generation, its relays ──► spare
        │                                                        │ end of the line: mender dead
        └── kill -9                                              └─► goes on where it stood
 
@@ -30,18 +30,33 @@ if TYPE_CHECKING:
     from typing import NoReturn
 
 READY_S = 5.0  # it takes some milliseconds
-NEWS = struct.Struct("=Q")  # the generation; its socket goes with it
+NEWS = struct.Struct("=QII")  # the generation, the relays' processes; sockets go with it
+FDS_MAX = 3  # the connection's socket, the relays' lines
 BYE = b"bye"
 
 
 class Inheritance:
-    """What the dead one had told: its socket and last generation; None and 0 if nothing."""
+    """What the dead one had told: its socket, last generation, and relays (process, line).
 
-    __slots__ = ("generation", "sock")
+    None and 0 if nothing was told since the fork.
+    """
+
+    __slots__ = ("generation", "relays", "sock")
 
     def __init__(self) -> None:
         self.sock: socket.socket | None = None
         self.generation = 0
+        self.relays: list[tuple[int, socket.socket]] | None = None
+
+    def take(self, news: bytes, fds: list[int]) -> None:
+        """What came last is what holds."""
+        self.generation, *pids = NEWS.unpack(news)
+        for old in (self.sock, *(line for _, line in self.relays or [])):
+            if old is not None:
+                old.close()
+        self.sock = socket.socket(fileno=fds[0])
+        lines = [socket.socket(fileno=fd) for fd in fds[1:]]
+        self.relays = list(zip(pids, lines, strict=False))
 
 
 class Spare:
@@ -79,12 +94,16 @@ class Spare:
             self.kill()
         return None
 
-    def tell(self, sock: socket.socket, generation: int) -> None:
-        """The link has another socket now.  Never blocks; a spare that is gone shows in `line`."""
+    def tell(
+        self, sock: socket.socket, generation: int, relays: list[tuple[int, socket.socket]]
+    ) -> None:
+        """What there is now.  Never blocks; a spare that is gone shows in `line`."""
         if self.line is not None:
-            rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [sock.fileno()]))
+            fds = array.array("i", [sock.fileno(), *(line.fileno() for _, line in relays)])
+            rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)
+            pids = ([pid for pid, _ in relays] + [0, 0])[: FDS_MAX - 1]
             try:
-                self.line.sendmsg([NEWS.pack(generation)], [rights])
+                self.line.sendmsg([NEWS.pack(generation, *pids)], [rights])
             except OSError:
                 self.kill()  # it would inherit something old
 
@@ -116,7 +135,7 @@ def _wait(line: socket.socket) -> Inheritance:
     found = Inheritance()
     while True:
         try:
-            data, rights, _, _ = line.recvmsg(64, socket.CMSG_SPACE(4))
+            data, rights, _, _ = line.recvmsg(64, socket.CMSG_SPACE(4 * FDS_MAX))
         except InterruptedError:
             continue
         if data == BYE:
@@ -124,11 +143,8 @@ def _wait(line: socket.socket) -> Inheritance:
         if not data:
             line.close()
             return found
-        (found.generation,) = NEWS.unpack(data)
         for _, _, fds in rights:
-            if found.sock is not None:
-                found.sock.close()
-            found.sock = socket.socket(fileno=struct.unpack("=i", fds[:4])[0])
+            found.take(data, list(struct.unpack(f"={len(fds) // 4}i", fds)))
 
 
 def _leave() -> NoReturn:

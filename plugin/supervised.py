@@ -17,15 +17,18 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from plugin import liaison, servestate
+from cluster import unixsock
+from cluster.peeraddress import PeerAddress
+from plugin import liaison, servestate, tlsfiles
 from plugin.instance import Instance
 from plugin.spawn import Program
 from zcache_core import memfile
-from zcache_core.errors import MemoryFileError
+from zcache_core.errors import ConfigError, MemoryFileError
 from zcache_core.owner import start_ticks
 
 ROOT = Path(__file__).resolve().parent.parent
 LIAISON_FD = 3  # the server's number for its end of the socket pair
+CONNECT_S = 1.0
 
 
 class Server:
@@ -101,10 +104,42 @@ def command(instance: Instance, words: Sequence[str]) -> list[str]:
     """The command line of the server of this instance; `words` are key=value."""
     nbdkit = shutil.which("nbdkit", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/bin")
     return [
-        nbdkit or "nbdkit", "-f", "-U", str(instance.socket),
+        nbdkit or "nbdkit", "-f", *listen_words(instance, words),
         "python", str(ROOT / "plugin/zcache_plugin.py"),
         *words, f"memory={instance.name}", f"control={instance.control}",
     ]  # fmt: skip
+
+
+def listen_words(instance: Instance, words: Sequence[str]) -> list[str]:
+    """nbdkit's options for where it listens.  Raises ConfigError for certificates that are none."""
+    given = dict(word.partition("=")[::2] for word in words)
+    if "nbd" not in given:
+        return ["-U", str(instance.socket)]
+    address = PeerAddress.read("nbd", given["nbd"])
+    found = ["-i", address.host, "-p", str(address.port)]
+    if folder := given.get("tls"):
+        try:
+            folder = str(tlsfiles.lay_out(folder, instance.tls))
+        except ConfigError:
+            if not instance.tls.exists():
+                raise
+            folder = str(instance.tls)  # those of the last start: a restart must not fail for it
+        found += ["--tls=require", "--tls-verify-peer", f"--tls-certificates={folder}"]
+    return found
+
+
+def answers(instance: Instance, words: Sequence[str]) -> bool:
+    """Whether somebody listens where this instance's server does."""
+    given = dict(word.partition("=")[::2] for word in words)
+    if "nbd" not in given:
+        return unixsock.is_alive(instance.socket)
+    address = PeerAddress.read("nbd", given["nbd"])
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address.host, address.host)
+    try:
+        socket.create_connection((host, address.port), CONNECT_S).close()
+    except OSError:
+        return False
+    return True
 
 
 def spawn(words: Sequence[str], standby: bool) -> Server:

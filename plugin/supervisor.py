@@ -38,13 +38,12 @@ import time
 from collections.abc import Callable
 
 import zcache_core
-from cluster import unixsock
 from plugin import servestate
 from plugin.instance import Instance
 from plugin.leave import LEAVE
 from plugin.servestate import LOOK, Kept, ServeLock, State
 from plugin.standby import LOAD_S, Standby
-from plugin.supervised import ROOT, Server, command, living_owner, spawn
+from plugin.supervised import ROOT, Server, answers, command, living_owner, spawn
 from plugin.teller import Teller, flush, say, start_log
 from zcache_core import process
 from zcache_core.errors import ZcacheError
@@ -189,7 +188,7 @@ class Supervisor:
     def _check_adopted(self) -> None:
         """Of two servers that were started at once, the one with the memory lost its socket."""
         self._check_s = None
-        if self._server is not None and not unixsock.is_alive(self._instance.socket):
+        if self._server is not None and not answers(self._instance, self._state.words):
             self._say(f"the server (process {self._server.pid}) does not answer; replacing it")
             self._server.signal(LEAVE)
             self._kill_s = time.monotonic() + END_S

@@ -31,7 +31,7 @@ from plugin.instance import Instance
 from plugin.interrupts import as_ctrl_c
 from plugin.nbdnetlink import Timeouts
 from plugin.swaparea import Area
-from zcache_core.errors import AttachError, InUseError
+from zcache_core.errors import AttachError, ConfigError, InUseError
 
 Say = Callable[[str], None]
 CONNECTED_S = 20.0
@@ -53,6 +53,11 @@ class Plan:
 
 def up(plan: Plan, say: Say) -> Attached:
     """Everything up; what is attached.  Raises ZcacheError."""
+    if "nbd" in dict(map(serve.split, plan.words)):
+        raise ConfigError(
+            "nbd= is for other machines, and 'zcache up' swaps onto this one; leave it out, or use "
+            "'zcache serve' here and 'zcache attach' there"
+        )
     _serve(plan, say)
     _reached("up:serve")
     wish = Wish(uri_of(plan.instance), plan.index, plan.timeouts)
@@ -168,7 +173,8 @@ def _take_back(
         say(f"{found.device} has nobody who mends its connection")
         limits = Timeouts(int(state.get("timeout_s", 3)), int(state.get("dead_timeout_s", 60)))
         uri = str(state.get("uri") or uri_of(instance))
-        attach.attach(instance, Wish(uri, None, limits, bool(state.get("plain"))), say)
+        own = state.get("tls"), state.get("tls_name")
+        attach.attach(instance, Wish(uri, None, limits, bool(state.get("plain")), *own), say)
     _wait_for_server(instance, found)
     with as_ctrl_c(signal.SIGTERM), Progress(area.used_bytes, out) as progress:
         try:

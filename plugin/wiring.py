@@ -250,6 +250,11 @@ def check(config: Config, supervised: bool = False, before: Before | None = None
     there is the node process of a killed predecessor, and may be too swapped out to end.
     """
     where = listening(own_command_line(), os.environ)
+    if config.nbd is not None and not supervised:
+        raise ConfigError(
+            "nbd= is for 'zcache serve', which starts nbdkit; here write -i HOST -p PORT, before "
+            "python"
+        )
     if where.unix is not None:
         unixsock.claim(where.unix, "the NBD socket", "-U PATH")
     # A default with a process number in it is nobody's yet: the number is our child's.

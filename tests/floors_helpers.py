@@ -43,11 +43,11 @@ FLOORS = {
     },
     "plugin": {
         6: "interrupts messages logpipe amounts instance peerkeys codeckeys config liaison teller "
-        "handshake dialer statepage spare",
+        "handshake relays dialer statepage spare tlsfiles",
         7: "spawn keeper leave places fitness show lower wiring servestate supervised "
         "nbdnetlink swaparea upfile rates terminal reach counterfiles recording sampling",
-        8: "control drain standby supervisor serve mender attach swapping topview top statsfs "
-        "record plot doctor watching estimate",
+        8: "control drain standby supervisor serve mender attach foreground swapping topview top "
+        "statsfs record plot doctor watching estimate",
         9: "zcache_plugin attachcli nodecli reference fitswap cli writepages",
     },
 }

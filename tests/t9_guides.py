@@ -21,6 +21,9 @@ import pytest
 
 from cluster import health
 from cluster.link import BlockingClient
+from plugin import attach, tlsfiles
+from plugin.dialer import Generations, dial
+from plugin.relays import Relays
 from plugin.statsfs import DEVICE
 from tests.plugin_helpers import ROOT, Server, environment, segments, wait_for
 from zcache_core.errors import ControlError
@@ -186,6 +189,48 @@ def test_the_host_of_a_virtual_machine(tmp_path: Path) -> None:
         process.wait(30)
     wait_for("its end", lambda: not (tmp_path / "vm.ctl").exists())
     assert not segments(process.pid)
+
+
+def test_the_host_of_a_virtual_machine_with_certificates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Certificates, server, and the guest's connection to it, as the guide has them."""
+    monkeypatch.setenv("ZCACHE_RUNTIME_DIR", str(tmp_path))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    told = {
+        "192.168.122.1:10809": f"127.0.0.1:{port}", "192.168.122.1": "127.0.0.1",
+        "cluster-init": f"cluster-init {tmp_path}/cluster",
+        "cluster-add": f"cluster-add --folder {tmp_path}/cluster",
+        "/etc/zcache/cluster": f"{tmp_path}/cluster",
+        "/etc/zcache/tls": f"{tmp_path}/cluster/guest",
+        "--name vm": f"--name vm-{os.getpid()}", "size=4G pool=1G": "size=16M pool=4M",
+    }  # fmt: skip
+    lines = []
+    for line in commands(PAGES["vm.md"]):
+        for old, new in told.items():
+            line = line.replace(old, new)
+        lines.append(line)
+    host = [line for line in lines if re.match(r"zcache (cluster-|serve|stop)", line)]
+    assert [line.split()[1] for line in host] == [
+        "cluster-init", "cluster-add", "cluster-add", "serve", "stop",
+    ]  # fmt: skip
+    env = environment(tmp_path) | {"PATH": f"{ROOT / '.venv/bin'}:{os.environ['PATH']}"}
+    try:
+        for line in host[:-1]:
+            done = subprocess.run(
+                ["bash", "-c", line], env=env, capture_output=True, text=True, timeout=60
+            )
+            assert done.returncode == 0, f"{line}: {done.stderr}"
+        (line,) = [line for line in lines if line.startswith("zcache attach")]
+        _, _, uri, _, folder = line.split()
+        relays = Relays(tlsfiles.message(folder))
+        link = dial(attach.parse_uri(uri), Generations(), relays)
+        with link.sock:
+            assert link.size_bytes == 16 << 20
+        relays.close()
+    finally:
+        subprocess.run(["bash", "-c", host[-1]], env=env, check=True, timeout=60)
 
 
 def test_every_other_command_is_known() -> None:

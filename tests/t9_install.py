@@ -163,6 +163,7 @@ def test_debian_package_comes_and_goes(tmp_path: Path) -> None:
     run(*dpkg, "-i", package, env=path)
     installed = root / "usr/lib/zcache"
     assert list(installed.glob("zcache_core/store*.so"))
+    assert os.access(installed / "plugin/zcache-relay", os.X_OK)
     assert (root / "usr/lib/systemd/system/zcache@.service").exists()
 
     swaps, blocks = tmp_path / "swaps", tmp_path / "block"
