@@ -192,7 +192,7 @@ def attach(instance: Instance, wish: Wish, say: Say) -> Attached:
         if relays is not None:
             relays.close()  # the helper has them
         os.close(fd)  # the helper has it too
-        servestate.tell_attached(instance)
+        servestate.tell_attached(instance, wish.uri)
 
 
 def _already(instance: Instance, wish: Wish) -> Attached:
@@ -390,8 +390,9 @@ def detach(instance: Instance, say: Say) -> None:
         say(f"{found.device} is detached")
     else:
         say(f"nothing is attached as {instance.name}")
+    uri = str(statepage.read(instance.attach).get("uri", ""))
     instance.attach.unlink(missing_ok=True)
-    servestate.tell_attached(instance)
+    servestate.tell_attached(instance, uri)
 
 
 def refuse_if_in_use(found: Attached) -> None:

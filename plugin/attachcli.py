@@ -121,11 +121,12 @@ def _attach(args: argparse.Namespace) -> int:
     limits = Timeouts(*timeouts(args.timeout, args.dead_timeout))
     index, tls = attach.parse_device(args.device), args.tls and os.path.abspath(args.tls)
     wish = attach.Wish(args.uri, index, limits, args.plain, tls, args.tls_name)
-    attach.attach(Instance(args.name), wish, say)
     if args.foreground:
         from plugin import foreground
 
-        return foreground.stay(Instance(args.name), wish, say)
+        foreground.attach_and_stay(Instance(args.name), wish, say)
+    else:
+        attach.attach(Instance(args.name), wish, say)
     return 0
 
 

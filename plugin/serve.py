@@ -26,7 +26,7 @@ from cluster import unixsock
 from plugin import config, servestate, tlsfiles
 from plugin.instance import Instance
 from plugin.leave import LEAVE
-from plugin.servestate import State, attached_device, is_alive
+from plugin.servestate import State, attached, is_alive
 from zcache_core import memfile
 from zcache_core.errors import ConfigError, InUseError, ZcacheError
 
@@ -37,6 +37,7 @@ NODE_S = 5.0  # it is a moment later than the server, and not needed for pages
 UPGRADE_S = 60.0
 LOOK_S = 0.01
 LOG_BYTES_MAX = 1 << 20
+PATHS = ("disk", "disk_force", "tls")  # keys whose relative paths are the caller's
 
 
 def start(instance: Instance, words: Sequence[str], detach: bool = True) -> None:
@@ -46,7 +47,7 @@ def start(instance: Instance, words: Sequence[str], detach: bool = True) -> None
     `words` are key=value; without any the last ones of this instance are taken.
     Raises ZcacheError with the server's one sentence of why not.
     """
-    words = list(words) or _last_words(instance)
+    words = [_absolute(word) for word in words] or _last_words(instance)
     settings = config.parse([split(word) for word in words])
     given = {word.partition("=")[0] for word in words}
     if settings.nbd and settings.tls:
@@ -95,10 +96,11 @@ def stop(instance: Instance, force: bool = False, keep: bool = False) -> bool:
     Raises InUseError while a kernel device is attached, unless `force`; then, or with
     `keep`, the memory file stays, so that the next server finds the pages.
     """
-    device = attached_device(instance)
+    device, name = next(iter(attached(instance)), (None, ""))
     if device is not None and not force:
+        down = "down" if name == instance.name else f"down --name {name}"
         raise InUseError(
-            f"{device} is attached to the server {instance.name}; 'zcache down' ends both in "
+            f"{device} is attached to the server {instance.name}; 'zcache {down}' takes it away in "
             f"safe order, 'zcache stop --force' takes the device's pages with it"
         )
     state = servestate.read(instance)
@@ -202,6 +204,12 @@ def environment() -> dict[str, str]:
     """For the supervisor: ours, plus where our modules are."""
     paths = [str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "ZCACHE_PYTHON": sys.executable}
+
+
+def _absolute(word: str) -> str:
+    """A path as it is meant here: the server's folder is another one."""
+    key, value = split(word)
+    return f"{key}={os.path.abspath(value)}" if key in PATHS and value else word
 
 
 def error_of(code: int, sentence: str) -> ZcacheError:

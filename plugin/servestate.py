@@ -20,11 +20,13 @@ import mmap
 import os
 import signal
 import time
+import urllib.parse
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from plugin.instance import Instance
-from zcache_core.errors import InUseError
+from zcache_core.errors import ConfigError, InUseError
 from zcache_core.owner import start_ticks
 
 FILE_BYTES = 16384
@@ -106,19 +108,52 @@ def read(instance: Instance) -> State | None:
 
 
 def attached_device(instance: Instance) -> str | None:
-    """The kernel's device that this instance serves, as far as can be known; None without one."""
-    sys_block = Path(os.environ.get("ZCACHE_SYS_BLOCK", "/sys/block"))
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-        told = json.loads(instance.attach.read_bytes().rstrip(b"\0"))
-        for device in told["devices"] if "devices" in told else [told["device"]]:
-            name = str(device).removeprefix("/dev/")
-            if (sys_block / name / "pid").exists() or int((sys_block / name / "size").read_text()):
-                return f"/dev/{name}"
-    return None
+    """A device of the kernel's that this instance serves, as far as can be known; None if none."""
+    return next((device for device, _ in attached(instance)), None)
 
 
-def tell_attached(instance: Instance) -> None:
-    """A device was attached or detached: its supervisor, if there is one, is to look."""
+def attached(instance: Instance) -> list[tuple[str, str]]:
+    """(device, the name it is attached under) of all that this instance serves.
+
+    Of several devices of one server each is attached under a name of its own.
+    """
+    found = []
+    pages = [instance.attach, *sorted(instance.attach.parent.glob("*.attach"))]
+    for page in dict.fromkeys(pages):
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+            told = json.loads(page.read_bytes().rstrip(b"\0 "))
+            if not _is_served(told, instance, page == instance.attach):
+                continue
+            devices = [str(one) for one in told.get("devices") or [told["device"]]]
+            name = page.name.removesuffix(".attach")
+            found += [(one, name) for one in devices if _is_connected(one.removeprefix("/dev/"))]
+    return found
+
+
+def _is_served(told: dict[str, Any], instance: Instance, own_name: bool) -> bool:
+    """Whether what a page tells of is attached to this instance's socket."""
+    if "uri" not in told:
+        return own_name
+    words = urllib.parse.parse_qs(urllib.parse.urlsplit(told["uri"]).query)
+    socket = words.get("socket", [""])[0]
+    return bool(socket) and os.path.realpath(socket) == os.path.realpath(instance.socket)
+
+
+def _is_connected(name: str) -> bool:
+    block = Path(os.environ.get("ZCACHE_SYS_BLOCK", "/sys/block")) / name
+    return (block / "pid").exists() or bool(int((block / "size").read_text()))
+
+
+def tell_attached(instance: Instance, uri: str = "") -> None:
+    """A device was attached or detached: its server's supervisor, if there is one, is to look.
+
+    uri: of the server, where that is another instance's.
+    """
+    words = urllib.parse.parse_qs(urllib.parse.urlsplit(uri).query)
+    socket = Path(words.get("socket", [""])[0])
+    if socket.parent == instance.socket.parent and socket.suffix == ".sock":
+        with contextlib.suppress(ConfigError):
+            instance = Instance(socket.stem)
     state = read(instance)
     if state is not None and state.looks and state.is_supervised:
         with contextlib.suppress(ProcessLookupError, PermissionError):

@@ -89,6 +89,11 @@ def down(instance: Instance, force: bool, say: Say, out: TextIO | None = None) -
     _reached("down:swapoff")
     attach.detach(instance, say)
     _reached("down:detach")
+    for device, name in servestate.attached(instance):
+        raise InUseError(
+            f"the server {instance.name} goes on: {device} is attached to it too; run 'zcache down "
+            f"--name {name}', then this again"
+        )
     if serve.stop(instance):
         say(f"the server {instance.name} has ended")
     else:
@@ -125,16 +130,27 @@ def _serve(plan: Plan, say: Say) -> None:
 def refuse_other_settings(plan: Plan) -> dict[str, Any]:
     """What the server runs with; InUseError when those are other values than were asked for."""
     given = dict(map(serve.split, plan.words))
-    wanted = parse({"size": "1G", **given}.items()).as_dict()
+    wanted = parse(_with_size(given).items()).as_dict()
     with BlockingClient(plan.instance.control) as client:
         running: dict[str, Any] = client.call("config")
     for key, text in given.items():
-        if key in running and key not in NOT_COMPARED and running[key] != wanted[key]:
+        if key not in running or key in NOT_COMPARED:
+            continue
+        if _plain(running[key]) != _plain(wanted[key]):  # RPC has no tuples
             raise InUseError(
                 f"the server {plan.instance.name} runs with {key}={running[key]}, not {text}; "
                 f"leave {key} out, or run 'zcache down' first"
             )
     return running
+
+
+def _with_size(given: dict[str, str]) -> dict[str, str]:
+    """Words that `parse` takes: a size, if nothing says how large."""
+    return given if "devices" in given else {"size": "1G", **given}
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 def own_machine_words(words: Sequence[str]) -> list[str]:
@@ -154,8 +170,8 @@ def default_words(words: Sequence[str]) -> list[str]:
     given = dict(map(serve.split, words))
     if "pool" not in given:
         given["pool"] = "25%"
-    if "size" not in given:
-        config = parse([("size", "1G"), *given.items()])
+    if not {"size", "devices"} & given.keys():
+        config = parse({"size": "1G", **given}.items())
         given["size"] = f"{max(1, 2 * config.pool_bytes >> 20)}M"
     return [f"{key}={value}" for key, value in given.items()]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import random
 import signal
@@ -13,11 +14,13 @@ from typing import Any
 
 import pytest
 
-from plugin import servestate
+from plugin import servestate, swapping
 from plugin.fitness import CAPABILITIES, has_capability
-from tests.plugin_helpers import wait_for
+from plugin.nbdnetlink import Timeouts
+from tests.plugin_helpers import ROOT, wait_for
 from tests.serve_helpers import Served, kill, served
 from zcache_core import memfile
+from zcache_core.errors import InUseError
 
 PAGE = 4096
 MIB = 1 << 20
@@ -224,3 +227,50 @@ def test_supervisor_killed_before_it_knows_its_server(it: Served, rng: random.Ra
         assert it.connect().pread(PAGE, 0) == bytes(PAGE)
         it.disconnect()
         it.zcache("stop", "--keep")
+
+
+# ---- several devices, and what is attached --------------------------------------------------
+
+
+def test_it_does_not_stop_under_any_of_its_devices(
+    it: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second one is attached under another name: the server knows it all the same."""
+    blocks = tmp_path / "block"
+    monkeypatch.setenv("ZCACHE_SYS_BLOCK", str(blocks))
+    it.serve("devices=a:8M,b:8M", "pool=8M", "standby=no")
+    (blocks / "nbd7").mkdir(parents=True)
+    (blocks / "nbd7/size").write_text("16384\n")
+    page = tmp_path / "second.attach"
+    told = {"device": "/dev/nbd7", "uri": f"nbd+unix:///b?socket={it.instance.socket}"}
+    page.write_text(json.dumps(told).ljust(4096))
+    refused = it.zcache("stop", check=False)
+    assert refused.returncode == 5
+    assert "/dev/nbd7 is attached" in refused.stderr
+    assert "zcache down --name second" in refused.stderr
+    assert servestate.attached(it.instance) == [("/dev/nbd7", "second")]
+    # another server's is no matter of this one
+    page.write_text(json.dumps(told | {"uri": f"nbd+unix:///b?socket={tmp_path}/other.sock"}))
+    assert servestate.attached(it.instance) == []
+    it.zcache("stop")
+
+
+def test_up_again_with_the_same_words(it: Served) -> None:
+    """Keys that are lists come back from the server as they were meant."""
+    words = ("devices=a:8M,b:8M", "pool=8M")
+    it.serve(*words, "standby=no")
+    wait_for("the node", lambda: it.pids("node"))
+    limits = Timeouts(3, 60)
+    same = swapping.Plan(it.instance, words, 100, None, limits)
+    assert swapping.refuse_other_settings(same)["pool"] == 8 << 20
+    other = swapping.Plan(it.instance, ("devices=a:8M,c:8M",), 100, None, limits)
+    with pytest.raises(InUseError, match="runs with devices="):
+        swapping.refuse_other_settings(other)
+    assert "size" not in swapping.default_words(["devices=a:8M,b:8M"])[-1]
+
+
+def test_a_relative_path_is_the_callers(it: Served, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    state = it.serve(*WORDS, f"disk={os.path.relpath(disk, ROOT)}", "disk_size=20M")
+    assert f"disk={disk}" in state.words
+    assert disk.exists()
