@@ -178,13 +178,11 @@ def attach(instance: Instance, wish: Wish, say: Say) -> Attached:
     """Attach, or adopt what was attached.  Raises AttachError, ConfigError, InUseError."""
     target = parse_uri(wish.uri, wish.plain, wish.tls_name)
     relays = make_relays(wish, target)
+    fd, found = _lock(instance)
+    if fd is None:
+        return _already(instance, wish, found)
     try:
-        fd = statepage.lock(instance.attach)
-    except BlockingIOError:
-        return _already(instance, wish)
-    try:
-        found = look(instance)
-        if found is None:
+        if (found := look(instance)) is None:
             return _connect(instance, wish, target, relays, fd, say)
         say(f"{found.device} is attached, but nobody mends its connection")
         return _adopt(instance, wish, target, relays, found.index, fd, say)
@@ -195,13 +193,26 @@ def attach(instance: Instance, wish: Wish, say: Say) -> Attached:
         servestate.tell_attached(instance, wish.uri)
 
 
-def _already(instance: Instance, wish: Wish) -> Attached:
-    """Somebody holds the page: a helper that runs, or another `attach` that has just begun."""
+def _lock(instance: Instance) -> tuple[int | None, Attached | None]:
+    """The page's descriptor, locked; None when a helper runs, and what it mends.
+
+    Somebody else may hold it: another `attach` that has just begun, or a helper that was
+    killed but has not ended yet.  Raises InUseError.
+    """
     deadline = time.monotonic() + READY_S
-    while not (found := look(instance)) or not found.mender_pid:
+    while True:
+        with contextlib.suppress(BlockingIOError):
+            return statepage.lock(instance.attach), None
+        if (found := look(instance)) and found.mender_pid:
+            return None, found
         if time.monotonic() > deadline:
             raise InUseError(f"another program is attaching {instance.name}; wait for it")
         time.sleep(0.1)
+
+
+def _already(instance: Instance, wish: Wish, found: Attached | None) -> Attached:
+    """A helper runs: that is what was wanted, unless it is of another server."""
+    assert found is not None
     state = statepage.read(instance.attach)
     if state.get("uri") != wish.uri or wish.index not in (None, found.index):
         raise InUseError(

@@ -68,8 +68,8 @@ class Secured:
     def __init__(self, lab: Lab, memory_name: str, ca: Path, **keys: str) -> None:
         self.lab = lab
         words = ("--tls=require", "--tls-verify-peer", f"--tls-certificates={ca / 'host.tls'}")
-        keys = {"pool": "256M"} | (keys or {"size": "512M"})
-        recipe = zcache(nbdkit_words=words, memory=memory_name, **keys)
+        sizes = keys or {"size": "512M"}
+        recipe = zcache(None, words, memory=memory_name, pool="256M", **sizes)
         self.server: HostServer = lab.serve(recipe)
         self.guest: Guest = lab.boot(SWAPPER)
         self.uri = f"nbds://{self.server.address}:{self.server.port}/"
@@ -203,6 +203,17 @@ def test_twenty_ends_while_stress_ng_verifies(
         one.end()
 
 
+def wait_to_say(job: Job, sentence: str) -> None:
+    """Until it says that.  It must not end before."""
+    try:
+        job.guest.link.wait_for(
+            lambda: job.done() or sentence in job.stdout(), 60, f"{job.name} to say '{sentence}'"
+        )
+    finally:
+        print(job.stdout(), job.stderr())
+    assert sentence in job.stdout(), job.stdout() + job.stderr()
+
+
 @pytest.mark.timeout(200)
 def test_two_devices_and_attach_in_the_foreground(memory_name: str, ca: Path) -> None:
     """Two devices of one pool, each attached, swapped onto and detached on its own; the second in
@@ -211,7 +222,7 @@ def test_two_devices_and_attach_in_the_foreground(memory_name: str, ca: Path) ->
         one = Secured(lab, memory_name, ca, devices="a:128M,b:128M")
         second = ("--name", "two", "--device", "/dev/nbd1", "--foreground")
         job = start_zcache(one.guest, "attach", f"{one.uri}b", *one.options, *second)
-        one.guest.link.wait_for(lambda: "is attached" in job.stdout(), 60, "it to attach")
+        wait_to_say(job, "is attached")
         swap_on(one.guest, "/dev/nbd1", priority=200)
         result = lab.watch(lambda: hog(one.guest, HOG_MIB, pages_file(64), 4, 4), one.server)
         assert result.exit.code == 0, result.stdout + result.stderr
@@ -227,7 +238,7 @@ def test_two_devices_and_attach_in_the_foreground(memory_name: str, ca: Path) ->
         # over the one that is swap already
         job = start_zcache(one.guest, "attach", one.uri, *one.options, "--foreground")
         kill_mender(one.guest, spare_too=True)
-        one.guest.link.wait_for(lambda: "has a new helper" in job.stdout(), 60, "a new helper")
+        wait_to_say(job, "has a new helper")
         job.kill(2)
         assert job.wait(60).code == 5, job.stdout() + job.stderr()
         assert "It stays attached" in job.stderr()
