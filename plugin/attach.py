@@ -180,7 +180,9 @@ def attach(instance: Instance, wish: Wish, say: Say) -> Attached:
     relays = make_relays(wish, target)
     fd, found = _lock(instance)
     if fd is None:
-        return _already(instance, wish, found)
+        found = _already(instance, wish, found)
+        say(f"{found.device} is attached already, helper {found.mender_pid}")
+        return found
     try:
         if (found := look(instance)) is None:
             return _connect(instance, wish, target, relays, fd, say)

@@ -42,6 +42,7 @@ pytestmark = pytest.mark.skipif(
 SELF_SERVING = GuestConfig(mem_mib=384, sample_ms=50, sysctl=SELF_SERVING_SYSCTL)
 # Smaller than twice the pool, which is there from the start: see t8_swaplab.
 SETTINGS = ("--size", "288M", "--pool", "150M", "commit=all", "--priority", "7")
+TOML = 'size = "288M"\npool = "150M"\ncommit = "all"\n[swap]\npriority = 7\n'
 # With the commands that run meanwhile, less than memory and device hold: else it is OOM by right.
 HOG_MIB = 250
 UP_STEPS = ("up:serve", "up:attach", "up:mkswap", "up:swapon")
@@ -120,13 +121,16 @@ def test_up_a_workload_and_down(rng: random.Random) -> None:
 
 @pytest.mark.timeout(300)
 def test_up_and_down_are_cut_off_after_every_step(guest: Guest) -> None:
-    """Either command goes on from wherever either was killed."""
+    """Either command goes on from wherever either was killed; the settings are a file's."""
+    guest.write("/run/swap.toml", TOML)
+    settings = ("--config", "/run/swap.toml")
     for up_step, down_step in zip_longest(UP_STEPS, DOWN_STEPS, fillvalue=DOWN_STEPS[0]):
-        crash(guest, up_step, "up", *SETTINGS)
+        crash(guest, up_step, "up", *settings)
         zcache_in(guest, "down")
         assert all_gone(guest), up_step
-        crash(guest, up_step, "up", *SETTINGS)
-        zcache_in(guest, "up", *SETTINGS)
+        crash(guest, up_step, "up", *settings)
+        zcache_in(guest, "up", *settings)
+        assert swaps(guest)[0].split()[4] == "7"
         assert len(swaps(guest)) == 1
         assert serve_state(guest)["phase"] == "serving"
         crash(guest, down_step, "down")

@@ -10,6 +10,7 @@ The guest runs the very tree under test: its root file system is the host's.
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -65,8 +66,14 @@ def kill_in(guest: Guest, pid: int, number: int = 9) -> None:
 
 
 def kill_mender(guest: Guest, name: str = "zcache", spare_too: bool = False) -> int:
-    """kill -9 of the helper, or of it and its spare; which process the helper was."""
+    """kill -9 of the helper, or of it and its spare; which process the helper was.
+
+    The spare is stopped first: else it goes on, and has one of its own before it is killed.
+    """
     found = state(guest, name)
-    for pid in [found["pid"]] + ([found["spare_pid"]] if spare_too else []):
-        kill_in(guest, int(pid))
+    if spare_too:
+        kill_in(guest, int(found["spare_pid"]), signal.SIGSTOP)
+    kill_in(guest, int(found["pid"]))
+    if spare_too:
+        kill_in(guest, int(found["spare_pid"]))
     return int(found["pid"])
