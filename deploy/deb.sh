@@ -40,6 +40,10 @@ set -e
 swaps=${ZCACHE_SWAPS:-/proc/swaps}
 if [ "$1" = remove ]; then
     if [ -z "${DPKG_ROOT:-}" ] && [ -d /run/systemd/system ]; then # this machine is meant
+        if systemctl is-active --quiet 'zcache-nbd@*.service'; then
+            echo "zcache: zcache-nbd@ serves another machine; end its swap there, then stop that service" >&2
+            exit 1
+        fi
         systemctl stop 'zcache@*.service' || true
     fi
     for device in $(sed -n 's|^/dev/\(nbd[0-9]*\)[[:space:]].*|\1|p' "$swaps"); do
@@ -56,6 +60,7 @@ cat >$tree/DEBIAN/postinst <<'END'
 #!/bin/sh
 set -e
 if [ "$1" = configure ] && [ -z "${DPKG_ROOT:-}" ] && [ -d /run/systemd/system ]; then
+    [ ! -e /usr/lib/sysusers.d/zcache.conf ] || systemd-sysusers zcache.conf || true
     systemctl daemon-reload || true
 fi
 END

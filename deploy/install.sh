@@ -7,7 +7,9 @@
 #                                  they import, as requirements.lock has them: a folder of our own,
 #                                  so that Debian's versions of them and ours never meet
 #   PREFIX/bin/zcache              the command, run by Debian's Python
-#   PREFIX/lib/systemd/system/     zcache@.service, zcache-server@.service, zcache-node.service
+#   PREFIX/lib/systemd/system/     zcache@.service, zcache-server@.service, zcache-nbd@.service,
+#                                  zcache-node.service
+#   PREFIX/lib/sysusers.d/         the user of zcache-nbd@.service
 #   PREFIX/share/                  man pages, an example of /etc/zcache/NAME.toml
 #
 # A running server is not touched: `zcache upgrade` replaces it by what is installed now.
@@ -23,17 +25,25 @@ esac
 root=${DESTDIR:-}$prefix
 lib=$root/lib/zcache
 
+units='zcache@.service zcache-server@.service zcache-nbd@.service zcache-node.service'
+
 reload() { # systemd reads units anew, where it runs and the units are its own
     [ -z "${DESTDIR:-}" ] && [ -d /run/systemd/system ] && systemctl daemon-reload || :
+}
+
+make_user() { # the same way
+    [ -z "${DESTDIR:-}" ] && [ -d /run/systemd/system ] &&
+        systemd-sysusers "$root/lib/sysusers.d/zcache.conf" || :
 }
 
 remove_code() { rm -rf "$lib" "$lib.new"; }
 
 uninstall() {
     remove_code
-    rm -f "$root/bin/zcache" "$root/lib/systemd/system/zcache@.service" \
-        "$root/lib/systemd/system/zcache-server@.service" \
-        "$root/lib/systemd/system/zcache-node.service" \
+    for unit in $units; do
+        rm -f "$root/lib/systemd/system/$unit"
+    done
+    rm -f "$root/bin/zcache" "$root/lib/sysusers.d/zcache.conf" \
         "$root/share/man/man1/zcache.1" "$root/share/man/man1/zcache-plugin.1"
     rm -rf "$root/share/doc/zcache"
     reload
@@ -70,10 +80,13 @@ sys.exit(main())
 END
     chmod 755 "$root/bin/zcache.new"
     mv "$root/bin/zcache.new" "$root/bin/zcache"
-    for unit in zcache@.service zcache-server@.service zcache-node.service; do
+    for unit in $units; do
         sed "s|@BIN@|$prefix/bin|g" deploy/systemd/$unit >"$root/lib/systemd/system/$unit"
         chmod 644 "$root/lib/systemd/system/$unit"
     done
+    install -d "$root/lib/sysusers.d"
+    install -m 644 deploy/systemd/zcache.sysusers "$root/lib/sysusers.d/zcache.conf"
+    make_user
     install -m 644 docs/man/zcache.1 docs/man/zcache-plugin.1 "$root/share/man/man1/"
     install -m 644 LICENSE README.md CHANGELOG.md deploy/zcache.toml "$root/share/doc/zcache/"
     reload

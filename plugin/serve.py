@@ -56,7 +56,9 @@ def start(instance: Instance, words: Sequence[str], detach: bool = True) -> None
         raise ConfigError(
             f"{name}= follows from the name of a supervised server; write --name instead"
         )
-    realtime = "no" if settings.realtime == "no" else "yes"
+    # Its class is the server's, which on TCP is an ordinary one unless realtime= says otherwise.
+    elsewhere = settings.nbd is not None and settings.realtime == "auto"
+    realtime = "no" if settings.realtime == "no" or elsewhere else "yes"
     command = [sys.executable, "-m", "plugin.supervisor", "--name", instance.name]
     command += ["--realtime", realtime]
     if not detach:

@@ -17,7 +17,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-UNITS = ("zcache-server@.service", "zcache@.service", "zcache-node.service")
+UNITS = (
+    "zcache-server@.service", "zcache@.service", "zcache-nbd@.service", "zcache-node.service",
+)  # fmt: skip
 
 
 def run(*command: str | Path, fail: bool = False, env: Mapping[str, str] | None = None) -> str:
@@ -141,6 +143,12 @@ def test_units_keep_the_order_and_the_memory() -> None:
     assert sleeps <= set(swap["Conflicts"].split()) & set(swap["Before"].split())
     assert "Requires" not in swap
     assert "BindsTo" not in swap
+    others = settings(UNITS[2])
+    assert others["User"] == "zcache"
+    assert "DynamicUser" not in others, "its memory file would go with a supervisor"
+    assert others["KillMode"] == "process"
+    assert others["AmbientCapabilities"] == others["CapabilityBoundingSet"]
+    assert others["MemorySwapMax"] == others["LimitCORE"] == "0"
     assert server["RefuseManualStop"] == "yes"
     assert (server["Type"], server["NotifyAccess"]) == ("notify", "main")
 
