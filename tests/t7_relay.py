@@ -383,11 +383,19 @@ def test_the_helper_mends_through_relays(server: TlsServer, relays: Relays, tmp_
         wait_for("a new link", functools.partial(lives_again, kernel, takes))
         wait_for("two relays", lambda: not relays.missing)
         pids.update(relay.pid for relay in relays)
+    # the idle one: nobody would notice before it is needed
+    takes, (_, (idle, _)) = kernel.takes, relays.told()
+    os.kill(idle, signal.SIGKILL)
+    wait_for("another one", lambda: idle not in [pid for pid, _ in relays.told()][1:])
+    wait_for("two relays", lambda: not relays.missing)
+    pids.update(relay.pid for relay in relays)
+    assert kernel.takes == takes
+    assert kernel.lives()
     kernel.gone = True
     kernel.taken.shutdown(socket.SHUT_RDWR)
     assert gone.wait(30)
     thread.join()
-    assert len(pids) == 4, "each of the two that were killed has a successor"
+    assert len(pids) == 5, "each of the three that were killed has a successor"
     mender.close()
     for pid in pids:
         reap(pid)
