@@ -126,6 +126,8 @@ class Serving:
             words += ["--take-control"]
         if told["metrics"] is not None:
             words += ["--metrics", told["metrics"]]
+        if self._has_peers and self._where.tcp_port is None:
+            words += ["--understudy"]  # this machine may swap onto pages that only it brings back
         fds, free, say = {}, NODE_FDS, messages.say
         if self._log is None and logpipe.is_wanted(self._where.verbose):
             self._log = LogPipe()
