@@ -335,7 +335,8 @@ def main(argv: list[str] | None = None) -> int:
                 return run(args, memory, pidfd, peers)
             from cluster.understudy import act
 
-            return act(lambda: run(args, memory, pidfd, peers), pidfd)
+            realtime = args.config["realtime"] == "yes"
+            return act(lambda: run(args, memory, pidfd, peers), pidfd, realtime)
         finally:
             memory.close()
     except ZcacheError as error:

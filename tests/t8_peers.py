@@ -122,8 +122,8 @@ def test_a_donor_and_the_server_are_killed(tmp_path: Path, rng: random.Random) -
 
 # ---- the machine that swaps is the machine that serves; its donors are others ---------------
 
-INSIDE = GuestConfig(mem_mib=320, sample_ms=50, sysctl=SELF_SERVING_SYSCTL)
-OWN_POOL_MIB, OWN_STRESS_MIB = 32, 240
+INSIDE = GuestConfig(mem_mib=384, sample_ms=50, sysctl=SELF_SERVING_SYSCTL)
+OWN_POOL_MIB, OWN_STRESS_MIB = 32, 270
 RESERVE_KB = 24 << 10  # free memory that is nobody's to take: the kernel's watermarks
 
 
