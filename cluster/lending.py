@@ -158,7 +158,7 @@ async def serve(args: argparse.Namespace, donation: Donation) -> None:
     control_sock = unixsock.listen(args.control, "the control socket", "--control PATH", BACKLOG)
     inode = os.stat(args.control).st_ino
     tls = peersocket.context(args.tls, server=True) if args.tls else None
-    listening: laneport.Listening | asyncio.Server | None = None
+    listening: peersocket.Listener | None = None
     try:
         if tls is None:
             listening, bound = await laneport.serve(args.listen, "listen", donor.connection)

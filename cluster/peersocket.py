@@ -29,7 +29,7 @@ HANDSHAKES = (
     32  # at once; a member's takes 2 ms, so who has not finished when one more comes is none
 )
 ACCEPT_AGAIN_S = 0.1  # when the kernel gives no descriptor
-ESTABLISHED = "01"  # of /proc/net/tcp; in other states a socket's user may not be known any more
+NO_INODE = "0"  # in /proc/net/tcp: no process has the socket any more, and its user reads as root
 
 
 async def connect(
@@ -146,7 +146,7 @@ def user_of(sock: Any) -> int | None:
         with open(f"/proc/self/net/{table}", encoding="ascii") as file:
             for line in file:
                 words = line.split()
-                if (words[1], words[2], words[3]) == (*ends, ESTABLISHED):
+                if (words[1], words[2]) == ends and words[9] != NO_INODE:
                     return int(words[7])
     except (OSError, ValueError, IndexError):
         pass

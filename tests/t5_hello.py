@@ -62,7 +62,8 @@ def test_a_drop_on_its_way_there_does_not_end_what_is_put_after_it(
 
     async def test() -> None:
         with opened_donation() as donation:
-            async with listening(donation) as (donor, address):
+            # (a lane's thread cannot be held up from here; t5_lanes stops it in the middle)
+            async with listening(donation, lanes=False) as (donor, address):
                 turn = first_turn()
                 old = await opened(address, Hello("owner", 7, turn=turn))
                 end = next(iter(donor._connections))
@@ -80,6 +81,29 @@ def test_a_drop_on_its_way_there_does_not_end_what_is_put_after_it(
                 with pytest.raises(PeerError):
                     await late
                 assert await new.get(pack([PAGE])) == (bytes([Code.OK]), sealed)
+                await old.stop()
+                await new.stop()
+
+    run(test)
+
+
+@pytest.mark.parametrize("lanes", [True, False])
+def test_what_comes_on_an_earlier_connection_changes_nothing(
+    rng: random.Random, lanes: bool
+) -> None:
+    async def test() -> None:
+        with opened_donation() as donation:
+            async with listening(donation, lanes=lanes) as (_, address):
+                old = await opened(address, Hello("owner", 7, turn=100))
+                channel: Any = old._channel
+                new = await opened(address, Hello("owner", 7, turn=200))
+                sealed = make_sealed(rng, PAGE)
+                assert await new.put(pack([PAGE]), sealed) == bytes(1)
+                for method, params in (("drop", [pack([PAGE])]), ("put", [pack([PAGE]), sealed])):
+                    channel._transport.write(encode(Request(9, method, params), PEER_LIMITS))
+                await asyncio.sleep(0.1)
+                assert await new.get(pack([PAGE])) == (bytes([Code.OK]), sealed)
+                assert donation.check() == 0
                 await old.stop()
                 await new.stop()
 
