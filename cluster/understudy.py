@@ -38,7 +38,7 @@ QUICK_S, QUICK_MOST = 1.0, 5
 # While batches of 512 pages are under way to three donors with TLS, 12 MiB are taken.  With 16
 # there were 19 page faults in 12,000 pages written and 3,000 read, with 8 there were 1,100.
 HEAP_BYTES = 16 << 20
-END_S = 3.0  # for the actor to end after SIGTERM
+END_S = 2.0  # for the actor to end after SIGTERM; the keeper gives us 3 s
 
 
 @dataclass
