@@ -195,6 +195,7 @@ def own_server_run(
         assert_survived(guest, result)
 
 
+@pytest.mark.soak
 @pytest.mark.timeout(450)
 def test_a_guest_swaps_onto_its_own_server(tmp_path: Path, rng: random.Random) -> None:
     own_server_run(tmp_path, rng, passes=2, kill_count=2, limit_s=420)
