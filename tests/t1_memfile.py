@@ -18,7 +18,6 @@ import pytest
 
 from tests.core_helpers import PAGE, opened_store
 from zcache_core import memfile, owner
-from zcache_core.crypt import Sealer, aead
 from zcache_core.errors import InUseError, MemoryFileError
 from zcache_core.index import pack_entry, pack_place
 from zcache_core.memfile import MemoryFile
@@ -340,33 +339,6 @@ def test_another_format_is_refused_and_left_alone() -> None:
         with pytest.raises(MemoryFileError, match="has format 2, this version reads 3; swapoff"):
             MemoryFile.open("older")
     memfile.remove(shmid)
-
-
-def test_a_file_that_was_made_as_format_2_keeps_its_keys_where_they_are() -> None:
-    """In the superblock; its counters begin where 3 has the page of keys."""
-    memory = MemoryFile.create("older", DEVICE, POOL)
-    counters, index, headers, arena = PAGE, PAGE * 41, PAGE * 42, PAGE * 43
-    words = struct.pack("<8Q", arena + POOL, 5, 16, counters, headers, arena, index, 64)
-    memory.poke(0, b"ZCACHEMF" + struct.pack("<II", 2, zlib.crc32(words)) + words)
-    memory.poke(176, struct.pack("<4Q", 64, index, 1, 0))
-    rows = struct.pack("<2Q", 64, index) + bytes(7 * 16) + bytes(8 * 16)
-    memory.poke(648, struct.pack("<Q", zlib.crc32(rows)))
-    keys = bytes(range(64))
-    memory.poke(432, keys)
-    memory.close()
-    memory = MemoryFile.open("older")
-    about = {"epoch": 5, "version": 1, "page": 2, "length_codec": 0, "device": 0}
-    for number, purpose in enumerate((1, 2)):
-        sealer = Sealer(memory, for_peers=purpose == 2)
-        sealed = sealer.seal(b"x", purpose=purpose, **about)
-        bound = struct.pack("<QQIHBB", 5, 1, 2, 0, 0, purpose)
-        nonce = sealed[:8] + bytes([purpose, 0, 0, 0])
-        key = keys[32 * number :][:32]
-        assert aead(sealer.cipher, key, nonce, bound, sealed[24:], sealed[8:24]) == b"x"
-    reader = MemoryFile.attach(memory.shmid)
-    assert reader.counter_cells() == memory.counter_cells()
-    reader.close()
-    memory.destroy()
 
 
 def test_lock_file_of_another_segment_is_refused(tmp_path: Path) -> None:
