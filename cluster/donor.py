@@ -17,6 +17,7 @@ What it is not: listening (`lending`), copying (`zcache_core.donation`).
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections import deque
@@ -29,7 +30,7 @@ from cluster.donorlane import DonorLane, Lending
 from cluster.generosity import Generosity
 from cluster.link import RpcError
 from cluster.peerchannel import Channel, ChannelOptions
-from cluster.peerwire import PROTOCOL, RECORDS_MOST, Code, Health, Offer, Welcome
+from cluster.peerwire import PROTOCOL, RECORDS_MOST, Code, Health, Hello, Offer, Welcome
 from zcache_core import counters
 from zcache_core.donation import Donation
 
@@ -40,6 +41,7 @@ RECALL_MS = 10_000
 SWEEP_PLACES = 1 << 16  # 1 ms
 ABANDON_S = 24 * 3600
 ENDED_KEPT = 256  # epochs that are over, of all owners
+HELLO_S = 10.0  # a connection that has not said hello by then is closed
 log = logging.getLogger("zcache.donor")
 
 
@@ -55,6 +57,7 @@ class DonorOptions:
     name: str
     quota_bytes: int | None = None  # of one owner; None: all
     abandon_s: int = ABANDON_S
+    hello_s: float = HELLO_S
     channel: ChannelOptions = field(default=ChannelOptions())
 
 
@@ -78,7 +81,8 @@ class Donor:
         self._epoch = donation.memory.epoch
         self._target = donation.total_frames()
         # An epoch never comes back, but a late hello of one may: it must not end the new one.
-        self._ended: deque[tuple[str, int]] = deque(maxlen=ENDED_KEPT)
+        self._ended: deque[tuple[str, int | None, int]] = deque(maxlen=ENDED_KEPT)
+        self._turns: dict[int, tuple[int, int]] = {}  # row -> epoch, and its latest turn
 
     # ---- connections -------------------------------------------------------------------
 
@@ -116,20 +120,56 @@ class Donor:
                 "not_you",
                 f"the certificate is {end.peer_name}'s, so {said.owner} cannot be its name",
             )
-        if (said.owner, said.epoch) in self._ended:
+        user = self._user_of(end)
+        if (said.owner, user, said.epoch) in self._ended:
             raise RpcError(
                 "epoch_over", f"{said.owner} is in another epoch by now; end the old one"
             )
-        before = {name: epoch for _, name, epoch, *_ in self.donation.owners()}.get(said.owner)
-        row = self.donation.owner(said.owner, said.epoch, int(self._clock()))
+        known = {(name, whose): (row, epoch) for row, name, epoch, *_, whose in self._owners()}
+        before_row, before = known.get((said.owner, user), (-1, 0))
+        latest = self._turns.get(before_row, (0, 0))
+        if latest[0] == said.epoch and said.turn and said.turn < latest[1]:
+            raise RpcError(
+                "turn_over", f"{said.owner} has a later connection by now; end the old one"
+            )
+        row = self.donation.owner(said.owner, said.epoch, int(self._clock()), user)
         if row is None:
             raise RpcError("full", "this donor has as many owners as it can; name another donor")
-        if before is not None and before != said.epoch:
-            self._ended.append((said.owner, before))
+        if before not in (0, said.epoch):
+            self._ended.append((said.owner, user, before))
         if self.options.quota_bytes is not None:
             self.donation.set_quota(row, self.options.quota_bytes)
-        end.welcome(row, said.epoch, said.owner)
+        end.welcome(row, said)
+        self._silence_others(end)
         return Welcome(self.options.name, self._epoch, self.offer(row)).result()
+
+    def _owners(self) -> list[tuple[Any, ...]]:
+        return self.donation.owners()
+
+    def _user_of(self, end: OwnerEnd) -> int | None:
+        """Whose process it is, on this machine; None with a certificate, which says who it is.
+
+        A name alone proves nothing: any user of this machine may dial a plain port.
+        """
+        if end.peer_name:
+            return None
+        if (user := end.peer_user()) is None:
+            raise RpcError(
+                "not_you",
+                "it cannot be told which user of this machine asks; use certificates (tls=)",
+            )
+        return user
+
+    def _silence_others(self, end: OwnerEnd) -> None:
+        """Nothing that was sent on this owner's earlier connections counts any more.
+
+        A drop that was on its way there when its sender died would end the same page, put again.
+        """
+        if end.turn:
+            self._turns[end.row] = end.epoch, end.turn
+        for other in list(self._connections):
+            if other.row == end.row and (other.epoch != end.epoch or other.turn < end.turn):
+                other.close(f"{end.owner} has a later connection")
 
     def put(self, end: OwnerEnd, params: list[Any]) -> Any:
         records, payload = peerwire.put(params)
@@ -217,7 +257,7 @@ class Donor:
                 owners[row].recalled += len(records) // peerwire.RECORD_BYTES
 
     def _abandon(self, now_s: int) -> None:
-        for row, name, _, heard_s, pages, _ in self.donation.owners():
+        for row, name, _, heard_s, pages, _, _ in self.donation.owners():
             if now_s - heard_s > self.options.abandon_s:
                 log.warning(
                     "%s was not heard of for %d s; its %d pages are dropped",
@@ -239,7 +279,7 @@ class OwnerEnd(Channel):
     def __init__(self, donor: Donor) -> None:
         super().__init__(donor.options.channel)
         self._donor = donor
-        self.row, self.epoch, self.owner = -1, 0, ""
+        self.row, self.epoch, self.owner, self.turn = -1, 0, "", 0
         self.recalled = 0  # pages asked for in this second, and not dropped yet
         self._methods: dict[str, Callable[[OwnerEnd, list[Any]], Any]] = {
             name: getattr(donor, name) for name in peerwire.METHODS
@@ -249,11 +289,11 @@ class OwnerEnd(Channel):
         """Gets and puts need no Python (donorlane)."""
         return DonorLane(self._donor.lending)
 
-    def welcome(self, row: int, epoch: int, owner: str) -> None:
+    def welcome(self, row: int, said: Hello) -> None:
         """It has said who it is."""
-        self.row, self.epoch, self.owner = row, epoch, owner
+        self.row, self.epoch, self.owner, self.turn = row, said.epoch, said.owner, said.turn
         if isinstance(self._lane, DonorLane):
-            self._lane.welcome(row, epoch)
+            self._lane.welcome(row, said.epoch)
 
     @property
     def is_owner(self) -> bool:
@@ -261,10 +301,17 @@ class OwnerEnd(Channel):
         return self.row >= 0 and self._donor.donation.epoch(self.row) == self.epoch
 
     def opened(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._greeting = loop.call_later(self._donor.options.hello_s, self._look_for_hello)
         if not self._donor.joined(self):
             self.close("there are too many connections")
 
+    def _look_for_hello(self) -> None:
+        if self.row < 0:
+            self.close("it has said no hello")
+
     def lost(self, why: str) -> None:
+        self._greeting.cancel()
         self._donor.left(self)
 
     def request(self, method: str, params: list[Any]) -> Any:

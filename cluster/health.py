@@ -127,6 +127,18 @@ def peers_missing(stats: Stats, config: Config) -> Reason | None:
     )
 
 
+def peers_twins(stats: Stats, config: Config) -> Reason | None:
+    """Two of peers= are one donor, or have one certificate: the second is not used."""
+    if not (twins := list(config.get("twin_peers", ()))):
+        return None
+    return Reason(
+        DEGRADED,
+        " ".join(twins),
+        "Name each donor once in peers=, and give each machine a node.pem of its own "
+        "('zcache cluster-add NAME').",
+    )
+
+
 def peers_short(stats: Stats, config: Config) -> Reason | None:
     """Copies are missing, and are being renewed if there is a donor for them."""
     if not (short := stats["remote_short_pages"]):
@@ -383,6 +395,7 @@ RULES: tuple[Rule, ...] = (
     disk_copies_bad,
     peer_copies_bad,
     peers_missing,
+    peers_twins,
     peers_short,
     copies_mended,
     pool_full,

@@ -116,7 +116,7 @@ class Control:
         now_s = int(since_boot_s())
         return [
             {"name": name, "pages": pages, "bytes": held, "heard_seconds": max(0, now_s - heard_s)}
-            for _, name, _, heard_s, pages, held in self._donor.donation.owners()
+            for _, name, _, heard_s, pages, held, _ in self._donor.donation.owners()
         ]
 
     async def drain(self, params: list[Any]) -> dict[str, Any]:
@@ -158,7 +158,7 @@ async def serve(args: argparse.Namespace, donation: Donation) -> None:
     control_sock = unixsock.listen(args.control, "the control socket", "--control PATH", BACKLOG)
     inode = os.stat(args.control).st_ino
     tls = peersocket.context(args.tls, server=True) if args.tls else None
-    listening: laneport.Listening | asyncio.Server | None = None
+    listening: peersocket.Listener | None = None
     try:
         if tls is None:
             listening, bound = await laneport.serve(args.listen, "listen", donor.connection)
@@ -217,7 +217,7 @@ def lend(args: argparse.Namespace) -> None:
         asyncio.run(serve(args, donation))
     finally:
         if donation is not None:
-            held = sum(pages for _, _, _, _, pages, _ in donation.owners())
+            held = sum(pages for _, _, _, _, pages, *_ in donation.owners())
             donation.stop()
         if held or keep:
             memory.close()

@@ -135,7 +135,8 @@ class Node:
 
     async def health(self) -> dict[str, Any]:
         """status: ok, degraded or critical; reasons: what is the matter and what to do."""
-        return health(counters.read(self._memory), await self.config())
+        twins = {"twin_peers": self.peer_side.twins() if self.peer_side is not None else []}
+        return health(counters.read(self._memory), await self.config() | twins)
 
     async def look(self) -> dict[str, Any]:
         """Everything at once, by method: what the web pages are made from."""
@@ -164,10 +165,15 @@ def watch_server(pid: int) -> int:
     )
 
 
-def become_ordinary() -> None:
-    """Shed what a child of the server inherits: real-time priority, the OOM exemption."""
+def become_ordinary(may_be_killed: bool = True) -> None:
+    """Shed what a child of the server inherits: real-time priority, the OOM exemption.
+
+    Not the exemption of who alone can bring this machine's pages back.
+    """
     with contextlib.suppress(OSError):
         os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+    if not may_be_killed:
+        return
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("0")
 
@@ -314,21 +320,36 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--ring-fd", type=int, help="shared memory with the server's peer tier")
     parser.add_argument("--wake-fd", type=int, help="eventfd that says there is something in it")
     parser.add_argument("--metrics", help="HOST:PORT for metrics and the web page")
+    parser.add_argument(
+        "--understudy", action="store_true", help="have another process ready to go on at once"
+    )
     args = parser.parse_args(argv)
     logging.basicConfig(format="zcache node: %(message)s", level=logging.WARNING)
-    become_ordinary()
+    become_ordinary(may_be_killed=not args.understudy)
     try:
         pidfd = watch_server(args.server_pid)
         memory = MemoryFile.attach(args.shmid)
         try:
-            node = Node(memory, args.config, args.server_pid, args.command_fd)
-            if args.ring_fd is not None:
-                node.peer_side = peer_side(args, memory)
-            asyncio.run(
-                serve(node, args.control, pidfd, args.log_fd, args.metrics, args.take_control)
-            )
+            peers = peer_side(args, memory) if args.ring_fd is not None else None
+            if not args.understudy:
+                return run(args, memory, pidfd, peers)
+            from cluster.understudy import act
+
+            realtime = args.config["realtime"] == "yes"
+            return act(lambda: run(args, memory, pidfd, peers), pidfd, realtime)
         finally:
             memory.close()
+    except ZcacheError as error:
+        print(f"zcache node: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def run(args: argparse.Namespace, memory: MemoryFile, pidfd: int, peers: Any) -> int:
+    """The node process itself, to its end; its exit code."""
+    node = Node(memory, args.config, args.server_pid, args.command_fd)
+    node.peer_side = peers
+    try:
+        asyncio.run(serve(node, args.control, pidfd, args.log_fd, args.metrics, args.take_control))
     except ZcacheError as error:
         print(f"zcache node: {error}", file=sys.stderr)
         return error.exit_code

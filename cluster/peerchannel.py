@@ -28,7 +28,7 @@ from typing import Any, cast
 
 from cluster.lane import LaneEnd
 from cluster.link import RpcError
-from cluster.peersocket import name_of
+from cluster.peersocket import name_of, user_of
 from cluster.peerwire import CALLS_MOST, PEER_LIMITS, BadParamsError
 from cluster.session import DONE, PAUSED, Session
 from cluster.wire import NEED_DATA, Notification, Request, Response, WireError
@@ -104,6 +104,11 @@ class Channel(asyncio.Protocol):
     def peer_name(self) -> str:
         """The name in the peer's certificate; "" without TLS."""
         return name_of(self._transport.get_extra_info("peercert") if self._transport else None)
+
+    def peer_user(self) -> int | None:
+        """The user whose process the peer is, on this machine; None: it cannot be told."""
+        sock = self._transport.get_extra_info("socket") if self._transport else None
+        return user_of(sock) if sock is not None else None
 
     async def call(self, method: str, *params: Any, deadline_s: float) -> Any:
         """The result.  Raises RpcError, ChannelClosedError, TimeoutError at the deadline."""

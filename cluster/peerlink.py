@@ -22,8 +22,9 @@ import contextlib
 import logging
 import random
 import ssl
+import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from cluster import peersocket, peerwire
@@ -44,6 +45,9 @@ from cluster.session import TooManyCallsError
 from cluster.wire import EncodeError, WireError
 
 NO_OFFER = Offer(0, 0, Health.SHORT)
+TURN_BITS = 20  # of a turn that count the dials of one process: one each 0.1 s for a day and more
+# A donor that says so does not hear this connection any more, whatever it is asked.
+DEAF = ("epoch_over", "turn_over", "no_hello")
 SMOOTH = 8  # a new measurement counts one part in so many, as TCP does it (RFC 6298)
 Read = TypeVar("Read")
 log = logging.getLogger("zcache.peer")
@@ -60,6 +64,14 @@ class LinkTimes:
     retry_first_s: float = 0.1
     retry_most_s: float = 10.0
     channel: ChannelOptions = field(default=ChannelOptions())
+
+
+def first_turn() -> int:
+    """Before the first dial of this process: later than all turns of processes before it.
+
+    Pages do not outlive the machine's boot, and neither does the memory file.
+    """
+    return int(time.clock_gettime(time.CLOCK_BOOTTIME) * 1000) << TURN_BITS
 
 
 class _OwnersEnd(Channel):
@@ -179,6 +191,8 @@ class PeerLink:
                 self._become(LinkState.SUSPECT)
             raise PeerError(self.name, f"no answer to {method} in {self._times.call_s} s") from None
         except (ChannelClosedError, RpcError, TooManyCallsError, EncodeError) as error:
+            if isinstance(error, RpcError) and error.code in DEAF:
+                channel.close(str(error))
             raise PeerError(self.name, str(error)) from None
         self._answered_s = asyncio.get_running_loop().time()
         if channel is self._channel and self.state is LinkState.SUSPECT:
@@ -213,6 +227,8 @@ class PeerLink:
 
     async def _dial(self) -> bool:
         self.lost.clear()
+        if self._hello.turn:
+            self._hello = replace(self._hello, turn=self._hello.turn + 1)
         try:
             async with asyncio.timeout(self._times.dial_s):
                 channel = _OwnersEnd(self, self._times.channel)

@@ -24,8 +24,8 @@ from typing import Any
 from cluster import peersocket
 from cluster.overflow import LOOK_S, Overflow
 from cluster.peeraddress import PeerAddress
-from cluster.peerlink import PeerLink
-from cluster.peerwire import NAME_BYTES, Hello
+from cluster.peerlink import PeerLink, first_turn
+from cluster.peerwire import NAME_BYTES, Donor, Hello
 from cluster.replicas import Asked, Options
 from cluster.seats import Copy
 from zcache_core import ringside
@@ -165,10 +165,15 @@ class PeerOptions:
 
 
 class PeerSide:
-    """All of it, for the node process: made, started, asked, stopped."""
+    """All of it, for the node process: made, started, asked, stopped.
+
+    Made, it has read every file that it needs: it may be started where none can be read any more.
+    """
 
     def __init__(self, fd: int, wake_fd: int, memory: MemoryFile, options: PeerOptions) -> None:
         self._fd, self._wake_fd, self._memory, self._options = fd, wake_fd, memory, options
+        self._tls = peersocket.context(options.tls, server=False) if options.tls else None
+        self._owner = owner_name(options.tls, memory)
         self._links: list[PeerLink] = []
         self._ring: RingSide | None = None
         self._overflow: Overflow | None = None
@@ -177,9 +182,8 @@ class PeerSide:
     async def start(self) -> None:
         """Take the ring, dial the donors.  Raises ZcacheError."""
         self._ring = await self._attach()
-        tls = peersocket.context(self._options.tls, server=False) if self._options.tls else None
-        owner = owner_name(self._options.tls, self._memory)
-        hello = Hello(owner, self._memory.epoch)
+        tls = self._tls
+        hello = Hello(self._owner, self._memory.epoch, turn=first_turn())
         self._links = [
             PeerLink(PeerAddress.read("peers", text), hello, tls) for text in self._options.peers
         ]
@@ -218,6 +222,22 @@ class PeerSide:
         if self._ring is not None:
             self._ring.close()
 
+    def twins(self) -> list[str]:
+        """A sentence for each donor that is not used because it is, or calls itself, another."""
+        found = []
+        for twin in self._overflow.seats.twins if self._overflow is not None else ():
+            first, second = (self._address(donor) for donor in (twin.other, twin.donor))
+            found.append(
+                f"The peers {first} and {second} are the same donor; the second is not used."
+                if twin.same
+                else f"The peers {first} and {second} both show the certificate of "
+                f"{twin.donor.name}; the second is not used."
+            )
+        return found
+
+    def _address(self, donor: Donor) -> str:
+        return next((str(link.address) for link in self._links if link is donor), donor.name)
+
     def peers(self) -> list[dict[str, Any]]:
         """What the method `peers` answers: every donor, how it is, what it has of ours."""
         if self._overflow is None or self._ring is None:
@@ -243,6 +263,24 @@ class PeerSide:
         return found
 
 
+def name_of_certificate(folder: Path) -> str:
+    """The name in the folder's node.pem, read by a child: it takes 10 MiB that we do not need."""
+    ours, its = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            from cluster.certificates import name_in
+
+            os.write(its, name_in(folder).encode())
+        finally:
+            os._exit(0)
+    os.close(its)
+    with open(ours, encoding="utf-8") as file:
+        name = file.read()
+    os.waitpid(pid, 0)
+    return name
+
+
 def owner_name(tls: str | None, memory: MemoryFile) -> str:
     """Who we are to donors: the certificate's name (or the machine's), then the memory file's.
 
@@ -251,9 +289,7 @@ def owner_name(tls: str | None, memory: MemoryFile) -> str:
     """
     machine = socket.gethostname()
     if tls:
-        from cluster.certificates import name_in  # 10 MiB that a plain node does not need
-
-        machine = name_in(Path(tls))
+        machine = name_of_certificate(Path(tls))
     instance = memory.name or f"{memory.epoch:016x}"
     name = f"{machine}/{instance}"
     if len(name.encode()) > NAME_BYTES:

@@ -242,12 +242,17 @@ def _is_name(value: Any, most: int = NAME_BYTES) -> TypeGuard[str]:
 
 @dataclass(frozen=True)
 class Hello:
-    """Who an owner is.  `epoch` is its memory file's: pages of another one are dropped."""
+    """Who an owner is.  `epoch` is its memory file's: pages of another one are dropped.
+
+    `turn` grows from connection to connection of one epoch, also from one node process to the
+    next: a donor hears no connection any more once there is one of a later turn.  0: not said.
+    """
 
     owner: str
     epoch: int
     devices: tuple[str, ...] = ("",)
     protocol: int = PROTOCOL
+    turn: int = 0
 
     def params(self) -> list[Any]:
         return [
@@ -256,6 +261,7 @@ class Hello:
                 "owner": self.owner,
                 "epoch": self.epoch,
                 "devices": list(self.devices),
+                "turn": self.turn,
             }
         ]
 
@@ -273,6 +279,7 @@ def hello(params: list[Any]) -> Hello:
     """A request `hello` of our protocol.  Keys that we do not know are ignored."""
     protocol, said = hello_protocol(params), params[0]
     owner, epoch, devices = said.get("owner"), said.get("epoch"), said.get("devices")
+    turn = said.get("turn", 0)
     if not _is_name(owner) or not owner:
         raise BadParamsError(f"hello: owner is a name of 1 to {NAME_BYTES} bytes")
     if not _is_word(epoch) or epoch == 0:
@@ -281,7 +288,9 @@ def hello(params: list[Any]) -> Hello:
         raise BadParamsError(f"hello: devices is an array of 1 to {DEVICES_MOST} names")
     if not all(_is_name(name, DEVICE_NAME_BYTES) for name in devices):
         raise BadParamsError(f"hello: a device's name has at most {DEVICE_NAME_BYTES} bytes")
-    return Hello(owner, epoch, tuple(devices), protocol)
+    if not _is_word(turn):
+        raise BadParamsError("hello: turn is a number from 0 to 2^64 - 1")
+    return Hello(owner, epoch, tuple(devices), protocol, turn)
 
 
 def put(params: list[Any]) -> tuple[bytes, bytes]:

@@ -8,6 +8,10 @@ row: what stood at the old one is gone.  A row is given to somebody else only wh
 counts on it.  A donor that is away is waited for GIVE_UP_S, then its copies are renewed
 elsewhere; should it come back, what is still counted on there is used again.
 
+Two machines with one certificate, or two addresses of one machine, would be one donor that is
+empty each time the other is asked, or one that has both copies.  The second of them is a twin:
+not used, and said so.
+
 What it is not: what moves pages (replicas.py, renewal.py).  No clock of its own: time comes in.
 """
 
@@ -18,7 +22,7 @@ import enum
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from cluster.peerwire import Donor, Health, LinkState
 from cluster.placement import Candidate
@@ -81,6 +85,7 @@ class Seat:
     slow_until_s: float = 0.0  # it kept somebody waiting: not chosen until then if others can be
     reserved_bytes: int = 0  # of what is on its way there
     dropping: set[tuple[int, int]] = field(default_factory=set)  # (page, version), not yet told
+    link: Donor | None = None  # where it was met last, whoever answers there now
     # Of CALLS_MOST calls of a connection; one each is left for drops, comparing and pings.
     puts: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(4))
     gets: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(9))
@@ -112,6 +117,14 @@ class Seat:
         return Candidate(self.row, free, total, donor.latency_us)
 
 
+class Twin(NamedTuple):
+    """`donor` is not used: it has the certificate of `other`, or (`same`) is that very one."""
+
+    donor: Donor
+    other: Donor
+    same: bool
+
+
 def donor_id(name: str) -> bytes:
     """A donor's name as the donor table has it."""
     return hashlib.blake2b(name.encode(), digest_size=ID_BYTES).digest()
@@ -127,6 +140,7 @@ class Seats:
         self._ledger, self._donors, self._started_s = ledger, list(donors), now_s
         self._seats: dict[int, Seat] = {}
         self._asked: dict[tuple[bytes, int], float] = {}
+        self.twins: list[Twin] = []
         self.refresh(now_s)
 
     def all(self) -> list[Seat]:
@@ -145,10 +159,7 @@ class Seats:
     def refresh(self, now_s: float) -> None:
         """Look again who sits where; ask for rows for those who have none."""
         table = self._ledger.rows()
-        met = {}
-        for donor in self._donors:
-            if donor.epoch and donor.state in (LinkState.UP, LinkState.SUSPECT):
-                met[donor_id(self._identity(donor))] = donor
+        met = self._meet()
         for row in [row for row in self._seats if row not in table]:
             del self._seats[row]
         for row, (name, epoch) in table.items():
@@ -163,6 +174,7 @@ class Seats:
             donor_met = met.get(name)
             if donor_met is not None and donor_met.epoch == epoch:
                 seat.donor, seat.since_s, seat.empty = donor_met, now_s, False
+                seat.link = donor_met
             elif donor_met is not None:
                 seat.empty = True
                 seat.donor = None
@@ -170,6 +182,35 @@ class Seats:
         for name, donor in met.items():
             if (name, donor.epoch) not in known:
                 self._ask_for_row(name, donor.epoch, table, now_s)
+
+    def _meet(self) -> dict[bytes, Donor]:
+        """Who is there, by id; `twins` are who is not to be used."""
+        self.twins = []
+        links = {seat.who[0]: seat for seat in self._seats.values() if self._is_met(seat)}
+        met: dict[bytes, Donor] = {}
+        epochs: dict[int, Donor] = {}
+        there = [
+            d for d in self._donors if d.epoch and d.state in (LinkState.UP, LinkState.SUSPECT)
+        ]
+        # Who sits already first: it must not lose its seat to the other one.
+        sitting = {id(seat.donor) for seat in self._seats.values() if not seat.empty}
+        for donor in sorted(there, key=lambda donor: id(donor) not in sitting):
+            name = donor_id(self._identity(donor))
+            seat = links.get(name)
+            if (first := epochs.setdefault(donor.epoch, donor)) is not donor:
+                self.twins.append(Twin(donor, first, True))
+            elif (other := met.get(name)) is not None:
+                self.twins.append(Twin(donor, other, False))
+            elif seat is not None and seat.link is not donor and seat.who[1] != donor.epoch:
+                assert seat.link is not None
+                self.twins.append(Twin(donor, seat.link, False))
+            else:
+                met[name] = donor
+        return met
+
+    def _is_met(self, seat: Seat) -> bool:
+        """Whether pages are counted on at a donor whose place in peers= is known."""
+        return seat.link is not None and not seat.empty and self._ledger.copies()[seat.row] > 0
 
     def _ask_for_row(
         self, name: bytes, epoch: int, table: dict[int, tuple[bytes, int]], now_s: float

@@ -120,12 +120,15 @@ class Serving:
 
     def start_node(self, control: str, told: Mapping[str, Any]) -> None:
         """The node process, and the log through it.  Nothing may fail after this."""
-        words = ["--control", control, "--shmid", str(self._memory.shmid)]
+        words, env = ["--control", control, "--shmid", str(self._memory.shmid)], node_env()
         words += ["--server-pid", str(os.getpid()), "--config", json.dumps(dict(told))]
         if self._supervised:
             words += ["--take-control"]
         if told["metrics"] is not None:
             words += ["--metrics", told["metrics"]]
+        if self._has_peers and self._where.tcp_port is None:
+            words += ["--understudy"]  # this machine may swap onto pages that only it brings back
+            env["PYTHONMALLOC"] = "malloc"  # of the heap, which it has beforehand and keeps
         fds, free, say = {}, NODE_FDS, messages.say
         if self._log is None and logpipe.is_wanted(self._where.verbose):
             self._log = LogPipe()
@@ -139,7 +142,7 @@ class Serving:
             free += 1
             fds[free] = fd
             words += [word, str(free)]
-        program = Program([python_path(), "-m", "cluster.node", *words], node_env(), fds)
+        program = Program([python_path(), "-m", "cluster.node", *words], env, fds)
         self._keeper = Keeper("the node process", program, say)
         self._keeper.start()
 

@@ -88,7 +88,7 @@ async def listening(
     """
     donor = Donor(donation, options or DonorOptions("lender"), Calm())
     address = PeerAddress.read("listen", where)
-    server: laneport.Listening | asyncio.Server
+    server: peersocket.Listener
     if lanes:
         server, bound = await laneport.serve(address, "listen", donor.connection)
     else:

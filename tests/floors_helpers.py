@@ -34,7 +34,8 @@ FLOORS = {
         6: "device",
     },
     "cluster": {
-        1: "wire frames unixsock logrelay addresses connections peeraddress certificates placement",
+        1: "wire frames unixsock logrelay addresses connections peeraddress certificates placement "
+        "understudy",
         2: "lane session peerwire seats replicas peersocket",
         3: "link webserver laneport peerchannel",
         4: "donorlane health steering metrics webpages peerlink generosity donor renewal overflow "

@@ -7,7 +7,7 @@ from typing import Any
 
 from cluster import lending
 from cluster.donor import OwnerEnd
-from cluster.peerwire import sealed_bytes, unpack
+from cluster.peerwire import Hello, sealed_bytes, unpack
 
 honest = OwnerEnd.request
 
@@ -27,9 +27,9 @@ def lie(self: OwnerEnd, method: str, params: list[Any]) -> Any:
     return [offer, codes, payload]
 
 
-def welcome(self: OwnerEnd, row: int, epoch: int, owner: str) -> None:
+def welcome(self: OwnerEnd, row: int, said: Hello) -> None:
     """Its lane is not told: everything it is asked is answered above."""
-    self.row, self.epoch, self.owner = row, epoch, owner
+    self.row, self.epoch, self.owner, self.turn = row, said.epoch, said.owner, said.turn
 
 
 if __name__ == "__main__":

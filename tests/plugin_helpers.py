@@ -57,9 +57,14 @@ def run_nbdkit(folder: Path, *words: str, options: tuple[str, ...] = ()) -> tupl
 
 
 class Server:
-    """One nbdkit; `words` are key=value, `options` go to nbdkit itself."""
+    """One nbdkit; `words` are key=value, `options` go to nbdkit itself.
 
-    def __init__(self, folder: Path, *words: str, options: tuple[str, ...] = ()) -> None:
+    `network`: a namespace to run in (swaplab.network.Network).
+    """
+
+    def __init__(
+        self, folder: Path, *words: str, options: tuple[str, ...] = (), network: Any = None
+    ) -> None:
         self.folder = folder
         self.socket = folder / "nbd.sock"
         self.control = folder / "nbd.ctl"
@@ -67,7 +72,12 @@ class Server:
         command = ["nbdkit", "-f", "-U", str(self.socket), *options, "python", str(PLUGIN), *words]
         self.process: subprocess.Popen[bytes]
         with open(self._log_path, "ab") as log:
-            self.process = subprocess.Popen(command, env=environment(folder), stderr=log)
+            self.process = subprocess.Popen(
+                network.inside(command) if network is not None else command,
+                pass_fds=(network.fd,) if network is not None else (),
+                env=environment(folder),
+                stderr=log,
+            )
         self.pid = self.process.pid
         self.node_pid = 0
         self._handles: list[Any] = []

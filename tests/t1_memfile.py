@@ -40,7 +40,7 @@ def test_golden_superblock() -> None:
     """The format's first bytes, written out by hand; a change is a new FORMAT_VERSION."""
     memory = MemoryFile.create("golden", DEVICE, POOL)
     try:
-        counters, index, headers, arena = PAGE, PAGE * 41, PAGE * 43, PAGE * 44
+        counters, index, headers, arena = PAGE * 2, PAGE * 42, PAGE * 44, PAGE * 45
         geometry = struct.pack(
             "<8Q", arena + POOL, memory.epoch, 16, counters, headers, arena, index, 64
         )
@@ -61,17 +61,42 @@ def test_golden_superblock() -> None:
 
 
 def test_golden_devices() -> None:
-    """Two devices share the index, one after the other; names stand behind the keys."""
+    """Two devices share the index, one after the other; names stand behind the rows."""
     parts = (("a", 48 * PAGE), ("swap-2", 16 * PAGE))
     memory = MemoryFile.create("golden", DEVICE, POOL, parts)
     try:
-        index = PAGE * 41
+        index = PAGE * 42
         rows = struct.pack("<4Q", 48, index, 1, 0) + struct.pack("<4Q", 16, index + 48 * 16, 0, 0)
         assert memory.peek(176, 96) == rows + bytes(32)
         assert memory.peek(512, 32) == b"a".ljust(16, b"\0") + b"swap-2".ljust(16, b"\0")
         assert memory.devices() == [("a", 48 * PAGE, 0, 0), ("swap-2", 16 * PAGE, 0, 48)]
     finally:
         memory.destroy()
+
+
+def test_who_only_reads_has_no_key() -> None:
+    """A node process talks to the network: what it does not have, it cannot give away."""
+    memory = MemoryFile.create(None, DEVICE, POOL)
+    reader = MemoryFile.attach(memory.shmid)
+    whole = MemoryFile.attach(memory.shmid, with_keys=True)
+    try:
+        keys = memory.peek(PAGE, 64)
+        assert len(set(keys)) > 16
+        assert whole.peek(PAGE, 64) == keys
+        for first, n in ((PAGE, 32), (0, PAGE + 1), (2 * PAGE - 1, 1), (0, 3 * PAGE)):
+            with pytest.raises(ValueError, match="has not the keys"):
+                reader.peek(first, n)
+        assert reader.peek(0, PAGE) == memory.peek(0, PAGE)
+        assert reader.peek(2 * PAGE, 64) == memory.peek(2 * PAGE, 64)
+        # Not by mistake either: the page cannot be read at all.
+        rows = [row.split() for row in Path("/proc/self/maps").read_text().splitlines()]
+        mine = [
+            row for row in rows if row[5:6] and "SYSV" in row[5] and row[4] == str(memory.shmid)
+        ]
+        assert sum(row[1] == "---s" for row in mine) == 1
+    finally:
+        for file in (whole, reader, memory):
+            file.close()
 
 
 def test_golden_entries_and_headers() -> None:

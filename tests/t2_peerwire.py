@@ -35,9 +35,9 @@ OFFER = Offer(4096, 27, Health.OK)
 
 GOLDEN: list[tuple[Any, str]] = [
     (
-        Request(0, "hello", Hello("a/swap", 7, ("",)).params()),
-        "94 00 00 a5 68656c6c6f 91 84 a8 70726f746f636f6c 01 a5 6f776e6572 a6 612f73776170"
-        "a5 65706f6368 07 a7 64657669636573 91 a0",
+        Request(0, "hello", Hello("a/swap", 7, ("",), turn=9).params()),
+        "94 00 00 a5 68656c6c6f 91 85 a8 70726f746f636f6c 01 a5 6f776e6572 a6 612f73776170"
+        "a5 65706f6368 07 a7 64657669636573 91 a0 a4 7475726e 09",
     ),
     (
         Response(0, None, Welcome("b", 9, OFFER).result()),
@@ -80,7 +80,9 @@ def test_what_the_golden_messages_mean() -> None:
     assert peerwire.pack([PAGE]) == RECORD
     assert peerwire.unpack(RECORD) == [PAGE]
     assert peerwire.payload_bytes(RECORD) == len(SEALED) == peerwire.sealed_bytes(PAGE.length_codec)
-    hello = Hello("a/swap", 7, ("",))
+    hello = Hello("a/swap", 7, ("",), turn=9)
+    before = {key: value for key, value in hello.params()[0].items() if key != "turn"}
+    assert peerwire.hello([before]).turn == 0, "not said"
     assert peerwire.hello(hello.params()) == hello
     offer = [4096, 27, 0]
     welcome = Welcome("b", 9, OFFER)
@@ -132,6 +134,8 @@ WRONG_REQUESTS: list[tuple[Callable[[list[Any]], Any], list[Any]]] = [
     (peerwire.hello, [{**HELLO, "epoch": 0}]),
     (peerwire.hello, [{**HELLO, "epoch": True}]),
     (peerwire.hello, [{**HELLO, "epoch": -1}]),
+    (peerwire.hello, [{**HELLO, "turn": -1}]),
+    (peerwire.hello, [{**HELLO, "turn": None}]),
     (peerwire.hello, [{**HELLO, "devices": []}]),
     (peerwire.hello, [{**HELLO, "devices": ["d"] * 9}]),
     (peerwire.hello, [{**HELLO, "devices": ["d" * 17]}]),

@@ -135,7 +135,7 @@ def test_adopted_after_a_restart(
         old.drop_some(0.3)
     alive = old.alive
     again = MemoryFile.create(None, PAGE, PAGE)
-    again.poke(432, memory.peek(432, 64))  # its keys
+    again.poke(4096, memory.peek(4096, 64))  # its keys
     new = Model(make(again, fd), again, rng)
     for thing, where in alive.values():
         assert new.probe.adopt(where, len(thing[3]))

@@ -279,7 +279,7 @@ def test_golden_encrypted_object(memory: MemoryFile, fd: int, plain_fd: int, cip
     assert raw[:24].hex() == golden.hex()
     nonce = raw[24:32] + b"\1\0\0\0"
     about = struct.pack("<QQIHBB", EPOCH, 0x56789, 0x1234, 99 << 4 | 1, 0, 1)
-    assert aead(cipher, memory.peek(432, 32), nonce, about, raw[48:148], raw[32:48]) == blob
+    assert aead(cipher, memory.peek(4096, 32), nonce, about, raw[48:148], raw[32:48]) == blob
     assert raw[148:] == bytes(PAGE - 148), "padded with zeros to a block"
 
 
@@ -292,7 +292,7 @@ def test_both_kinds_on_one_disk(
     plain.put(400)
     plain.drop_some(0.4)
     again = MemoryFile.create(None, PAGE, PAGE)
-    again.poke(432, memory.peek(432, 64))
+    again.poke(4096, memory.peek(4096, 64))
     probe = ColdProbe(again, fd, DISK_BYTES, epoch=EPOCH, encrypt=True, cipher=cipher)
     both = Model(probe, again, rng)
     for thing, where in plain.alive.values():

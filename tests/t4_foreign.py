@@ -111,7 +111,7 @@ class Model:
             pages = [page for page, _ in self.held[name].values()]
             if pages:
                 assert get(self.donation, row, pages) == [d for _, d in self.held[name].values()]
-        told = {name: pages for _, name, _, _, pages, _ in self.donation.owners()}
+        told = {name: pages for _, name, _, _, pages, *_ in self.donation.owners()}
         assert told == {name: len(held) for name, held in self.held.items()}
 
 

@@ -19,6 +19,7 @@ from tests.peer_helpers import FakeNode, Key, wait_until
 from tests.tiers_helpers import open_file
 from zcache_core import counters, ringside
 from zcache_core.coldprobe import BATCH_MOST, ColdProbe
+from zcache_core.crypt import CIPHER_NAMES, Sealer
 from zcache_core.device import Device
 from zcache_core.errors import MemoryFileError
 from zcache_core.memfile import MemoryFile
@@ -122,6 +123,30 @@ def test_exchanged_and_replayed_pages_are_refused(
             for row in range(3):
                 node.held[row, 1, 2] = sealed
         assert refused(probe, 1, 2, where, new[2]) == errno.EILSEQ
+
+
+@pytest.mark.parametrize("cipher", sorted(CIPHER_NAMES))
+def test_a_copy_says_which_cipher_sealed_it(
+    probe: ColdProbe, node: FakeNode, memory: MemoryFile, rng: random.Random, cipher: int
+) -> None:
+    """Its server may have had another one than the server that opens it."""
+    thing = make_object(rng, 1, 2, 100)
+    [(where, _)] = probe.put([thing])
+    about = {"epoch": memory.epoch, "version": 2, "page": 1, "length_codec": thing[2] & 0xFFFF}
+    about |= {"device": 0, "purpose": 2}
+    with node.lock:
+        for sealed in node.held.values():
+            assert sealed[7] == Sealer(memory, for_peers=True).cipher
+        other = Sealer(memory, cipher, for_peers=True).seal(thing[3], **about)
+        assert other[7] == 0, "no counter comes so far"
+        for key in node.held:
+            node.held[key] = other[:7] + bytes([cipher]) + other[8:]
+    assert probe.get(1, 2, where, thing[2]) == thing[3]
+    for wrong in (0, 3 - cipher, 3, 255):
+        with node.lock:
+            for key in node.held:
+                node.held[key] = other[:7] + bytes([wrong]) + other[8:]
+        assert refused(probe, 1, 2, where, thing[2]) == errno.EILSEQ
 
 
 def test_impossible_addresses(probe: ColdProbe, node: FakeNode) -> None:

@@ -45,6 +45,13 @@ TROUBLE: list[tuple[dict[str, int], dict[str, Any], str, str, str]] = [
     ),
     ({"remote_corrupt_pages": 2}, {}, "degraded", "2 copies of peers were found", "wrong_copies"),
     ({"live_peers": 1}, {"peers": ["a", "b"], "replicas": 2}, "degraded", "1 of 2", "why_down"),
+    (
+        {},
+        {"twin_peers": ["The peers a and b are the same donor; the second is not used."]},
+        "degraded",
+        "a and b are the same donor",
+        "node.pem of its own",
+    ),
     ({"remote_short_pages": 7}, {}, "degraded", "7 copies of pages are with", "renewed elsewhere"),
     ({"mended_loads": 2}, {}, "degraded", "answered from the disk instead", "memtest"),
     ({"disk_read_errors": 5}, {}, "critical", "5 could not be read", "kernel log"),

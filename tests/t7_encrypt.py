@@ -101,8 +101,8 @@ def test_key_is_in_the_memory_file_alone(runtime: Path, rng: random.Random) -> N
         write_and_drain(server, secrets(rng, MIB))
         shmid = memfile.find(NAME)
         assert shmid is not None
-        memory = MemoryFile.attach(shmid)
-        key = memory.peek(432, 32)
+        memory = MemoryFile.attach(shmid, with_keys=True)
+        key = memory.peek(4096, 32)
         memory.close()
         assert len(set(key)) > 8
         assert key not in disk.read_bytes()

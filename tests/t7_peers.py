@@ -11,52 +11,11 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.plugin_helpers import WAIT_S, Server, environment, remove_memory, wait_for
-
-PAGE = 4096
-PAGES = 3000
-LENT = 24 << 20
-
-
-class Lender:
-    """One `zcache node` on a Unix socket of its own; killed, it comes back empty."""
-
-    def __init__(self, folder: Path, name: str, module: str = "cluster.lending") -> None:
-        self.module = module
-        self.folder = folder / name
-        self.folder.mkdir()
-        self.address = str(self.folder / "peer")
-        self.process: subprocess.Popen[bytes] | None = None
-        self.start()
-
-    def start(self) -> None:
-        words = ["--listen", self.address, "--donate", str(LENT)]
-        words += ["--control", str(self.folder / "ctl")]
-        log = open(self.folder / "log", "ab")  # noqa: SIM115
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", self.module, *words],
-            env=environment(self.folder) | {"PYTHONPATH": os.getcwd()},
-            stdout=log,
-            stderr=log,
-        )
-        log.close()
-        wait_for("the donor's socket", Path(self.address).exists)
-
-    def signal(self, number: int) -> None:
-        assert self.process is not None
-        self.process.send_signal(number)
-
-    def kill(self) -> None:
-        if self.process is not None:
-            self.process.kill()
-            self.process.wait(WAIT_S)
-            self.process = None
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self.address)
+from tests.lender_helpers import PAGES, Lender, Model, live, stats
+from tests.plugin_helpers import WAIT_S, Server, remove_memory, wait_for
 
 
 @pytest.fixture
@@ -64,35 +23,7 @@ def lenders(tmp_path: Path) -> Iterator[list[Lender]]:
     made = [Lender(tmp_path, f"d{i}") for i in range(3)]
     yield made
     for lender in made:
-        if lender.process is not None:
-            lender.signal(signal.SIGCONT)
-        lender.kill()
-
-
-class Model:
-    """What each page of the device is."""
-
-    def __init__(self, server: Server, rng: random.Random) -> None:
-        self.server, self.rng = server, rng
-        self.handle = server.connect()
-        self.pages: dict[int, bytes] = {}
-
-    def write(self, page: int) -> None:
-        self.pages[page] = self.rng.randbytes(self.rng.choice([1000, 3000, 4096])).ljust(PAGE, b"x")
-        self.handle.pwrite(self.pages[page], page * PAGE)
-
-    def check(self, n: int | None = None) -> None:
-        """Every page, or n of them, as written."""
-        pages = list(self.pages)
-        for page in pages if n is None else self.rng.sample(pages, min(n, len(pages))):
-            assert self.handle.pread(PAGE, page * PAGE) == self.pages[page], page
-
-    def churn(self, n: int) -> None:
-        for _ in range(n):
-            if self.rng.random() < 0.4:
-                self.write(self.rng.randrange(PAGES))
-            else:
-                self.check(1)
+        lender.end()
 
 
 def words(lenders: list[Lender], *more: str) -> list[str]:
@@ -100,20 +31,11 @@ def words(lenders: list[Lender], *more: str) -> list[str]:
     return ["size=16M", "pool=2M", f"peers={addresses}", *more]
 
 
-def live(server: Server) -> int:
-    return sum(peer["state"] == "up" for peer in server.rpc("peers"))
-
-
 def zcache_status(server: Server) -> str:
     """What a person reads."""
     command = [sys.executable, "-m", "plugin.cli", "status", "--control", str(server.control)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=WAIT_S, check=True)
     return done.stdout
-
-
-def stats(server: Server) -> dict[str, Any]:
-    found: dict[str, Any] = server.rpc("stats")
-    return found
 
 
 @pytest.mark.timeout(300)

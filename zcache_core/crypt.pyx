@@ -249,9 +249,9 @@ cdef class Sealer:
             raise ValueError(f"there is no cipher {cipher}; use one of {CIPHER_NAMES}")
         if memory.base == NULL or not memory.writable:
             raise MemoryFileError("encryption needs a memory file that is open for writing")
-        cdef const uint8_t *key = memory.super.disk_key
+        cdef const uint8_t *key = memory.keys.disk_key
         if for_peers:
-            key = memory.super.peer_key
+            key = memory.keys.peer_key
         self.memory = memory
         if crypt_make(&self.crypt, key, &memory.super.nonces_reserved, cipher):
             raise MemoryFileError("libcrypto refuses to encrypt with AES-256-GCM and ChaCha20-Poly1305; install another")

@@ -155,15 +155,17 @@ cdef class Donation:
 
     # ---- owners ------------------------------------------------------------------------
 
-    def owner(self, str name, uint64_t epoch, uint64_t now_s):
+    def owner(self, str name, uint64_t epoch, uint64_t now_s, user=None):
         """The row of an owner, a new one if it has none; None when all rows are taken.
 
-        What it had put in another epoch is over.
+        `user`: whose process it is, on this machine; another user's of that name is another
+        owner.  What it had put in another epoch is over.
         """
         cdef Foreign *f = &self.f
         cdef uint32_t row
         cdef int64_t mine = -1
         cdef int64_t spare = -1
+        cdef uint64_t whose = 0 if user is None else <uint64_t>user + 1
         self._require_open()
         encoded = name.encode()
         if not epoch or not 0 < len(encoded) <= OWNER_NAME_BYTES:
@@ -171,7 +173,7 @@ cdef class Donation:
         for row in range(OWNERS):
             if f.owners[row].epoch == 0:
                 spare = row if spare < 0 else spare
-            elif self._name(row) == name:
+            elif f.owners[row].user == whose and self._name(row) == name:
                 mine = row
         if mine >= 0:
             if f.owners[mine].epoch != epoch:
@@ -182,6 +184,7 @@ cdef class Donation:
             self._sweep_all()
             memset(f.owners[mine].name, 0, OWNER_NAME_BYTES)
             memcpy(f.owners[mine].name, <const char *>encoded, len(encoded))
+            f.owners[mine].user = whose
             f.held[mine].quota_bytes = <uint64_t>-1
             foreign_set_epoch(f, <uint32_t>mine, epoch)
         else:
@@ -215,12 +218,12 @@ cdef class Donation:
         self.f.held[row].quota_bytes = quota_bytes
 
     def owners(self):
-        """[(row, name, epoch, heard_s, pages, bytes)]; bytes is the room they take."""
+        """[(row, name, epoch, heard_s, pages, bytes, user)]; bytes is the room they take."""
         cdef uint32_t row
         self._require_open()
         return [
             (row, self._name(row), self.f.owners[row].epoch, self.f.owners[row].heard_s, self.f.held[row].pages,
-             self.f.held[row].bytes)
+             self.f.held[row].bytes, self.f.owners[row].user - 1 if self.f.owners[row].user else None)
             for row in range(OWNERS) if self.f.owners[row].epoch
         ]
 

@@ -29,7 +29,8 @@ ctypedef struct OwnerRow:       # 128 bytes
     uint64_t epoch              # 0: the row is free.  Written last, so that a row is whole or free
     uint64_t heard_s            # since the boot
     char name[OWNER_NAME_BYTES]
-    uint8_t padding[64]
+    uint64_t user               # of this machine, and 1; 0: its certificate says who it is
+    uint8_t padding[56]
 
 ctypedef struct Place:          # 32 bytes; an index entry, and whose page it is
     Entry entry                 # ST_RAM with where, length, codec and version; or ST_EMPTY

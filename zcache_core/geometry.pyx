@@ -1,7 +1,7 @@
 """Where the parts of a memory file lie, and page tables for them before they are needed.
 
-    superblock | counters | index | frame map | frame headers | arena
-    \_______________________________________/  \____________________/
+    superblock | keys | counters | index | frame map | frame headers | arena
+    \______________________________________________/  \____________________/
       mapped ahead: every page                    one page of every 2 MiB that has memory
 
 Who maps ahead only reads, and only what the frame map says is there: a look at a hole of the
@@ -47,7 +47,7 @@ def geometry_of(device_bytes: int, pool_bytes: int, epoch: int) -> bytes:
     """The eight fixed words of the superblock, in file order; the first is the file's size."""
     device_pages = device_bytes // PAGE_BYTES
     frames = pool_bytes // PAGE_BYTES
-    counters_offset = PAGE_BYTES
+    counters_offset = 2 * PAGE_BYTES        # behind superblock and keys
     index_offset = counters_offset + _page_up(COUNTER_CELLS * COUNTER_SHARDS * 8)
     headers_offset = index_offset + _page_up(device_pages * sizeof(Entry)) + map_bytes(frames)
     arena_offset = headers_offset + _page_up(frames * sizeof(BlobHeader))

@@ -46,7 +46,7 @@ cdef enum:
 
     MAX_DEVICES = 8             # rows in the superblock's device table
     NAME_BYTES = 64
-    KEY_BYTES = 32              # of one key; the superblock has two
+    KEY_BYTES = 32              # of one key
     DEVICE_NAME_BYTES = 16
     DONORS = 96                 # rows in the superblock's donor table
     DONOR_ID_BYTES = 16
@@ -113,14 +113,18 @@ ctypedef struct Superblock:     # the first page of the file
     uint64_t created_s
     char name[NAME_BYTES]
     DeviceRow devices[MAX_DEVICES]
-    uint8_t disk_key[KEY_BYTES] # random since creation; this file is never dumped or swapped
-    uint8_t peer_key[KEY_BYTES]
+    uint64_t unused[8]          # 0
     uint64_t write_day          # days since 1970, UTC: of what day write_day_bytes tells
     uint64_t write_day_bytes    # written to the disk on that day (writeback_limit)
     char device_names[MAX_DEVICES][DEVICE_NAME_BYTES]   # padded with zeros
     uint64_t counters_id        # of the counter table that the cells were written by
     uint64_t devices_crc        # CRC-32 of what does not change of the rows, and of the names
     DonorRow donors[DONORS]
+
+
+ctypedef struct Keys:           # the second page of the file, alone there: who only reads has it not
+    uint8_t disk_key[KEY_BYTES] # random since creation; this file is never dumped or swapped
+    uint8_t peer_key[KEY_BYTES]
 
 
 # ---- entry words --------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
-from zcache_core.layout cimport BlobHeader, Entry, Superblock
+from zcache_core.layout cimport BlobHeader, Entry, Keys, Superblock
 
 
 cdef class MemoryFile:
@@ -15,6 +15,7 @@ cdef class MemoryFile:
     cdef object _lock
     cdef uint8_t *base
     cdef Superblock *super
+    cdef Keys *keys             # NULL for who only reads
     cdef uint64_t *counters
     cdef Entry *index
     cdef uint64_t *frame_map     # a bit for each frame: set if it has memory

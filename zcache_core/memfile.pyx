@@ -1,9 +1,11 @@
 """The memory file: one System V segment that holds all that must outlive a server.
 
-    +------------+----------+----------------------+-----------+----------------+----------- - -
-    | superblock | counters | index: 16 B per page | frame map | frame headers  | arena: frames
-    | 4 KiB      | 160 KiB  | of the device        | a bit per | 24 B per frame | of 4 KiB
-    +------------+----------+----------------------+-----------+----------------+----------- - -
+    +------------+-------+----------+----------------------+-----------+----------------+----------- - -
+    | superblock | keys  | counters | index: 16 B per page | frame map | frame headers  | arena: frames
+    | 4 KiB      | 4 KiB | 160 KiB  | of the device        | a bit per | 24 B per frame | of 4 KiB
+    +------------+-------+----------+----------------------+-----------+----------------+----------- - -
+
+Who only reads (the node, which talks to the network) has the page of keys not in its address space.
 
 A System V segment, not a file and not anonymous memory, because of what happens
 when its owner dies: memory locked with mlock becomes evictable at that moment
@@ -37,7 +39,7 @@ from zcache_core.geometry cimport map_ahead, map_bytes
 from zcache_core.layout cimport (
     COUNTER_CELLS, COUNTER_SHARDS, DEVICE_NAME_BYTES, FORMAT_VERSION, KEY_BYTES, MAX_DEVICES,
     NAME_BYTES, PAGE_BYTES, ST_DISK, ST_EMPTY, ST_LOST, ST_PEER, ST_RAM_EPHEMERAL, BlobHeader, Entry,
-    Superblock, state_of,
+    Keys, Superblock, state_of,
 )
 
 from zcache_core.counters import STORED
@@ -62,12 +64,13 @@ cdef extern from "<sys/random.h>" nogil:
     ssize_t getrandom(void *buf, size_t length, unsigned int flags)
 
 cdef extern from "<sys/mman.h>" nogil:
-    enum: MADV_DONTDUMP, PROT_READ, PROT_WRITE
+    enum: MADV_DONTDUMP, PROT_NONE, PROT_READ, PROT_WRITE
     int madvise(void *addr, size_t length, int advice)
     int mprotect(void *addr, size_t length, int rights)
     int munlock(const void *addr, size_t length)
 
 FORMAT = FORMAT_VERSION
+KEYS_OFFSET = PAGE_BYTES
 FOREIGN_DEVICE = "(foreign)"     # the only device of a file that holds pages of others (donation.pyx)
 # Which cell means what; another table's cells are not to be read as ours.
 COUNTERS_ID = zlib.crc32(" ".join(counter.name for counter in STORED).encode()) + 1
@@ -138,8 +141,8 @@ cdef class MemoryFile:
     cdef object _make_keys(self):
         """Random keys, straight from the kernel into the file: no copy of them is anywhere else."""
         cdef ssize_t missing = 2 * KEY_BYTES
-        missing -= getrandom(self.super.disk_key, KEY_BYTES, 0)
-        missing -= getrandom(self.super.peer_key, KEY_BYTES, 0)
+        missing -= getrandom(self.keys.disk_key, KEY_BYTES, 0)
+        missing -= getrandom(self.keys.peer_key, KEY_BYTES, 0)
         if missing:
             shmctl(self.shmid, IPC_RMID, NULL)
             self._release()
@@ -222,8 +225,8 @@ cdef class MemoryFile:
         self._own()
 
     @classmethod
-    def attach(cls, shmid):
-        """Any memory file, read-only, at any time: what a reader of counters uses."""
+    def attach(cls, shmid, bint with_keys=False):
+        """Any memory file, read-only, at any time; `with_keys`: its keys too, for forensics."""
         cdef MemoryFile self = cls.__new__(cls)
         self.shmid = shmid
         self._attach(False)
@@ -235,6 +238,8 @@ cdef class MemoryFile:
         encoded = self.super.name[:NAME_BYTES].rstrip(b"\0")
         self._name = encoded.decode() or None
         self._map_parts()
+        if not with_keys and mprotect(self.base + <size_t>KEYS_OFFSET, PAGE_BYTES, PROT_NONE) == 0:
+            self.keys = NULL
         return self
 
     cdef object _attach(self, bint writable):
@@ -299,6 +304,7 @@ cdef class MemoryFile:
 
     def _map_parts(self):
         cdef Superblock *s = self.super
+        self.keys = <Keys *>(self.base + <size_t>KEYS_OFFSET)
         self.counters = <uint64_t *>(self.base + s.counters_offset)
         self.index = <Entry *>(self.base + s.index_offset)
         self.frame_map = <uint64_t *>(self.base + s.frame_headers_offset - map_bytes(s.pool_frames))
@@ -445,6 +451,8 @@ cdef class MemoryFile:
         """Raw bytes of the file (for tests and forensics)."""
         if offset_bytes < 0 or length_bytes < 0 or offset_bytes + length_bytes > self.size_bytes:
             raise ValueError("outside of the memory file")
+        if self.keys == NULL and offset_bytes < KEYS_OFFSET + PAGE_BYTES and offset_bytes + length_bytes > KEYS_OFFSET:
+            raise ValueError("who only reads has not the keys")
         return (<char *>self.base + <size_t>offset_bytes)[:length_bytes]
 
     def poke(self, offset_bytes, bytes data):

@@ -68,6 +68,7 @@ cdef enum:
     STEP_US = 10000             # how soon a put notices that the node died
     BEAT_LATE_US = 1000000      # a node that did not show itself for so long takes nothing new
     NOTES_AT_ONCE = NOTES       # all that are there: a tick says that they are heard
+    CIPHER_AT = 7               # of a seal: the highest byte of its counter, which none reaches
 
 
 # ---- what is counted on ----------------------------------------------------------------------
@@ -141,6 +142,15 @@ cdef bint answered(uint32_t *word, int64_t until_us) noexcept nogil:
             return False
 
 
+cdef inline bint open_sealed(
+    Peers *p, const Associated *bound, uint8_t *sealed, uint32_t length, uint8_t *blob
+) noexcept nogil:
+    """Open what came back, with the cipher that sealed it, whichever seals now."""
+    cdef uint32_t cipher = sealed[CIPHER_AT]
+    sealed[CIPHER_AT] = 0
+    return crypt_open(p.crypt, cipher, bound, sealed, length, blob)
+
+
 cdef int finish_get(Peers *p, GetCell *cell, ColdPage *page, int64_t until_us) noexcept nogil:
     """The blob of the page that was asked for, from whichever copy is right."""
     cdef Associated bound = about(p, page)
@@ -158,9 +168,7 @@ cdef int finish_get(Peers *p, GetCell *cell, ColdPage *page, int64_t until_us) n
         if error:
             error = ENODATA if error == ENODATA and wrong == 0 else EIO
             break
-        if cell.length_bytes == length + SEAL_BYTES and crypt_open(
-            p.crypt, p.crypt.cipher, &bound, cell.sealed, length, page.blob
-        ):
+        if cell.length_bytes == length + SEAL_BYTES and open_sealed(p, &bound, cell.sealed, length, page.blob):
             break
         zc_add64(&p.cells[C_REMOTE_CORRUPT_PAGES], 1)
         error = EILSEQ
@@ -240,6 +248,7 @@ cdef uint32_t fill(Peers *p, const ColdPage *pages, uint32_t n) noexcept nogil:
         bound = about(p, &pages[i])
         if not crypt_seal(p.crypt, &bound, pages[i].blob, length, p.ring.put_bytes + at):
             return i
+        p.ring.put_bytes[at + CIPHER_AT] = <uint8_t>p.crypt.cipher
         row.version = pages[i].version
         row.page = pages[i].page
         row.where = 0

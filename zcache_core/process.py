@@ -202,6 +202,11 @@ def io_flusher() -> str:
     return _io_flusher()
 
 
+def end_with_parent() -> None:
+    """Be killed when the process that forked us ends; called in the child."""
+    _libc.prctl(PR_SET_PDEATHSIG, 9, 0, 0, 0)
+
+
 def outlive_parent() -> None:
     """Not be ended with the process that started us; in the main thread.
 

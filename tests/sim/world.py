@@ -53,7 +53,7 @@ class Machine:
 
     def __init__(self, name: str, capacity_bytes: int) -> None:
         self.name, self.capacity_bytes = name, capacity_bytes
-        self.epoch = 1
+        self.epoch = int.from_bytes(donor_id(name)[:6], "little")  # nobody else's
         self.held: dict[int, tuple[int, int, bytes]] = {}  # page -> version, length_codec, bytes
         self.held_bytes = 0
         self.is_up = True
