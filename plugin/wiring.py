@@ -15,6 +15,7 @@ from __future__ import annotations
 import fcntl
 import gc
 import json
+import mmap
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -52,6 +53,7 @@ REHEARSAL_BYTES = 1 << 20
 # Of a server: takeover, committer, tidying, crew, steward, cooling, reading ahead, peers, keeper,
 # leave.
 THREADS = 10
+BELOW_BYTES = 10 << 20  # of any disk or peers; see "Costs of a disk" in docs/architecture.md
 NODE_FDS = 3  # the first descriptor that the node process is given
 PIPES_FROM_FD = 10  # ours, so that none is overwritten while the node's are laid out
 SetError = Callable[[int], None]
@@ -62,6 +64,7 @@ class Before(NamedTuple):
 
     log: LogPipe | None = None
     store: Store | None = None
+    ballast: mmap.mmap | None = None  # as much memory as the tiers below will take
 
 
 class Checked(NamedTuple):
@@ -82,6 +85,8 @@ class Serving:
         where, disk = self._where, self._disk
         self._memory, self._store = open_store(config, disk, before.store)
         self.pool_is_locked = self._memory.stays_locked
+        if before.ballast is not None:
+            before.ballast.close()
         self._peers = PeerTier(self._memory) if config.peers else None
         self._cooling = self._below(config, disk) if disk is not None or self._peers else None
         read_fd, write_fd = os.pipe()  # both stay open: a node may be started anew
@@ -228,7 +233,15 @@ def settle(config: Config) -> Before:
     where = listening(own_command_line(), os.environ)
     log = LogPipe() if logpipe.is_wanted(where.verbose) else None
     memory = MemoryFile.expect(config.memory) if config.memory is not None else None
-    return Before(log, make_store(config, memory) if memory is not None else None)
+    store = make_store(config, memory) if memory is not None else None
+    has_below = config.disk is not None or config.peers
+    return Before(log, store, process.hold_memory(below_bytes(config)) if has_below else None)
+
+
+def below_bytes(config: Config) -> int:
+    """About what tiers below a pool take of memory when they are made: buffers and tables."""
+    frames, disk_mib = config.pool_bytes // PAGE_BYTES, (config.disk_size_bytes or 0) >> 20
+    return BELOW_BYTES + 16 * frames + 50 * disk_mib
 
 
 def rehearse(config: Config) -> None:

@@ -8,9 +8,12 @@ Every run prints how long nothing moved.
 
 from __future__ import annotations
 
+import json
 import os
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -34,18 +37,25 @@ from tests.swaplab.zattach import state, zcache_in
 pytestmark = pytest.mark.skipif(
     os.geteuid() != 0, reason="; ".join(fitness.missing()) or "needs root for its network"
 )
-# 150 MiB of pool; kernel, server, standby, supervisor, helper and spare take about 110.
+# 150 MiB of pool; kernel, server, standby, supervisor, helper and spare take about 125.
 SELF_SERVING = GuestConfig(mem_mib=384, sample_ms=50, sysctl=SELF_SERVING_SYSCTL)
 SETTINGS = ("--size", "288M", "--pool", "150M")
 HOG_MIB, STRESS_MIB = 270, 230
+# A pool that holds a third of what is out; the rest goes to a disk of the guest's own.
+DISK_SETTINGS = ("size=288M", "pool=32M", "commit=all", "high=60", "low=40", "disk=/dev/ubda")
+DISK_MIB, DISK_HOG_MIB = 330, 320
 STANDBY_S = 60.0
 RESERVE_KB = 24 << 10  # free memory that is nobody's to take: the kernel's watermarks
 
 
-def up(lab: Lab) -> Guest:
+def up(lab: Lab, disk: Path | None = None) -> Guest:
     """A guest that swaps onto its own server, with another one ready."""
-    guest = lab.boot(SELF_SERVING)
-    zcache_in(guest, "up", *SETTINGS)
+    if disk is None:
+        guest = lab.boot(SELF_SERVING)
+        zcache_in(guest, "up", *SETTINGS)
+    else:
+        guest = lab.boot(replace(SELF_SERVING, disks=(disk,)))
+        zcache_in(guest, "up", *DISK_SETTINGS)
     guest.link.wait_for(lambda: has_standby(guest), STANDBY_S, "a standby")
     return guest
 
@@ -87,9 +97,15 @@ def run(
     return result
 
 
-def hog_run(kill_count: int, upgrade_count: int, rng: random.Random, limit_s: float) -> None:
+def hog_run(
+    kill_count: int,
+    upgrade_count: int,
+    rng: random.Random,
+    limit_s: float,
+    disk: Path | None = None,
+) -> None:
     with Lab(limit_s) as lab:
-        guest = up(lab)
+        guest = up(lab, disk)
         first = serve_state(guest)["server_pid"]
         seconds = 4.0 * kill_count + 20.0 * upgrade_count
         seed = rng.getrandbits(30)
@@ -97,7 +113,13 @@ def hog_run(kill_count: int, upgrade_count: int, rng: random.Random, limit_s: fl
             lab,
             guest,
             lambda: hog(
-                guest, HOG_MIB, pages_file(64), seconds, seconds, audit_s=seconds, seed=seed
+                guest,
+                DISK_HOG_MIB if disk else HOG_MIB,
+                pages_file(64),
+                seconds,
+                seconds,
+                audit_s=seconds,
+                seed=seed,
             ),
             [
                 (kill_count, "kill -9, server inside", kill_exhausted),
@@ -111,6 +133,10 @@ def hog_run(kill_count: int, upgrade_count: int, rng: random.Random, limit_s: fl
         assert served["takeovers"] == kill_count, "every one was a standby"
         assert served["upgrades"] == upgrade_count
         assert state(guest)["mended"] >= kill_count + upgrade_count
+        if disk is not None:
+            stats = json.loads(zcache_in(guest, "status", "--json"))["stats"]
+            assert stats["written_back_pages"] > 5000
+            assert stats["disk_corrupt_pages"] == stats["corrupt_loads"] == 0
         zcache_in(guest, "down")
 
 
@@ -123,6 +149,18 @@ def test_kill_9_of_its_own_server(rng: random.Random) -> None:
 @pytest.mark.timeout(900)
 def test_twenty_kills_and_some_upgrades_of_its_own_server(rng: random.Random) -> None:
     hog_run(20, 4, rng, limit_s=880)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("count", [3, 20])
+def test_kills_of_its_own_server_with_pages_on_its_disk(
+    tmp_path: Path, rng: random.Random, count: int
+) -> None:
+    disk = tmp_path / "disk"
+    with open(disk, "wb") as file:
+        file.truncate(DISK_MIB << 20)
+    hog_run(count, 0, rng, limit_s=880, disk=disk)
 
 
 @pytest.mark.soak

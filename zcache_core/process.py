@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import mmap
 import os
 import re
 import resource
@@ -180,6 +181,16 @@ def own_memory() -> int:
                 total += length
                 os.sched_yield()  # to those of our class: who serves comes first
     return total
+
+
+def hold_memory(size_bytes: int) -> mmap.mmap:
+    """So much memory, touched: closing it makes room for who needs as much a moment later."""
+    held = mmap.mmap(-1, -(-size_bytes // PAGE_BYTES) * PAGE_BYTES, mmap.MAP_PRIVATE)
+    for at in range(0, len(held), PAGE_BYTES):
+        held[at] = 1
+        if at % (64 * PAGE_BYTES) == 0:
+            os.sched_yield()  # to those of our class: who serves comes first
+    return held
 
 
 def keep_heap(size_bytes: int) -> None:
