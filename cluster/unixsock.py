@@ -46,10 +46,12 @@ def is_alive(path: str | Path) -> bool:
         return True
 
 
-def claim(path: str | Path, purpose: str, key: str) -> None:
+def claim(path: str | Path, purpose: str, key: str, dead: bool = False) -> None:
     """Make `path` free to bind, or refuse with a sentence about `purpose`.
 
-    `key` is what the user can write differently ("control=PATH", "-U PATH").
+    `key` is what the user can write differently ("control=PATH", "-U PATH").  `dead`: whose socket
+    it is has ended, that is known; then a connection tells nothing (a child that the dead one was
+    about to start has its listening socket, too, until it is another program).
     Removes a stale socket.  Raises ConfigError and InUseError.
     """
     path = Path(path)
@@ -68,7 +70,7 @@ def claim(path: str | Path, purpose: str, key: str) -> None:
         return
     if not stat.S_ISSOCK(mode):
         raise ConfigError(f"{path} exists and is no socket; write another {key} for {purpose}")
-    if is_alive(path):
+    if not dead and is_alive(path):
         raise InUseError(
             f"{path} is in use by a running server; stop that one first, or write another {key} "
             f"for {purpose}"

@@ -84,8 +84,11 @@ class Standby:
             self._fork()
 
     def hurry(self) -> None:
-        """The server has died: now, not soon."""
-        if self.due_s is not None and self._loaded and self.server is None and not self._forking:
+        """The server has died: now, not soon.
+
+        Also one that had not served yet, after which none is due.
+        """
+        if self._loaded and self.server is None and not self._forking:
             self.due_s = None
             self._fork()
 

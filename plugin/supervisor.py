@@ -57,7 +57,9 @@ ADOPTED_S = 5.0  # for an adopted server to answer on its socket; else it is rep
 # finish its requests, and to end; then SIGKILL.
 END_S = 10.0
 UPGRADE_S = 30.0  # for the new version to load
-LOADING_S = 5.0  # for a standby that is loading when its server dies; then another is started
+# For a standby that is on its way when its server dies; then another is started, which takes longer
+# than a fork anywhere.
+LOADING_S = 10.0
 RESUME = "ZCACHE_RESUME"  # what a supervisor tells itself through exec
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, LOOK)
 

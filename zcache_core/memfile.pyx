@@ -48,7 +48,7 @@ from zcache_core.geometry import check_sizes, geometry_of
 from zcache_core.inventory import (  # noqa: F401
     MAGIC, exists, find, is_memory_file, leftovers, remove, segment_name,
 )
-from zcache_core.owner import OwnerLock, start_ticks
+from zcache_core.owner import EXIT_WAIT_S, OwnerLock, start_ticks
 
 cdef extern from "<sys/ipc.h>" nogil:
     enum: IPC_PRIVATE, IPC_CREAT, IPC_EXCL, IPC_RMID
@@ -211,10 +211,10 @@ cdef class MemoryFile:
             map_ahead(self.base)
         return self
 
-    def take(self):
-        """Of an expected file: its owner is gone, it is ours.  Raises as `open` does."""
+    def take(self, patience_s=EXIT_WAIT_S):
+        """Of an expected file: its owner is gone, it is ours.  Raises as `open` does, after so long."""
         assert self.expected
-        self._lock = OwnerLock.acquire(self._name)
+        self._lock = OwnerLock.acquire(self._name, patience_s)
         if self._lock.shmid != self.shmid:
             raise MemoryFileError(f"the memory file {self._name} is another one now; start again")
         self._lock.wait_for_exit(self.super.owner_pid, self.super.owner_start_ticks)

@@ -18,11 +18,13 @@ import fcntl
 import os
 import re
 import select
+import time
 from pathlib import Path
 from typing import NamedTuple
 
 from zcache_core.errors import InUseError, MemoryFileError
 
+LOOK_S = 0.005
 EXIT_WAIT_S = 10.0  # a killed server with tens of GiB mapped needs seconds to go, not more
 
 
@@ -78,20 +80,27 @@ class OwnerLock:
         self._fd = fd
 
     @classmethod
-    def acquire(cls, name: str) -> OwnerLock:
-        """Take the lock of `name` at once, or raise InUseError."""
+    def acquire(cls, name: str, patience_s: float = 0.0) -> OwnerLock:
+        """Take the lock of `name`, or raise InUseError after so long.
+
+        Patience is for who knows that the holder has ended: a child that it was about to start
+        has the lock, too, until it is another program.
+        """
         if not re.fullmatch(r"[A-Za-z0-9._-]{1,60}", name):
             raise MemoryFileError(
                 f"the memory file name {name!r} is not usable; use up to 60 letters, digits, "
                 f"dots, dashes and underscores"
             )
-        path = lock_path(name)
+        path, until_s = lock_path(name), time.monotonic() + patience_s
         while True:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 os.close(fd)
+                if time.monotonic() < until_s:
+                    time.sleep(LOOK_S)
+                    continue
                 raise InUseError(
                     f"the memory file {name} belongs to a running server; stop that one first, "
                     f"or use another name"
