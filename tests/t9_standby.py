@@ -105,7 +105,7 @@ def test_who_dies_before_it_serves_has_a_successor_too(it: Served) -> None:
 
 
 def test_the_socket_of_a_dead_server_may_still_answer(tmp_path: Path) -> None:
-    """A child that it was starting has it, too.  (So one in four of the kills above met a refusal.)"""
+    """A child that it was starting has it, too: one in four runs of kills met a refusal."""
     path = tmp_path / "sock"
     with socket.socket(socket.AF_UNIX) as held:
         held.bind(str(path))
