@@ -314,8 +314,9 @@ class Supervisor:
         try:
             words = [sys.executable, *sys.orig_argv[1:]]
             flush()
-            # Its start takes half a second of a slow CPU, which belongs to those who serve.
-            process.ordinary()
+            # Its start takes half a second of a slow CPU, which belongs to those who serve, too.
+            # (As an ordinary process, where memory is short, it took more than a minute.)
+            process.in_turns()
             os.execve(words[0], words, os.environ | {RESUME: json.dumps(resume)})
         except OSError as error:
             os.set_inheritable(self._lock.fd, False)

@@ -50,9 +50,9 @@ SWITCH_INTERVAL_S = 50e-6
 # What a server takes of the heap from its turn on, connections included: measured 1.3 MiB.
 STANDBY_HEAP_BYTES = 3 << 20
 REHEARSAL_BYTES = 1 << 20
-# Of a server: takeover, committer, tidying, crew, steward, cooling, reading ahead, peers, keeper,
-# leave.
-THREADS = 10
+# Of a server: takeover, committer, tidying, recompression, crew, steward, cooling, reading ahead,
+# peers, keeper, leave.
+THREADS = 11
 BELOW_BYTES = 10 << 20  # of any disk or peers; see "Costs of a disk" in docs/architecture.md
 NODE_FDS = 3  # the first descriptor that the node process is given
 PIPES_FROM_FD = 10  # ours, so that none is overwritten while the node's are laid out
