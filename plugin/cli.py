@@ -183,6 +183,8 @@ def _status(args: argparse.Namespace) -> int:
             answers["owners"] = client.call("owners")
         elif len(answers["config"].get("devices", ())) > 1:
             answers["devices"] = client.call("devices")
+        if answers["config"].get("peers"):
+            answers["peers"] = client.call("peers")
     if args.json:
         print(json.dumps({"control": str(control), **answers}, indent=2))
     else:

@@ -67,7 +67,7 @@ def test_status_for_people_and_for_scripts(tmp_path: Path) -> None:
         assert (code, err) == (0, "")
         for words in (
             f"server {server.pid}", "degraded", "The pool can fill", "400.0 KiB of pages",
-            "ratio", "[#", "of 4.0 MiB", "zbud, lz4", "100 compressed", "locked",
+            "ratio", "[#", "took", "put ", "of 4.0 MiB", "zbud, lz4", "100 compressed", "locked",
         ):  # fmt: skip
             assert words in out, words
         assert "\x1b" not in out
@@ -78,7 +78,7 @@ def test_status_for_people_and_for_scripts(tmp_path: Path) -> None:
         names = {counter.name for counter in COUNTERS} | {"histograms"}
         assert answer["stats"].keys() == names
         assert answer["stats"]["histograms"]["pool_wait"] == {
-            "unit": "microseconds", "count": 0, "buckets": []
+            "unit": "microseconds", "count": 0, "sum": 0, "buckets": []
         }  # fmt: skip
         assert answer["config"]["pool"] == 4 << 20
         assert answer["health"]["status"] == "degraded"
