@@ -36,6 +36,7 @@ from cluster.health import CRITICAL, DEGRADED, OK
 from zcache_core.counters import BUCKETS, COUNTERS, HISTOGRAMS, UNITS_S, Counter
 
 PREFIX = "zcache_"
+UNITS = (("_us", "_seconds", 1e-6), ("_s", "_seconds", 1.0), ("_percent", "_ratio", 0.01))
 LEVELS = {OK: 0, DEGRADED: 1, CRITICAL: 2}
 # Of each peer: what the method `peers` calls it, the metric, its help, and what to multiply with.
 PEERS = (
@@ -49,7 +50,7 @@ PEERS = (
 def metric(counter: Counter) -> tuple[str, float]:
     """Name of a counter's metric (a counter's without _total), and what to multiply with."""
     name = PREFIX + counter.name
-    for suffix, base, factor in (("_us", "_seconds", 1e-6), ("_percent", "_ratio", 0.01)):
+    for suffix, base, factor in UNITS:
         if name.endswith(suffix):
             return name.removesuffix(suffix) + base, factor
     if name.endswith("_count"):
