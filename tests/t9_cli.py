@@ -16,7 +16,7 @@ from typing import NoReturn
 import pytest
 
 import zcache_core
-from plugin import cli, fitness, fitswap, show, swaparea
+from plugin import cli, fitness, fitswap, sampling, show, swaparea
 from tests.plugin_helpers import ROOT, Server, environment, node_processes, segments, wait_for
 from zcache_core import memfile
 from zcache_core.counters import COUNTERS
@@ -291,3 +291,16 @@ def test_leftovers_of_killed_servers(
 )
 def test_units(shown: str, text: str) -> None:
     assert shown == text
+
+
+def test_ctrl_c_in_a_long_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`estimate` reads and changes nothing: it ends with a word, not with a traceback."""
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sampling, "drop_privileges", interrupted)
+    assert cli.main(["estimate", "--all"]) == 130
+    assert capsys.readouterr().err.endswith("zcache: interrupted\n")
