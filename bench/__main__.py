@@ -158,4 +158,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    try:
+        raise SystemExit(main())
+    except KeyboardInterrupt:  # every part ends the servers that it started
+        print("bench: interrupted; nothing was written", file=sys.stderr)
+        raise SystemExit(130) from None

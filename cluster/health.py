@@ -110,7 +110,7 @@ def peer_copies_bad(stats: Stats, config: Config) -> Reason | None:
     return Reason(
         DEGRADED,
         f"{corrupt} copies of peers were found wrong; other copies were used where there are any.",
-        "See which peer it is (RPC peers, wrong_copies) and check that machine's memory.",
+        "See which peer it is ('zcache status', WRONG) and check that machine's memory.",
     )
 
 
@@ -123,7 +123,20 @@ def peers_missing(stats: Stats, config: Config) -> Reason | None:
         DEGRADED,
         f"{stats['live_peers']} of {len(config['peers'])} peers answer and {wanted} are needed, so "
         f"no page goes to peers.",
-        "See why the others do not answer (RPC peers, why_down).",
+        "See why the others do not answer ('zcache status' names them and says why).",
+    )
+
+
+def peer_away(stats: Stats, config: Config) -> Reason | None:
+    """Enough are there; the one that is not may come back, or is gone."""
+    named, live = len(config.get("peers") or ()), stats["live_peers"]
+    if live >= named or live < config.get("replicas", 0):
+        return None
+    return Reason(
+        DEGRADED,
+        f"{named - live} of {named} peers do not answer.",
+        "See which and why ('zcache status' names them); take it out of peers= if it is gone for "
+        "good.",
     )
 
 
@@ -396,6 +409,7 @@ RULES: tuple[Rule, ...] = (
     peer_copies_bad,
     peers_missing,
     peers_twins,
+    peer_away,
     peers_short,
     copies_mended,
     pool_full,

@@ -7,6 +7,10 @@
     peak     pers_zpages_max    -> zcache_pers_zpages_max
     spread   pool_wait          -> zcache_pool_wait_duration_seconds, a histogram
 
+Of the peers of a server, each with its `peer` (the address of peers=): zcache_peer_up,
+zcache_peer_latency_seconds, zcache_peer_room_bytes, zcache_peer_copies,
+zcache_peer_wrong_copies.
+
 Beside the counters: zcache_health_status (0 ok, 1 degraded, 2 critical), the numbers of
 reasons, zcache_info with version, allocator and codec, and when server and node were started.
 
@@ -29,16 +33,24 @@ from prometheus_client.metrics_core import (
 from prometheus_client.registry import Collector
 
 from cluster.health import CRITICAL, DEGRADED, OK
-from zcache_core.counters import BUCKETS, COUNTERS, HISTOGRAMS, Counter
+from zcache_core.counters import BUCKETS, COUNTERS, HISTOGRAMS, UNITS_S, Counter
 
 PREFIX = "zcache_"
+UNITS = (("_us", "_seconds", 1e-6), ("_s", "_seconds", 1.0), ("_percent", "_ratio", 0.01))
 LEVELS = {OK: 0, DEGRADED: 1, CRITICAL: 2}
+# Of each peer: what the method `peers` calls it, the metric, its help, and what to multiply with.
+PEERS = (
+    ("copies", "copies", "Copies of our pages that the index counts on at this peer", 1.0),
+    ("room_bytes", "room_bytes", "Bytes of pages that this peer has room for now", 1.0),
+    ("latency_us", "latency_seconds", "Its usual answer to a ping", 1e-6),
+    ("wrong_copies", "wrong_copies", "Copies of this peer found wrong or damaged", 1.0),
+)
 
 
 def metric(counter: Counter) -> tuple[str, float]:
     """Name of a counter's metric (a counter's without _total), and what to multiply with."""
     name = PREFIX + counter.name
-    for suffix, base, factor in (("_us", "_seconds", 1e-6), ("_percent", "_ratio", 0.01)):
+    for suffix, base, factor in UNITS:
         if name.endswith(suffix):
             return name.removesuffix(suffix) + base, factor
     if name.endswith("_count"):
@@ -52,22 +64,22 @@ def sample(counter: Counter) -> str:
 
 
 def spread(name: str) -> str:
-    """The metric of a histogram of microseconds."""
+    """The metric of a histogram."""
     return f"{PREFIX}{name}_duration_seconds"
 
 
-def cumulated(buckets: Sequence[int]) -> list[tuple[str, float]]:
-    """Ours (one for each power of two, in microseconds) as Prometheus has them."""
+def cumulated(buckets: Sequence[int], unit_s: float) -> list[tuple[str, float]]:
+    """Ours (one for each power of two of a unit) as Prometheus has them: in seconds."""
     found, seen = [], 0
     for at in range(BUCKETS):
         seen += buckets[at] if at < len(buckets) else 0
-        bound = "+Inf" if at == BUCKETS - 1 else repr((1 << at) * 1e-6)
+        bound = "+Inf" if at == BUCKETS - 1 else f"{(1 << at) * unit_s:.9g}"
         found.append((bound, float(seen)))
     return found
 
 
 class Look(Collector):
-    """One look at everything: the answers of ping, stats, config and health."""
+    """One look at everything: the answers of ping, stats, config, health and peers."""
 
     def __init__(self, answers: Mapping[str, Any]) -> None:
         self._answers = answers
@@ -81,15 +93,29 @@ class Look(Collector):
             text = counter.help[0].upper() + counter.help[1:]
             yield family(name, text, value=stats[counter.name] * factor)
         for histogram in HISTOGRAMS:
-            assert histogram.unit == "microseconds"
-            total_us = stats.get(f"{histogram.name}_us")
+            unit_s, seen = UNITS_S[histogram.unit], stats["histograms"][histogram.name]
             yield HistogramMetricFamily(
                 spread(histogram.name),
                 histogram.help[0].upper() + histogram.help[1:],
-                buckets=cumulated(stats["histograms"][histogram.name]["buckets"]),
-                sum_value=None if total_us is None else total_us * 1e-6,
+                buckets=cumulated(seen["buckets"], unit_s),
+                sum_value=seen["sum"] * unit_s,
             )
+        yield from self._peers()
         yield from self._about()
+
+    def _peers(self) -> Iterator[Metric]:
+        rows = self._answers.get("peers", ())
+        up = GaugeMetricFamily(
+            PREFIX + "peer_up", "1 while this peer answers, 0 while it does not", labels=["peer"]
+        )
+        for row in rows:
+            up.add_metric([row["address"]], float(row["state"] == "up"))
+        yield up
+        for key, name, text, factor in PEERS:
+            family = GaugeMetricFamily(f"{PREFIX}peer_{name}", text, labels=["peer"])
+            for row in rows:
+                family.add_metric([row["address"]], row[key] * factor)
+            yield family
 
     def _about(self) -> Iterator[Metric]:
         ping, config, health = (self._answers[name] for name in ("ping", "config", "health"))

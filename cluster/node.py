@@ -52,6 +52,7 @@ STDERR = 2
 PAGE_BYTES = 4096
 PEER_HEAP_BYTES = 4 << 20
 WEB_RETRY_FIRST_S, WEB_RETRY_MAX_S = 1.0, 60.0
+LOOKS = ("ping", "stats", "config", "health", "peers")
 log = logging.getLogger("zcache.node")
 
 
@@ -140,7 +141,7 @@ class Node:
 
     async def look(self) -> dict[str, Any]:
         """Everything at once, by method: what the web pages are made from."""
-        return {name: await self._methods[name]() for name in ("ping", "stats", "config", "health")}
+        return {name: await self._methods[name]() for name in LOOKS}
 
 
 def server_start_s(pid: int) -> float:

@@ -2,7 +2,7 @@
 
     /            the page, cluster/web/index.html, and its files beside it
     /metrics     OpenMetrics
-    /api/state   the answers of ping, stats, config and health, as one object
+    /api/state   the answers of ping, stats, config, health and peers, as one object
     /api/counters  what each counter means: name, unit, kind, help
     /healthz     200 when ok or degraded, 503 when critical; the status in words
 

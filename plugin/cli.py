@@ -30,7 +30,7 @@ Exit codes:
     4  memory file, 5 in use (as zcache_core.errors)
     6  no server answered, or it said no
     7  a device of the kernel's: its server, its connection, its swap area
-    130  drain, down: interrupted
+    130  interrupted
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ from plugin.instance import DEFAULT_NAME, Instance
 from zcache_core.errors import ControlError, ZcacheError
 
 UNFIT = 1
+INTERRUPTED = 130  # as a shell reports a program that Ctrl-C ended
 BROKEN_PIPE = 141  # as a shell reports a program that SIGPIPE ended
 
 
@@ -63,6 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ZcacheError as error:
         print(f"zcache: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:  # what has something to undo has done so before it came here
+        print("zcache: interrupted", file=sys.stderr)
+        return INTERRUPTED
     except BrokenPipeError:
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -183,6 +187,8 @@ def _status(args: argparse.Namespace) -> int:
             answers["owners"] = client.call("owners")
         elif len(answers["config"].get("devices", ())) > 1:
             answers["devices"] = client.call("devices")
+        if answers["config"].get("peers"):
+            answers["peers"] = client.call("peers")
     if args.json:
         print(json.dumps({"control": str(control), **answers}, indent=2))
     else:

@@ -1,12 +1,14 @@
 """`zcache doctor FILE`: what a recording of a bad hour says, in sentences.
 
     looks -> minutes (what grew in each) -> worst minute of each trouble, who was slow
+          -> peers: who was away, who was slow (slowness.py)
           -> health: each reason, since when, for how long, what to do
           -> gaps and restarts
 
 It says what was seen and what that usually means; it asks no server.
 
-Bound: one number a counter and minute that is looked at (GROWING), whatever the file's length.
+Bound: one number a minute for each counter that is looked at (GROWING) and each cell of a
+histogram, whatever the file's length.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from plugin import show
+from plugin import show, slowness
 from plugin.recording import Sample, samples
 from plugin.show import Line
 from zcache_core.errors import ConfigError
@@ -28,7 +30,8 @@ GROWING = (
     "succ_stores", "loads", "cold_loads", "failed_stores", "pool_waits", "pool_wait_us",
     "commit_waits", "commit_wait_us", "slot_waits", "disk_written_bytes", "disk_cleaned_bytes",
     "disk_write_errors", "disk_read_errors", "disk_corrupt_pages", "corrupt_loads",
-    "written_back_pages", "commit_failures", "read_retries",
+    "written_back_pages", "commit_failures", "read_retries", "remote_corrupt_pages",
+    "remote_pers_pages_unsucc_get", "remote_failed_puts",
 )  # fmt: skip
 # What must not grow: counter, words for it, how bad.
 TROUBLES = (
@@ -37,6 +40,9 @@ TROUBLES = (
     ("disk_corrupt_pages", "copies on the disk were found wrong or damaged", "critical"),
     ("disk_read_errors", "reads from the disk failed", "critical"),
     ("disk_write_errors", "writes to the disk failed", "degraded"),
+    ("remote_corrupt_pages", "copies of peers were found wrong or damaged", "degraded"),
+    ("remote_pers_pages_unsucc_get", "reads from peers found no copy", "degraded"),
+    ("remote_failed_puts", "pages were not taken by peers", "note"),
     ("commit_failures", "times the kernel gave no memory to the pool", "degraded"),
 )
 WAITED_MUCH = 0.02  # of the time: below, nobody notices
@@ -79,6 +85,7 @@ class History:
     minutes: list[Minute] = field(default_factory=list)
     ailments: dict[str, Ailment] = field(default_factory=dict)
     lasted_s: dict[str, float] = field(default_factory=dict)  # by status of health
+    peers: dict[str, slowness.Away] = field(default_factory=dict)  # by address
 
 
 def read(found: Iterable[Sample]) -> History:
@@ -106,6 +113,7 @@ def _add(history: History, sample: Sample, took_s: float) -> None:
         if _server(sample) != _server(last):
             history.restarts.append(sample.time_s)
         _grow(history, last, sample)
+    slowness.note_peers(history.peers, sample, took_s)
     status = str(sample.health.get("status", "ok"))
     history.lasted_s[status] = history.lasted_s.get(status, 0.0) + took_s
     for reason in sample.health.get("reasons", ()):
@@ -123,7 +131,7 @@ def _grow(history: History, old: Sample, new: Sample) -> None:
         history.minutes.append(Minute(start_s))
     minute = history.minutes[-1]
     minute.seen_s += max(0.0, new.time_s - old.time_s)
-    for name in GROWING:
+    for name in (*GROWING, *slowness.cells(new.stats)):
         grown = new.stats.get(name, 0) - old.stats.get(name, 0)
         if grown > 0:  # less: another memory file
             minute.grown[name] = minute.grown.get(name, 0) + grown
@@ -146,6 +154,8 @@ def report(history: History) -> list[Line]:
         *_health(history),
         *_troubles(history),
         *_who_was_slow(history),
+        *slowness.tier_lines(history.minutes, clock),
+        *slowness.peer_lines(history.peers, clock),
         *_traffic(history),
     ]
 

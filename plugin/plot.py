@@ -3,6 +3,7 @@
     pages by tier | pool and disk in bytes
     ratio         | pages a second
     waits         | disk traffic
+    latencies: half below | 99 % below
 
 Drawn by matplotlib, without a display.  Gaps in the recording are gaps in the lines.
 
@@ -17,8 +18,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from plugin.rates import between
-from plugin.recording import Sample, samples
+from plugin import show
+from plugin.rates import between, newer
+from plugin.recording import Sample, histogram, samples
+from zcache_core.counters import HISTOGRAMS, Histogram, quantile_s
 from zcache_core.errors import ConfigError
 
 POINTS_MAX = 2000
@@ -32,14 +35,18 @@ NAN = float("nan")
 
 PAGES: tuple[Line, ...] = (
     ("RAM only", lambda s: s["pers_zpages"]),
-    ("RAM and disk", lambda s: s["eph_zpages"]),
-    ("disk only", lambda s: s["disk_pages"] - s["eph_zpages"]),
+    ("RAM and below", lambda s: s["eph_zpages"]),
+    (
+        "disk or peers only",
+        lambda s: s["disk_pages"] + s.get("pers_pages_remoted", 0) - s["eph_zpages"],
+    ),
     ("same-filled", lambda s: s["same_filled_pages"]),
 )
 BYTES: tuple[Line, ...] = (
     ("pool in use", lambda s: (s["pers_pageframes"] + s["eph_pageframes"]) * PAGE_BYTES / MIB),
     ("pool limit", lambda s: s["pool_limit_frames"] * PAGE_BYTES / MIB),
     ("disk in use", lambda s: s["disk_bytes"] / MIB),
+    ("at peers", lambda s: s.get("remote_bytes", 0) / MIB),
 )
 RATIOS: tuple[Line, ...] = (
     ("stored to all RAM", lambda s: _ratio(s["logical_bytes"], s["ram_bytes"])),
@@ -63,6 +70,9 @@ RATES = {
         ("of it cleaning", "disk_cleaned_bytes", 1 / MIB),
     ),
 }  # fmt: skip
+
+
+QUANTILES = ("half below, us", "99 % below, us")
 
 
 def run(path: str, output: str | None, last_s: float | None) -> Path:
@@ -109,6 +119,19 @@ def rate(drawn: Sequence[Sample], name: str, factor: float) -> list[float]:
     return found
 
 
+def latencies(drawn: Sequence[Sample], which: Histogram) -> list[tuple[float, float]]:
+    """Half and 99 % of what was timed since the sample before, in us; nan where nothing was."""
+    looks = [histogram(sample.stats, which) if sample.stats else None for sample in drawn]
+    found = [(NAN, NAN)]
+    for old, new in itertools.pairwise(looks):
+        seen = newer(old, new) if old and new else None
+        if seen and seen["count"]:
+            found.append((quantile_s(seen, 0.5) * 1e6, quantile_s(seen, 0.99) * 1e6))
+        else:
+            found.append((NAN, NAN))
+    return found
+
+
 def values(drawn: Sequence[Sample], value: Callable[[Stats], float]) -> list[float]:
     return [value(sample.stats) if sample.stats else NAN for sample in drawn]
 
@@ -117,8 +140,8 @@ def _figure(drawn: Sequence[Sample]) -> Any:
     from matplotlib.figure import Figure
 
     when = [datetime.datetime.fromtimestamp(sample.time_s) for sample in drawn]
-    figure = Figure(figsize=(14, 10), layout="constrained")
-    axes = figure.subplots(3, 2, sharex=True).flatten()
+    figure = Figure(figsize=(14, 13), layout="constrained")
+    axes = figure.subplots(4, 2, sharex=True).flatten()
     stacked = [values(drawn, value) for _, value in PAGES]
     axes[0].stackplot(when, [[0 if v != v else v for v in row] for row in stacked],
                       labels=[label for label, _ in PAGES], alpha=0.8)  # fmt: skip
@@ -127,14 +150,26 @@ def _figure(drawn: Sequence[Sample]) -> Any:
         axis.set_title(title)
         for label, value in lines:
             axis.plot(when, values(drawn, value), label=label)
-    for axis, (title, counters) in zip(axes[3:], RATES.items(), strict=True):
+    for axis, (title, counters) in zip(axes[3:6], RATES.items(), strict=True):
         axis.set_title(title)
         for label, name, factor in counters:
             axis.plot(when, rate(drawn, name, factor), label=label)
-    for axis in axes:
+    for axis in axes[:6]:
         axis.set_ylim(bottom=0)
+    for axis, title in zip(axes[6:], QUANTILES, strict=True):
+        axis.set_title(title)
+        axis.set_yscale("log")
+    for which in HISTOGRAMS:
+        if not any(f"{which.name}[sum]" in sample.stats for sample in drawn):
+            continue
+        quantiles = zip(*latencies(drawn, which), strict=True)
+        for axis, line in zip(axes[6:], quantiles, strict=True):
+            # Marked: what happens now and then has no neighbours to be joined with.
+            axis.plot(when, line, marker=".", markersize=3, label=show.TIMED[which.name])
+    for axis in axes:
         axis.grid(alpha=0.3)
-        axis.legend(loc="upper left", fontsize="small")
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(loc="upper left", fontsize="small")
     figure.autofmt_xdate()
     return figure
 

@@ -78,7 +78,8 @@ def newer(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
     grown = [n - before[at] for at, n in enumerate(new["buckets"])]
     if min(grown, default=0) < 0 or new["count"] < old["count"]:
         return dict(new)
-    return {**new, "count": new["count"] - old["count"], "buckets": grown}
+    since = {what: new.get(what, 0) - old.get(what, 0) for what in ("count", "sum")}
+    return {**new, **since, "buckets": grown}
 
 
 def sparkline(rates: Sequence[float | None], blocks: str = BLOCKS) -> str:

@@ -7,14 +7,15 @@ is for the hour when things went wrong.  Ctrl-C and SIGTERM end it; what is writ
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from plugin.recording import ABOUT, Recorder, Sample
+from plugin.recording import ABOUT, Recorder, Sample, flat
 from plugin.terminal import ending_signals_as_ctrl_c
 from zcache_core.errors import ControlError
 
 Call = Callable[..., Any]
+PEER = ("address", "name", "state", "why_down", "copies", "wrong_copies")
 
 
 def look(call: Call) -> Sample:
@@ -23,10 +24,17 @@ def look(call: Call) -> Sample:
         about = {method: call(method) for method in ABOUT}
         # Uptime changes at every look; what it says stands in server_started_seconds.
         about["ping"] = {k: v for k, v in about["ping"].items() if k != "uptime_seconds"}
-        stats = {name: n for name, n in call("stats").items() if isinstance(n, int)}
-        return Sample(time.time(), stats, call("health"), about)
+        named = about["config"].get("peers")
+        peers = tuple(peer_row(peer) for peer in call("peers")) if named else ()
+        return Sample(time.time(), flat(call("stats")), call("health"), about, peers=peers)
     except ControlError as error:
         return Sample(time.time(), {}, {}, {}, str(error))
+
+
+def peer_row(peer: Mapping[str, Any]) -> dict[str, Any]:
+    """What a recording keeps of a peer; its latency in two digits, so that few lines have it."""
+    found = {name: peer[name] for name in PEER}
+    return found | {"latency_us": int(float(f"{peer['latency_us']:.2g}"))}
 
 
 def run(call: Call, recorder: Recorder, interval_s: float, count: int | None) -> int:

@@ -2,6 +2,7 @@
 
     {"zcache_record": 1, "t": 1700000000.0, "full": {counters}, "about": {...}, "health": {...}}
     {"t": 1700000001.0, "new": {"loads": 17}}                  what changed since the line before
+    {"t": 1700000001.0, "new": {"put[11]": 3}, "peers": [...]} bucket 11 of a histogram; peers
     {"t": 1700000002.0, "silent": "why"}                       nobody answered
     ...                                                        a full line every FULL_EVERY
 
@@ -19,10 +20,11 @@ import fcntl
 import io
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from zcache_core.counters import BUCKETS, Histogram
 from zcache_core.errors import ConfigError, InUseError
 
 FORMAT = 1
@@ -33,13 +35,33 @@ ABOUT = ("ping", "config")
 
 
 class Sample(NamedTuple):
-    """One look: seconds since 1970; `stats` and the rest are empty when nobody answered."""
+    """One look: seconds since 1970; `stats` and the rest are empty when nobody answered.
+
+    `stats` are the counters, and of each histogram the cells that are not 0 (`flat`).
+    """
 
     time_s: float
     stats: Mapping[str, int]
     health: Mapping[str, Any]
     about: Mapping[str, Any]
     silent: str = ""
+    peers: Sequence[Mapping[str, Any]] = ()
+
+
+def flat(stats: Mapping[str, Any]) -> dict[str, int]:
+    """The answer of `stats` as whole numbers by name: put[11] is bucket 11 of the histogram."""
+    found = {name: n for name, n in stats.items() if isinstance(n, int)}
+    for name, histogram in stats.get("histograms", {}).items():
+        cells = [*enumerate(histogram["buckets"]), ("sum", histogram["sum"])]
+        found |= {f"{name}[{at}]": n for at, n in cells if n}
+    return found
+
+
+def histogram(stats: Mapping[str, int], which: Histogram) -> dict[str, Any]:
+    """One of a sample's, as `stats` answered it; an older recording has none: it is empty."""
+    buckets = [stats.get(f"{which.name}[{at}]", 0) for at in range(BUCKETS)]
+    total = stats.get(f"{which.name}[sum]", 0)
+    return {"unit": which.unit, "count": sum(buckets), "sum": total, "buckets": buckets}
 
 
 class Recorder:
@@ -52,6 +74,7 @@ class Recorder:
         self._file = self._opened()
         self._last: Mapping[str, int] = {}
         self._health: Mapping[str, Any] = {}
+        self._peers: Sequence[Mapping[str, Any]] = ()
         self._server: Any = None
         self._until_full = 0
 
@@ -87,6 +110,8 @@ class Recorder:
         elif self._until_full == 0 or sample.about.get("ping") != self._server:
             line = {"zcache_record": FORMAT, **line, "full": sample.stats}
             line |= {"about": sample.about, "health": sample.health}
+            if sample.peers:
+                line["peers"] = sample.peers
             self._until_full = FULL_EVERY
         else:
             line["new"] = {
@@ -94,9 +119,12 @@ class Recorder:
             }
             if sample.health != self._health:
                 line["health"] = sample.health
+            if sample.peers != self._peers:
+                line["peers"] = sample.peers
         if not sample.silent:
             self._until_full -= 1
             self._last, self._health = sample.stats, sample.health
+            self._peers = sample.peers
             self._server = sample.about.get("ping")
         try:
             data = json.dumps(line, separators=(",", ":")).encode() + b"\n"
@@ -138,6 +166,7 @@ def samples(path: str | Path) -> Iterator[Sample]:
     stats: Mapping[str, int] = {}
     health: Mapping[str, Any] = {}
     about: Mapping[str, Any] = {}
+    peers: Sequence[Mapping[str, Any]] = ()
     try:
         with open(path, "rb") as file:
             number = 0
@@ -155,9 +184,13 @@ def samples(path: str | Path) -> Iterator[Sample]:
                 if "silent" in line:
                     yield Sample(time_s, {}, {}, about, line["silent"])
                     continue
-                stats = line["full"] if "full" in line else {**stats, **line.get("new", {})}
+                if "full" in line:
+                    stats, peers = line["full"], ()
+                else:
+                    stats = {**stats, **line.get("new", {})}
                 health, about = line.get("health", health), line.get("about", about)
-                yield Sample(time_s, stats, health, about)
+                peers = tuple(line.get("peers", peers))
+                yield Sample(time_s, stats, health, about, peers=peers)
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror}); name a recording") from None
 

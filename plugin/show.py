@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TextIO
 
-from zcache_core.counters import below
+from zcache_core.counters import quantile_s
 
 PAGE_BYTES = 4096
 BAR_CELLS = 30
@@ -63,6 +63,23 @@ def percent(part: float, whole: float) -> str:
     return f"{100 * part / whole:.0f} %" if whole else "-"
 
 
+def time_text(seconds: float) -> str:
+    """0.0000015 -> '1.5 us': three digits, and the unit that suits."""
+    for unit, length in (("ns", 1e-9), ("us", 1e-6), ("ms", 1e-3)):
+        if seconds < 999.5 * length:
+            return f"{three_digits(seconds / length)} {unit}"
+    return f"{three_digits(seconds)} s"
+
+
+def three_digits(number: float) -> str:
+    return f"{number:.0f}" if number >= 99.5 or number == 0 else f"{number:.3g}"
+
+
+def spread(histogram: Mapping[str, Any]) -> str:
+    """'512 us, 65.5 ms': what half and what 99 % of a histogram are below."""
+    return ", ".join(time_text(quantile_s(histogram, share)) for share in (0.5, 0.99))
+
+
 def health_lines(health: Mapping[str, Any]) -> list[Line]:
     """How it is, and for each reason what is the matter and what to do."""
     found = [Line("health", str(health["status"]), str(health["status"]))]
@@ -94,8 +111,9 @@ def lines(
     config: Mapping[str, Any],
     health: Mapping[str, Any],
     devices: Sequence[Mapping[str, Any]] = (),
+    peers: Sequence[Mapping[str, Any]] = (),
 ) -> list[Line]:
-    """The status of one server; `devices` only if it has several."""
+    """The status of one server; `devices` only if it has several, `peers` if it has any."""
     frames = stats["pers_pageframes"] + stats["eph_pageframes"]
     in_ram, limit = stats["pers_zpages"] + stats["eph_zpages"], stats["pool_limit_frames"]
     stored, device = stats["logical_bytes"] // PAGE_BYTES, stats["device_pages"]
@@ -122,7 +140,7 @@ def lines(
             f"{config['allocator']}, {config['codec']}",
         ),
         *recompress_lines(stats),
-        *peer_lines(stats, config),
+        *peer_lines(stats, config, peers),
         *disk_lines(stats, config),
         Line(
             "device",
@@ -147,6 +165,7 @@ def lines(
             f"{count(stats['succ_stores'])} pages in, {count(stats['loads'])} out, "
             f"{count(stats['invalidates'])} dropped, {count(stats['failed_stores'])} refused",
         ),
+        *took_lines(stats),
         Line(
             "server",
             f"{size(stats['server_resident_bytes'])} resident beside the pool; "
@@ -158,10 +177,47 @@ def lines(
 def worst(stats: Mapping[str, Any]) -> str:
     """What 99 % of the waits were below, when there were any."""
     waits = stats["histograms"]["pool_wait"]
-    return f" (99 % below {below(waits, 0.99) / 1000:.0f} ms)" if waits["count"] else ""
+    return f" (99 % below {time_text(quantile_s(waits, 0.99))})" if waits["count"] else ""
 
 
-def peer_lines(stats: Mapping[str, Any], config: Mapping[str, Any]) -> list[Line]:
+# What a histogram is called for people, from the top tier down; the rest are waits.
+TIMED = {
+    "put": "put", "get_ram": "get, RAM", "get_same": "get, same", "get_peer": "get, peer",
+    "get_disk": "get, disk", "remote_put": "to peers", "remote_get": "peer asked",
+    "writeback": "to disk", "pool_wait": "room wait", "commit_wait": "memory wait",
+    "slot_wait": "slot wait",
+}  # fmt: skip
+
+
+def took_lines(stats: Mapping[str, Any]) -> list[Line]:
+    """How long what took, half and 99 % of it; nothing before anything was timed."""
+    found = [
+        f"{words} {spread(stats['histograms'][name])}"
+        for name, words in TIMED.items()
+        if stats["histograms"].get(name, {}).get("count")
+    ]
+    lines = [Line("", "; ".join(found[at : at + 3])) for at in range(0, len(found), 3)]
+    return [lines[0]._replace(label="took"), *lines[1:]] if lines else []
+
+
+def peer_text(peer: Mapping[str, Any]) -> str:
+    """One peer in a line: who, how it is, what it has of ours."""
+    who = f"{peer['name']} at {peer['address']}" if peer["name"] else str(peer["address"])
+    if peer["state"] != "up":
+        how = f"{peer['state']} ({peer['why_down']})" if peer["why_down"] else str(peer["state"])
+    else:
+        health = "" if peer["health"] == "ok" else f", {peer['health']}"
+        how = (
+            f"up{health}, answers in {time_text(peer['latency_us'] * 1e-6)}, "
+            f"room for {size(peer['room_bytes'])}"
+        )
+    wrong = f", {count(peer['wrong_copies'])} WRONG" if peer["wrong_copies"] else ""
+    return f"{who}: {how}; {count(peer['copies'])} copies{wrong}"
+
+
+def peer_lines(
+    stats: Mapping[str, Any], config: Mapping[str, Any], peers: Sequence[Mapping[str, Any]] = ()
+) -> list[Line]:
     """What is with peers; nothing without peers=."""
     if not config.get("peers"):
         return []
@@ -175,6 +231,9 @@ def peer_lines(stats: Mapping[str, Any], config: Mapping[str, Any]) -> list[Line
     ]
     if stats["remote_short_pages"]:
         found.append(Line("", f"{count(stats['remote_short_pages'])} copies are to be renewed"))
+    for peer in peers:
+        well = peer["state"] == "up" and peer["health"] == "ok" and not peer["wrong_copies"]
+        found.append(Line("", peer_text(peer), "" if well else "degraded"))
     return found
 
 

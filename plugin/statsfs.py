@@ -31,8 +31,9 @@ from zcache_core.errors import ConfigError, ControlError
 FRESH_S = 0.1  # `grep . *` opens a hundred files: one question, and numbers of one moment
 ENDED_BY_SIGNAL = 8  # what libfuse's loop returns then
 DEVICE = Path("/dev/fuse")
+FILE_BYTES_MAX = 31 * 21  # the buckets of a histogram, 20 digits each
 
-Stats = Mapping[str, int]
+Stats = Mapping[str, Any]
 
 
 class CounterFiles:
@@ -40,7 +41,7 @@ class CounterFiles:
 
     def __init__(self, ask: Callable[[], Stats]) -> None:
         self._ask = ask
-        self._files = counterfiles.files()
+        self._files = [*counterfiles.files(), *counterfiles.latency_files()]
         self._folders = {path.partition("/")[0] for path in self._files} | {"ramster"}
         self._stats: Stats = {}
         self._asked_s = -FRESH_S
@@ -61,7 +62,7 @@ class CounterFiles:
             mode, links, length = stat.S_IFDIR | 0o555, 2, 0
         elif path.strip("/") in self._files:
             # As long as it may get, for programs that read no further than this.
-            mode, links, length = stat.S_IFREG | 0o444, 1, 21
+            mode, links, length = stat.S_IFREG | 0o444, 1, FILE_BYTES_MAX
         else:
             raise OSError(errno.ENOENT, path)
         when = dict.fromkeys(("st_atime", "st_mtime", "st_ctime"), int(self._mounted * 1e9))

@@ -1,6 +1,6 @@
 """`zcache top`: looks at a server again and again and draws it, until q.
 
-    every `interval`: ping, stats, config, health -> View -> topview.frame -> Screen
+    every `interval`: ping, stats, config, health, peers -> View -> topview.frame -> Screen
     a key in between changes the View, or asks first:
         e   change    "high=85 low=70" Enter -> "...? y" -> RPC set
         d   drain     "...? y"               -> RPC drain
@@ -48,6 +48,8 @@ class Top:
         """Ask for everything."""
         try:
             answers = {method: self._call(method) for method in METHODS}
+            if answers["config"].get("peers"):
+                answers["peers"] = self._call("peers")
         except ControlError as error:
             self.view.silent = str(error)
             return
@@ -128,7 +130,7 @@ class Top:
         if self.view.stats.get("draining"):
             self._ask("end the drain and use RAM again?", "drain", False)
         else:
-            self._ask("move every page from RAM to the disk?", "drain", True)
+            self._ask("move every page from RAM below, to peers or the disk?", "drain", True)
 
     def _ask(self, question: str, method: str, *params: Any) -> None:
         self._asked = (method, params)

@@ -4,6 +4,7 @@
     tiers        bar, bytes, pages   always
     traffic      rates, sparklines   when there is room, section after section;
     took         half, 99 % below    a section that does not fit is left out whole
+    peers        state, copies
     behind it    background work
     why          reasons of health
     keys                             the last line
@@ -22,12 +23,14 @@ from typing import Any, NamedTuple
 from rich.text import Text
 
 from plugin import rates, show
-from zcache_core.counters import COUNTERS, below
+from zcache_core.counters import COUNTERS
 
 PAGE_BYTES = 4096
 LABEL_CELLS = 12
 BAR_MIN_CELLS, BAR_MAX_CELLS = 8, 40
 SPARK_MIN_CELLS, SPARK_MAX_CELLS = 8, 60
+PEERS_SHOWN = 12
+NOTHING: Mapping[str, Any] = {"unit": "microseconds", "count": 0, "sum": 0, "buckets": []}
 KEYS = "q quit  p pause  c all counters  s sort  e change  d drain  + - interval"
 SORTS = ("table", "name", "value", "rate")
 TRAFFIC = (
@@ -47,7 +50,7 @@ class View:
     control: str
     interval_s: float
     utf8: bool = True
-    answers: Mapping[str, Any] = field(default_factory=dict)  # ping, stats, config, health
+    answers: Mapping[str, Any] = field(default_factory=dict)  # ping, stats, config, health, peers
     history: rates.History = field(default_factory=rates.History)
     silent: str = ""  # why nobody answers, when nobody does
     paused: bool = False
@@ -83,7 +86,7 @@ def frame(view: View, width: int, height: int, clock: str | None = None) -> list
         body = [*head(view, width, clock)[:1], *counter_table(view, height - 2)]
     else:
         body = [*head(view, width, clock), *tier_lines(view, width)]
-        for section in (traffic_lines, latency_lines, behind_lines, reason_lines):
+        for section in (traffic_lines, latency_lines, peer_lines, behind_lines, reason_lines):
             found = section(view, width)
             if found and len(body) + 1 + len(found) < height:
                 body += [Text(), *found]
@@ -144,6 +147,14 @@ def tiers(stats: Mapping[str, int], config: Mapping[str, Any]) -> Iterator[Tier]
         f"{config.get('allocator', '')} {config.get('codec', '')}{recompressing(stats)}",
         "green",
     )  # fmt: skip
+    if peers := config.get("peers"):
+        there = stats["remote_bytes"]
+        yield Tier(
+            "peers", there, 0, there + stats["remote_room_bytes"],
+            f"{show.count(stats['pers_pages_remoted'])} pages, {stats['live_peers']} of "
+            f"{len(peers)} answer",
+            "red" if stats["live_peers"] < len(peers) else "magenta",
+        )  # fmt: skip
     if stats["disk_limit_bytes"]:
         failing = f", fails: {os.strerror(stats['disk_errno'])}" if stats["disk_degraded"] else ""
         yield Tier(
@@ -203,7 +214,7 @@ def traffic_lines(view: View, width: int) -> list[Text]:
     )
     found = [Text(title, "bold")]
     for label, name, unit_bytes in TRAFFIC:
-        if name == "written_back_pages" and not view.stats["disk_limit_bytes"]:
+        if name == "written_back_pages" and not has_below(view):
             break
         now, mean = view.history.per_second(name), view.history.mean(name, 60)
         line = Text(
@@ -220,6 +231,11 @@ def traffic_lines(view: View, width: int) -> list[Text]:
     return found
 
 
+def has_below(view: View) -> bool:
+    """Whether there is a disk, or peers."""
+    return bool(view.stats["disk_limit_bytes"] or view.answers["config"].get("peers"))
+
+
 def number(rate: float | None) -> str:
     """12345.6 -> '12,346', 0.25 -> '0.2', unknown -> '-'."""
     if rate is None:
@@ -230,14 +246,15 @@ def number(rate: float | None) -> str:
 def latency_lines(view: View, width: int) -> list[Text]:
     """How long what took: half of it and 99 % of it were below so much; nothing when idle."""
     found = []
-    before = view.history.first_since(60) if len(view.history) else {}
-    for name, histogram in view.stats.get("histograms", {}).items():
-        lately = rates.newer(before["histograms"][name], histogram)
+    histograms = view.stats.get("histograms", {})
+    before = view.history.first_since(60)["histograms"] if len(view.history) else {}
+    for name, words in show.TIMED.items():
+        histogram = histograms.get(name, NOTHING)
         if histogram["count"]:
+            lately = rates.newer(before.get(name, NOTHING), histogram)
             found.append(
                 Text(
-                    f"{name.replace('_', ' '):{LABEL_CELLS}} {lately_text(lately):>32} "
-                    f"{spread(histogram):>26}"
+                    f"{words:{LABEL_CELLS}} {lately_text(lately):>32} {show.spread(histogram):>26}"
                 )
             )
     if found:
@@ -247,21 +264,29 @@ def latency_lines(view: View, width: int) -> list[Text]:
 
 
 def lately_text(histogram: Mapping[str, Any]) -> str:
-    return spread(histogram) if histogram["count"] else "-"
+    return show.spread(histogram) if histogram["count"] else "-"
 
 
-def spread(histogram: Mapping[str, Any]) -> str:
-    """'512 us, 65.5 ms' of a histogram of microseconds."""
-    return ", ".join(time_text(below(dict(histogram), share)) for share in (0.5, 0.99))
-
-
-def time_text(time_us: float) -> str:
-    """1500 -> '1.5 ms'."""
-    for unit in ("us", "ms"):
-        if time_us < 1000:
-            return f"{time_us:.0f} {unit}" if unit == "us" else f"{time_us:.1f} {unit}"
-        time_us /= 1000
-    return f"{time_us:.1f} s"
+def peer_lines(view: View, width: int) -> list[Text]:
+    """Each peer: how it is, and what it has of ours; those in trouble first."""
+    peers = view.answers.get("peers") or []
+    order = sorted(peers, key=lambda peer: (peer["state"] == "up", peer["address"]))
+    found = []
+    for peer in order[:PEERS_SHOWN]:
+        line = pair("", show.peer_text(peer))
+        if peer["state"] != "up" or peer["wrong_copies"]:
+            line.stylize("red")
+        line.truncate(width, overflow="ellipsis")
+        found.append(line)
+    if len(order) > PEERS_SHOWN:
+        found.append(pair("", f"and {len(order) - PEERS_SHOWN} more that answer ('zcache status')"))
+    if found:
+        short = view.stats["remote_short_pages"]
+        missing = f"{show.count(short)} copies are missing" if short else "no copy is missing"
+        copies = view.answers["config"].get("replicas", 2)
+        text = f"{copies} copies of a page, {missing}"
+        found.insert(0, Text.assemble((f"{'peers':{LABEL_CELLS}} ", "bold"), text))
+    return found
 
 
 def behind_lines(view: View, width: int) -> list[Text]:

@@ -24,8 +24,12 @@ from plugin import doctor, plot, record, show, statsfs, terminal, top
 from plugin.amounts import size_bytes
 from plugin.reach import reach
 from plugin.recording import Recorder
-from zcache_core.errors import ConfigError
+from zcache_core.errors import ConfigError, ControlError
 
+LENDS = (
+    "this is a node that lends RAM, without a swap device to look at; 'zcache status --control "
+    "SOCK' shows whose pages are there"
+)
 HEALTH_CODES = {rules.OK: 0, rules.DEGRADED: 1, rules.CRITICAL: 2}
 CONTROL = "its control socket (found if only one), or http://HOST:PORT as its metrics= says"
 Find = Callable[[], str]  # the control socket of the only server; raises ControlError
@@ -83,11 +87,19 @@ def _top(args: argparse.Namespace, find: Find) -> int:
     control = args.control or find()
     call = reach(control)
     try:
+        _require_server(call)
         if args.once or not terminal.is_terminal():
             return top.run_plain(call, control, interval_s, args.once, sys.stdout)
         return top.run_screen(call, control, interval_s)
     finally:
         call.close()
+
+
+def _require_server(call: Any) -> None:
+    """Whoever does not answer at first is an error, and so is a node that lends."""
+    call("ping")
+    if "donate" in call("config"):
+        raise ControlError(LENDS)
 
 
 def _health(args: argparse.Namespace, find: Find) -> int:
@@ -121,7 +133,7 @@ def _record(args: argparse.Namespace, find: Find) -> int:
     limit_bytes = size_bytes("--limit", args.limit, "--limit 16M")
     control = args.control or find()
     with contextlib.closing(reach(control)) as call:
-        call("ping")  # whoever does not answer at first is an error
+        _require_server(call)
         return record.run(call, Recorder(args.file, limit_bytes), interval_s, args.count)
 
 

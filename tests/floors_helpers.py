@@ -48,7 +48,7 @@ FLOORS = {
         7: "spawn keeper leave places fitness show lower wiring servestate supervised "
         "nbdnetlink swaparea upfile rates terminal reach counterfiles recording sampling",
         8: "control drain standby supervisor serve mender attach foreground swapping topview top "
-        "statsfs record plot doctor watching estimate",
+        "statsfs record plot slowness doctor watching estimate",
         9: "zcache_plugin attachcli nodecli reference fitswap cli writepages",
     },
 }

@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,19 @@ class Lender:
         self.kill()
         if self.memory is not None:
             remove_memory(self.memory)
+
+
+@contextlib.contextmanager
+def lent(folder: Path, number: int) -> Iterator[list[Lender]]:
+    """So many of them until the end of the block."""
+    made: list[Lender] = []
+    try:
+        while len(made) < number:
+            made.append(Lender(folder, f"lender{len(made)}"))
+        yield made
+    finally:
+        for lender in made:
+            lender.end()
 
 
 class Model:

@@ -43,8 +43,16 @@ TROUBLE: list[tuple[dict[str, int], dict[str, Any], str, str, str]] = [
         "2 copies on the disk were found wrong",
         "smartctl",
     ),
-    ({"remote_corrupt_pages": 2}, {}, "degraded", "2 copies of peers were found", "wrong_copies"),
-    ({"live_peers": 1}, {"peers": ["a", "b"], "replicas": 2}, "degraded", "1 of 2", "why_down"),
+    ({"remote_corrupt_pages": 2}, {}, "degraded", "2 copies of peers were found", "zcache status"),
+    ({"live_peers": 1}, {"peers": ["a", "b"], "replicas": 2}, "degraded", "1 of 2", "says why"),
+    (
+        {"live_peers": 2},
+        {"peers": ["a", "b", "c"], "replicas": 2},
+        "degraded",
+        "1 of 3 peers do not answer",
+        "zcache status",
+    ),
+    ({"live_peers": 3}, {"peers": ["a", "b", "c"], "replicas": 2}, "ok", "", ""),
     (
         {},
         {"twin_peers": ["The peers a and b are the same donor; the second is not used."]},

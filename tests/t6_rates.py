@@ -67,7 +67,7 @@ def test_against_a_list(rng: random.Random) -> None:
 
 def test_newer_part_of_a_histogram() -> None:
     def made(*buckets: int) -> dict[str, Any]:
-        return {"count": sum(buckets), "buckets": list(buckets)}
+        return {"count": sum(buckets), "sum": 10 * sum(buckets), "buckets": list(buckets)}
 
     assert newer(made(1, 2), made(1, 5, 7)) == made(0, 3, 7)
     assert newer(made(), made()) == made()

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from cluster import metrics
+from tests.lender_helpers import lent
 from tests.plugin_helpers import ROOT, Server, wait_for
 from zcache_core.counters import COUNTERS, HISTOGRAMS
 
@@ -75,6 +76,7 @@ def test_a_rule_test_can_fail(tmp_path: Path) -> None:
 def test_alerts_and_dashboard_ask_for_metrics_that_exist() -> None:
     there = {metrics.sample(counter) for counter in COUNTERS} | OWN
     there |= {f"{metrics.spread(histogram.name)}_bucket" for histogram in HISTOGRAMS}
+    there |= {"zcache_peer_up", *(f"zcache_peer_{name}" for _, name, _, _ in metrics.PEERS)}
     expressions = re.findall(r"expr: (.*)", RULES.read_text()) + queries()
     assert len(expressions) > 30
     assert set().union(*map(names_in, expressions)) <= there
@@ -129,8 +131,10 @@ class Prometheus:
 @pytest.fixture(scope="module")
 def scraped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, str]]:
     folder = tmp_path_factory.mktemp("scraped")
-    words = ("size=16M", "pool=4M", f"disk={folder / 'disk'}", "disk_size=40M")
-    with Server(folder, *words, "metrics=127.0.0.1:0") as server:
+    with lent(folder, 1) as (lender,), Server(
+        folder, "size=16M", "pool=4M", f"disk={folder / 'disk'}", "disk_size=40M",
+        f"peers={lender.address}", "metrics=127.0.0.1:0",
+    ) as server:  # fmt: skip
         where = wait_for("the web server", lambda: server.rpc("config")["metrics"])
         yield server, where
 

@@ -152,7 +152,10 @@ def test_one_connection_too_many_is_told_so(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 HISTOGRAM = {
-    "histograms": {h.name: {"count": 6, "buckets": [1, 0, 2, *[0] * 28, 3]} for h in HISTOGRAMS}
+    "histograms": {
+        h.name: {"unit": h.unit, "count": 6, "sum": 4_000_000, "buckets": [1, 0, 2, *[0] * 27, 3]}
+        for h in HISTOGRAMS
+    }
 }
 
 
@@ -180,14 +183,31 @@ def test_every_counter_is_a_metric() -> None:
 
 
 def test_histograms() -> None:
-    body, _ = metrics.exposition(answers(pool_wait_us=4_000_000), OPENMETRICS)
+    body, _ = metrics.exposition(answers(), OPENMETRICS)
     lines = dict(line.rsplit(" ", 1) for line in body.decode().splitlines())
     name = "zcache_pool_wait_duration_seconds"
-    bounds = (("1e-06", 1), ("2e-06", 1), ("4e-06", 3), ("1073.741824", 3), ("+Inf", 6))
+    bounds = (("1e-06", 1), ("2e-06", 1), ("4e-06", 3), ("536.870912", 3), ("+Inf", 6))
     for bound, count in bounds:
         assert float(lines[f'{name}_bucket{{le="{bound}"}}']) == count
     assert float(lines[f"{name}_sum"]) == 4
     assert float(lines[f"{name}_count"]) == 6
+    assert float(lines['zcache_put_duration_seconds_bucket{le="4e-09"}']) == 3  # nanoseconds
+    assert float(lines["zcache_put_duration_seconds_sum"]) == 0.004
+
+
+def test_peers() -> None:
+    row = {"name": "x", "room_bytes": 5, "latency_us": 250, "wrong_copies": 1, "copies": 9}
+    peers = [row | {"address": "a:1", "state": "up"}, row | {"address": "b:1", "state": "suspect"}]
+    body, _ = metrics.exposition(answers() | {"peers": peers}, OPENMETRICS)
+    lines = dict(line.rsplit(" ", 1) for line in body.decode().splitlines())
+    found = {
+        name: [float(lines[f'zcache_peer_{name}{{peer="{peer}"}}']) for peer in ("a:1", "b:1")]
+        for name in ("up", "copies", "room_bytes", "latency_seconds", "wrong_copies")
+    }
+    assert found == {
+        "up": [1, 0], "copies": [9, 9], "room_bytes": [5, 5], "latency_seconds": [0.00025] * 2,
+        "wrong_copies": [1, 1],
+    }  # fmt: skip
 
 
 def test_values_and_units() -> None:

@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 
 from plugin import doctor, plot, record
-from plugin.recording import FULL_EVERY, LIMIT_BYTES_MIN, Recorder, Sample, samples
+from plugin.recording import FULL_EVERY, LIMIT_BYTES_MIN, Recorder, Sample, flat, histogram, samples
 from tests.plugin_helpers import ROOT, Server, environment, wait_for
-from zcache_core.counters import COUNTERS
+from zcache_core.counters import COUNTERS, HISTOGRAMS
 from zcache_core.errors import ConfigError, ControlError, InUseError
 
 PAGE = 4096
@@ -41,10 +41,18 @@ def write(path: Path, made: list[Sample], limit_bytes: int = 1 << 30) -> None:
     recorder.close()
 
 
+def peer(address: str, **more: Any) -> dict[str, Any]:
+    return {
+        "address": address, "name": "", "state": "up", "why_down": "", "latency_us": 250,
+        "copies": 7, "wrong_copies": 0, **more,
+    }  # fmt: skip
+
+
 def some(rng: random.Random, number: int) -> list[Sample]:
     """Looks as they could come: counters that grow, silences, restarts, changes of health."""
     made: list[Sample] = []
     stats, health, about, at_s = dict(STATS), WELL, ABOUT, START_S
+    peers: tuple[dict[str, Any], ...] = ()
     for _ in range(number):
         at_s += rng.choice([1.0, 1.5, 60.0])
         kind = rng.random()
@@ -56,9 +64,15 @@ def some(rng: random.Random, number: int) -> list[Sample]:
             about, stats = {**ABOUT, "ping": ping}, dict(STATS)
         if kind < 0.2:
             health = rng.choice([WELL, FULL])
-        for name in rng.sample(list(stats), 5):
-            stats[name] += rng.randrange(1 << rng.randrange(60))
-        made.append(Sample(at_s, dict(stats), health, about))
+        for name in rng.sample(list(STATS), 5):
+            stats[name] = stats.get(name, 0) + rng.randrange(1 << rng.randrange(60))
+        cell = f"put[{rng.randrange(31)}]"
+        stats[cell] = stats.get(cell, 0) + 1
+        if kind < 0.3:
+            peers = tuple(
+                peer(f"a:{n}", state=rng.choice(["up", "down"])) for n in range(rng.randrange(3))
+            )
+        made.append(Sample(at_s, dict(stats), health, about, peers=peers))
     return made
 
 
@@ -68,6 +82,17 @@ def test_what_is_written_is_read(tmp_path: Path, rng: random.Random) -> None:
     write(tmp_path / "r", made[:cut])
     write(tmp_path / "r", made[cut:])  # appended
     assert list(samples(tmp_path / "r")) == made
+
+
+def test_histograms_are_kept_cell_by_cell() -> None:
+    timed: dict[str, Any] = {"unit": "nanoseconds", "count": 5, "sum": 900, "buckets": [0, 2, 0, 3]}
+    kept = flat(STATS | {"histograms": {"put": timed}})
+    assert {name: n for name, n in kept.items() if name not in STATS} == {
+        "put[1]": 2, "put[3]": 3, "put[sum]": 900
+    }  # fmt: skip
+    again = histogram(kept, HISTOGRAMS[0])
+    assert again == timed | {"buckets": [*timed["buckets"], *[0] * 27]}
+    assert histogram(STATS, HISTOGRAMS[0])["count"] == 0  # of an older recording
 
 
 def test_only_changes_are_written(tmp_path: Path) -> None:
@@ -166,6 +191,16 @@ def hour(rng: random.Random) -> list[Sample]:
         stats["disk_written_bytes"] += 5 << 20 if bad else 1 << 20
         stats["pool_wait_us"] += 2_000_000 if minute == 22 else 500_000 if bad else 0
         stats["pool_waits"] += 3 if bad else 0
+        slow = minute == 24
+        stats["get_disk[sum]"] = stats["put[sum]"] = 1
+        stats["get_disk[8]"] = stats.get("get_disk[8]", 0) + (0 if slow else 50)  # 128 to 256 us
+        stats["get_disk[18]"] = stats.get("get_disk[18]", 0) + (50 if slow else 0)  # 131 to 262 ms
+        stats["put[12]"] = stats.get("put[12]", 0) + 100
+        away = 10 <= minute < 12
+        peers = (
+            peer("a:1", name="rack-7", latency_us=9000 if minute == 15 else 300),
+            peer("b:1", state="down" if away else "up", why_down="gone" if away else ""),
+        )
         stats["pers_zpages"] = 1500 + (400 if bad else 0)
         stats["logical_bytes"] = stats["pers_zpages"] * PAGE
         if minute == 23:
@@ -176,7 +211,7 @@ def hour(rng: random.Random) -> list[Sample]:
         about = {"ping": {"version": "1.2", "server_pid": pid}, "config": {}}
         made.append(
             Sample(START_S + second, {}, {}, made[-1].about, "no answer") if silent
-            else Sample(START_S + second, dict(stats), FULL if bad else WELL, about)
+            else Sample(START_S + second, dict(stats), FULL if bad else WELL, about, peers=peers)
         )  # fmt: skip
     return made
 
@@ -204,6 +239,11 @@ def test_what_is_drawn(bad_hour: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert rates[1] == 100
     assert rates[21 * 12] == 1000
     assert rates[30 * 12 + 1] != rates[30 * 12 + 1]  # a silence is a gap
+    (disk,) = [which for which in HISTOGRAMS if which.name == "get_disk"]
+    half, most = zip(*plot.latencies(every, disk), strict=True)
+    assert half[1] == 128 + 64
+    assert 250_000 < most[24 * 12 + 1] < 262_144
+    assert half[30 * 12 + 1] != half[30 * 12 + 1]
     monkeypatch.setattr(plot, "POINTS_MAX", 100)
     assert len([s for s in plot.thinned(str(bad_hour), None) if not s.silent]) <= 100
 
@@ -235,6 +275,11 @@ def test_the_bad_hour_is_explained(bad_hour: Path) -> None:
         "pages came with 3.9 MiB/s, the disk took 1.0 MiB/s then and 1.0 MiB/s at best",
         "use a faster disk",
         f"at most 1,000 in the minute of {at[20]}",
+        "took put: half below 3.07 us, 99 % below 4.08 us",
+        "get, disk: half below 193 us, 99 % below 184 ms (35,950 timed); SLOW in the minute of "
+        + at[24],
+        f"peer rack-7 at a:1 answered in 9 ms at the slowest, at {at[15]}",
+        f"peer b:1 was away 1 times, 120 s in all, first at {at[10]}: gone; answered in 250 us",
     ):  # fmt: skip
         assert words in told, f"{words}\n{told}"
 

@@ -16,7 +16,7 @@ from typing import NoReturn
 import pytest
 
 import zcache_core
-from plugin import cli, fitness, fitswap, show, swaparea
+from plugin import cli, fitness, fitswap, sampling, show, swaparea
 from tests.plugin_helpers import ROOT, Server, environment, node_processes, segments, wait_for
 from zcache_core import memfile
 from zcache_core.counters import COUNTERS
@@ -67,7 +67,7 @@ def test_status_for_people_and_for_scripts(tmp_path: Path) -> None:
         assert (code, err) == (0, "")
         for words in (
             f"server {server.pid}", "degraded", "The pool can fill", "400.0 KiB of pages",
-            "ratio", "[#", "of 4.0 MiB", "zbud, lz4", "100 compressed", "locked",
+            "ratio", "[#", "took", "put ", "of 4.0 MiB", "zbud, lz4", "100 compressed", "locked",
         ):  # fmt: skip
             assert words in out, words
         assert "\x1b" not in out
@@ -78,7 +78,7 @@ def test_status_for_people_and_for_scripts(tmp_path: Path) -> None:
         names = {counter.name for counter in COUNTERS} | {"histograms"}
         assert answer["stats"].keys() == names
         assert answer["stats"]["histograms"]["pool_wait"] == {
-            "unit": "microseconds", "count": 0, "buckets": []
+            "unit": "microseconds", "count": 0, "sum": 0, "buckets": []
         }  # fmt: skip
         assert answer["config"]["pool"] == 4 << 20
         assert answer["health"]["status"] == "degraded"
@@ -291,3 +291,16 @@ def test_leftovers_of_killed_servers(
 )
 def test_units(shown: str, text: str) -> None:
     assert shown == text
+
+
+def test_ctrl_c_in_a_long_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`estimate` reads and changes nothing: it ends with a word, not with a traceback."""
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sampling, "drop_privileges", interrupted)
+    assert cli.main(["estimate", "--all"]) == 130
+    assert capsys.readouterr().err.endswith("zcache: interrupted\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from cluster import addresses
 from tests.browser_helpers import PROGRAM, Browser, Page
+from tests.lender_helpers import lent
 from tests.plugin_helpers import ROOT, Server, swap_like, wait_for
 from zcache_core.counters import COUNTERS
 
@@ -64,6 +66,9 @@ def test_what_is_seen_and_that_it_lives(server: tuple[Server, str], browser: Bro
     line = "document.querySelector('#flow-succ_stores polyline').getAttribute('points')"
     wait_for("a line", lambda: page.value(line))
     page.value("document.querySelector('details').open = true")
+    put = page.text("#time-put")
+    assert re.fullmatch(r"put\s+[\d.]+ [nu]s\s+[\d.]+ [a-z]s\s+\d+", put), put
+    assert page.value("document.getElementById('cluster').hidden")
     rows = page.value("document.querySelectorAll('#counters tr').length")
     assert rows == len(COUNTERS)
     page.value(
@@ -106,6 +111,28 @@ def test_trouble_is_seen_at_once(server: tuple[Server, str], browser: Browser) -
     assert page.text("#health") == "degraded"
     assert page.value("document.title") == "zcache degraded"
     running.rpc("drain", False)
+
+
+def test_the_cluster(tmp_path: Path, browser: Browser) -> None:
+    """Each peer with its state; the one that is killed is seen."""
+    with lent(tmp_path, 2) as lenders:
+        addresses = ",".join(lender.address for lender in lenders)
+        words = ("size=16M", "pool=2M", f"peers={addresses}", "metrics=127.0.0.1:0")
+        with Server(tmp_path, *words) as running:
+            where = wait_for("metrics", lambda: running.rpc("config")["metrics"])
+            page = browser.open(f"http://{where}/", 390, 844)
+            page.wait_for("2 of 2 answer, 2 copies of each page; no copy is missing.")
+            fill(running.connect(), 0, 1500)
+            wait_for("pages there", lambda: running.rpc("stats")["pers_pages_remoted"])
+            page.wait_for("Peers")
+            rows = [row.split() for row in page.text("#peers").splitlines()]
+            assert len(rows) == 2
+            lenders[0].kill()
+            page.wait_for("1 of 2 answer")
+            page.wait_for("1 of 2 peers answer and 2 are needed")
+            assert page.value("document.querySelectorAll('#peers td.bad').length") == 1
+            assert page.value("document.documentElement.scrollWidth") <= 390
+            assert page.complaints() == []
 
 
 def test_a_node_that_is_away(server: tuple[Server, str], browser: Browser) -> None:

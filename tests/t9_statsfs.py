@@ -17,11 +17,13 @@ import pytest
 from plugin import counterfiles
 from plugin.statsfs import DEVICE, CounterFiles, check
 from tests.plugin_helpers import ROOT, Server, environment, wait_for
-from zcache_core.counters import COUNTERS
+from zcache_core.counters import COUNTERS, HISTOGRAMS
 from zcache_core.errors import ConfigError, ControlError
 
 PAGE = 4096
-STATS = {counter.name: at for at, counter in enumerate(COUNTERS)}
+TIMED = {"unit": "nanoseconds", "count": 5, "sum": 900, "buckets": [0, 2, 0, 0, 3]}
+STATS: dict[str, Any] = {counter.name: at for at, counter in enumerate(COUNTERS)}
+ANSWER = STATS | {"histograms": {histogram.name: TIMED for histogram in HISTOGRAMS}}
 
 
 def test_every_counter_has_one_file_of_its_own_name() -> None:
@@ -32,8 +34,8 @@ def test_every_counter_has_one_file_of_its_own_name() -> None:
 
 
 def test_folders_as_the_kernel_had_them() -> None:
-    tree = CounterFiles(lambda: STATS)
-    assert tree.names("/") == ["frontswap", "ramster", "zbud", "zcache"]
+    tree = CounterFiles(lambda: ANSWER)
+    assert tree.names("/") == ["frontswap", "latency", "ramster", "zbud", "zcache"]
     assert tree.names("/frontswap") == ["failed_stores", "invalidates", "loads", "succ_stores"]
     assert "unbuddied_count" in tree.names("/zbud")
     kernels = {"writtenback_pages", "failed_pers_puts", "flush_found"}
@@ -46,6 +48,21 @@ def test_folders_as_the_kernel_had_them() -> None:
         with pytest.raises(OSError) as error:  # noqa: PT011
             tree.attributes(path)
         assert error.value.errno == errno.ENOENT
+
+
+def test_files_of_the_histograms() -> None:
+    tree = CounterFiles(lambda: ANSWER)
+    names = tree.names("/latency")
+    assert len(names) == 5 * len(HISTOGRAMS)
+    assert {name: tree.content(f"/latency/{name}") for name in names if name[:3] == "put"} == {
+        "put_count": b"5\n", "put_sum_ns": b"900\n", "put_buckets": b"0 2 0 0 3\n",
+        "put_p50_ns": b"9\n", "put_p99_ns": b"16\n",
+    }  # fmt: skip
+    assert "get_disk_p99_us" in names
+    for name in names:
+        assert (
+            len(tree.content(f"/latency/{name}")) <= tree.attributes(f"/latency/{name}")["st_size"]
+        )
 
 
 def test_one_question_for_many_files() -> None:
@@ -124,7 +141,8 @@ def test_files_of_a_real_server(server: Server, tmp_path: Path) -> None:
         )
         assert done.returncode == 0, done.stderr
         found = dict(line.split(":") for line in done.stdout.splitlines())
-        assert found.keys() == counterfiles.files().keys()
+        assert found.keys() == counterfiles.files().keys() | counterfiles.latency_files().keys()
+        assert int(found["latency/put_count"]) > 0
         assert found["frontswap/succ_stores"] == found["zcache/pers_zpages"] == "25"
         stats = server.rpc("stats")
         for path, name in counterfiles.files().items():

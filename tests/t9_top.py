@@ -8,7 +8,7 @@ import pytest
 from rich.text import Text
 
 from cluster.link import RpcError
-from plugin import top, topview
+from plugin import show, top, topview
 from plugin.rates import History
 from plugin.topview import View
 from tests.top_helpers import FakeServer
@@ -109,7 +109,7 @@ def test_without_a_disk_nothing_speaks_of_one() -> None:
 
 
 def waits(*buckets: int) -> dict[str, Any]:
-    made = {"unit": "microseconds", "count": sum(buckets), "buckets": list(buckets)}
+    made = {"unit": "microseconds", "count": sum(buckets), "sum": 0, "buckets": list(buckets)}
     return {"histograms": {"pool_wait": made}}
 
 
@@ -118,14 +118,67 @@ def test_how_long_it_took() -> None:
     assert "took" not in shown(live.view)
     server.stats |= waits(0, 0, 98, *[0] * 12, 2)
     live.look()
-    (line,) = [ln for ln in shown(live.view).splitlines() if ln.startswith("pool wait")]
-    assert line.split() == ["pool", "wait", "4", "us,", "32.8", "ms", "4", "us,", "32.8", "ms"]
+    (line,) = [ln for ln in shown(live.view).splitlines() if ln.startswith("room wait")]
+    # half of 100 values: 50 of 98 that are spread over 2 to 4 us; 99 %: one of two in 16 to 33 ms
+    assert line.split() == [
+        "room",
+        "wait",
+        "3.02",
+        "us,",
+        "24.6",
+        "ms",
+        "3.02",
+        "us,",
+        "24.6",
+        "ms",
+    ]
     live.view.history = History()
     live.look()
     live.look()
-    (line,) = [ln for ln in shown(live.view).splitlines() if ln.startswith("pool wait")]
-    assert line.split() == ["pool", "wait", "-", "4", "us,", "32.8", "ms"]
-    assert topview.time_text(2_500_000) == "2.5 s"
+    (line,) = [ln for ln in shown(live.view).splitlines() if ln.startswith("room wait")]
+    assert line.split() == ["room", "wait", "-", "3.02", "us,", "24.6", "ms"]
+    times = (0, 4e-8, 9.996e-7, 1.5e-6, 2.5, 123.4)
+    assert [show.time_text(t) for t in times] == [
+        "0 ns",
+        "40 ns",
+        "1 us",
+        "1.5 us",
+        "2.5 s",
+        "123 s",
+    ]
+
+
+def peer(address: str, **more: Any) -> dict[str, Any]:
+    return {
+        "address": address, "name": "", "state": "up", "why_down": "", "latency_us": 250,
+        "room_bytes": 1 << 20, "held_bytes": 0, "health": "ok", "copies": 7,
+        "wrong_copies": 0, **more,
+    }  # fmt: skip
+
+
+def test_peers_are_seen_those_in_trouble_first() -> None:
+    live, server = looked(
+        live_peers=2, pers_pages_remoted=1234, remote_bytes=3 << 20, remote_room_bytes=1 << 20,
+        remote_short_pages=5,
+    )  # fmt: skip
+    assert "copies of a page, 5" not in shown(live.view)
+    server.peers = [
+        peer("a:1", name="rack-7"), peer("b:1", health="short"),
+        peer("c:1", state="down", why_down="Connection refused"), peer("d:1", wrong_copies=3),
+    ]  # fmt: skip
+    live.look()
+    text = shown(live.view, 120, 80)
+    for words in (
+        "75 %  3.0 MiB of 4.0 MiB", "1,234 pages, 2 of 4 answer",
+        "2 copies of a page, 5 copies are missing",
+        "rack-7 at a:1: up, answers in 250 us, room for 1.0 MiB; 7 copies",
+        "b:1: up, short", "c:1: down (Connection refused); 7 copies", "3 WRONG", "written back",
+    ):  # fmt: skip
+        assert words in text, f"{words}\n{text}"
+    assert text.index("c:1: down") < text.index("rack-7 at a:1")
+    server.peers = [peer(f"p{n}:1") for n in range(20)]
+    live.look()
+    assert "and 8 more that answer" in shown(live.view, 120, 80)
 
 
 def test_trouble_is_seen() -> None:

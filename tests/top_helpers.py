@@ -9,7 +9,7 @@ from zcache_core.counters import COUNTERS, HISTOGRAMS
 from zcache_core.errors import ControlError
 
 PAGE = 4096
-SPREAD = {"unit": "microseconds", "count": 0, "buckets": list[int]()}
+SPREAD = {"unit": "microseconds", "count": 0, "sum": 0, "buckets": list[int]()}
 STATS: dict[str, Any] = {counter.name: 0 for counter in COUNTERS} | {
     "histograms": {histogram.name: SPREAD for histogram in HISTOGRAMS},
     "device_pages": 100_000, "pool_limit_frames": 25_000, "pers_pageframes": 10_000,
@@ -27,6 +27,7 @@ class FakeServer:
 
     def __init__(self, **stats: Any) -> None:
         self.stats = STATS | stats
+        self.peers: list[dict[str, Any]] = []
         self.calls: list[tuple[str, tuple[Any, ...]]] = []
         self.error: ControlError | None = None
 
@@ -36,9 +37,11 @@ class FakeServer:
         if method in ("set", "drain"):
             self.calls.append((method, params))
             return {"high": 85} if method == "set" else {"draining": params[0]}
+        peers = {"peers": [peer["address"] for peer in self.peers], "replicas": 2}
+        config = CONFIG | peers if self.peers else CONFIG
         return {
-            "ping": PING, "stats": dict(self.stats), "config": CONFIG,
-            "health": health(self.stats, CONFIG),
+            "ping": PING, "stats": dict(self.stats), "config": config, "peers": self.peers,
+            "health": health(self.stats, config),
         }[method]  # fmt: skip
 
     def close(self) -> None:

@@ -11,11 +11,14 @@ without asking the server:
     max       largest of the shards
     derived   computed here from the others when it is read
 
-Histograms lie behind the counters, in the same shards: 32 cells each, one for each
-power of two, so that an observation is one more plain add.
+Histograms lie behind the counters, in the same shards: 32 cells each, 31 of them one for
+each power of two, the last their sum, so that an observation is two more plain adds.
 
-    cell 0    1    2    3    ...  31        bucket k counts values below 2^k that no
-         0    1   2-3  4-7        2^30 on   smaller bucket has
+    cell 0    1    2    3    ...  30        31     bucket k counts values below 2^k that no
+         0    1   2-3  4-7        2^29 on   sum    smaller bucket has
+
+What takes a microsecond is timed once in about SAMPLED_ONE_OF calls (two looks at the clock
+are 50 ns), what takes longer each time.
 
 Names that the kernel's zcache, zbud and frontswap had mean the same thing here.
 """
@@ -24,14 +27,18 @@ from __future__ import annotations
 
 import array
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from zcache_core.memfile import MemoryFile
 
 CELLS = 512  # as COUNTER_CELLS in layout.pxd
-FIRST_HISTOGRAM_CELL = 256  # counters below, histograms from here on
-BUCKETS = 32  # as HISTOGRAM_BUCKETS in slots.pxd
+FIRST_HISTOGRAM_CELL = 160  # counters below, histograms from here on
+HISTOGRAM_CELLS = 32  # of each: its buckets, and the sum
+BUCKETS = HISTOGRAM_CELLS - 1  # as HISTOGRAM_BUCKETS in slots.pxd
+SIZE_CLASS_SHARD = 32  # as SLOTS in slots.pxd: zsmalloc counts size classes in its upper half
+SAMPLED_ONE_OF = 32  # the mean of SAMPLE_LEAST to SAMPLE_LEAST + SAMPLE_SPREAD in slots.pxd
 PAGE_BYTES = 4096
 DISK_SEGMENT_BYTES = 1 << 18  # as SEGMENT_BYTES in segments.pxd
 
@@ -252,22 +259,37 @@ COUNTERS: tuple[Counter, ...] = (
 
 
 class Histogram(NamedTuple):
-    """One distribution: how often which power of two of `unit` was seen."""
+    """One distribution: how often which power of two of `unit` (a key of UNITS_S) was seen."""
 
     name: str
     unit: str
     help: str
 
 
+UNITS_S = {"nanoseconds": 1e-9, "microseconds": 1e-6}
 HISTOGRAMS: tuple[Histogram, ...] = (
+    Histogram("put", "nanoseconds", "storing a page; one of about 32 is timed"),
+    Histogram("get_ram", "nanoseconds", "reading a page from RAM; one of about 32 is timed"),
+    Histogram(
+        "get_same", "nanoseconds", "reading a same-filled or empty page; one of about 32 is timed"
+    ),
+    Histogram("get_disk", "microseconds", "reading a page whose only copy is on the disk"),
+    Histogram("get_peer", "microseconds", "reading a page whose copies are at peers"),
+    Histogram("writeback", "microseconds", "writing a batch of pages to the disk"),
+    Histogram("remote_put", "microseconds", "peers taking a batch of pages, all copies"),
+    Histogram("remote_get", "microseconds", "a peer's answer to a page that was asked for"),
     Histogram("pool_wait", "microseconds", "how long a write waited for room in a full pool"),
+    Histogram("commit_wait", "microseconds", "how long a write waited for committed memory"),
+    Histogram("slot_wait", "microseconds", "how long a request waited for a request slot"),
 )
 
 STORED = tuple(c for c in COUNTERS if c.kind != "derived")
 CELL = {c.name: i for i, c in enumerate(STORED)}
-HISTOGRAM_CELL = {h.name: FIRST_HISTOGRAM_CELL + BUCKETS * i for i, h in enumerate(HISTOGRAMS)}
+HISTOGRAM_CELL = {
+    h.name: FIRST_HISTOGRAM_CELL + HISTOGRAM_CELLS * i for i, h in enumerate(HISTOGRAMS)
+}
 assert len(STORED) <= FIRST_HISTOGRAM_CELL
-assert FIRST_HISTOGRAM_CELL + BUCKETS * len(HISTOGRAMS) <= CELLS
+assert FIRST_HISTOGRAM_CELL + HISTOGRAM_CELLS * len(HISTOGRAMS) <= CELLS
 
 
 def _status_bytes(pid: int) -> dict[str, int]:
@@ -316,29 +338,42 @@ def read(memory: MemoryFile) -> dict[str, int]:
 
 
 def histograms(memory: MemoryFile) -> dict[str, dict[str, Any]]:
-    """{name: {"unit", "count", "buckets"}}: bucket k counts values v with v.bit_length() == k.
+    """{name: {"unit", "count", "sum", "buckets"}}.
 
-    The last one also has all that are larger.  `buckets` ends with the last that is not 0.
+    Bucket k counts values v with v.bit_length() == k; the last one also has all that are
+    larger.  `buckets` ends with the last that is not 0.
     """
     cells = array.array("Q")
     cells.frombytes(memory.counter_cells())
+    starts = [at for at in range(0, len(cells), CELLS) if at != SIZE_CLASS_SHARD * CELLS]
     found: dict[str, dict[str, Any]] = {}
     for histogram in HISTOGRAMS:
         first = HISTOGRAM_CELL[histogram.name]
-        shards = [cells[at + first : at + first + BUCKETS] for at in range(0, len(cells), CELLS)]
-        buckets = [sum(column) & (1 << 64) - 1 for column in zip(*shards, strict=True)]
-        total = sum(buckets)
+        shards = [cells[at + first : at + first + HISTOGRAM_CELLS] for at in starts]
+        *buckets, total = [sum(column) & (1 << 64) - 1 for column in zip(*shards, strict=True)]
+        count = sum(buckets)
         while buckets and not buckets[-1]:
             buckets.pop()
-        found[histogram.name] = {"unit": histogram.unit, "count": total, "buckets": buckets}
+        found[histogram.name] = {
+            "unit": histogram.unit, "count": count, "sum": total, "buckets": buckets,
+        }  # fmt: skip
     return found
 
 
-def below(histogram: dict[str, Any], share: float) -> int:
-    """A bound that this share of the values is below (a power of two); 0 without values."""
+def quantile_s(histogram: Mapping[str, Any], share: float) -> float:
+    """The time in seconds that this share of the values is below; 0 without values.
+
+    Within a bucket values are taken as spread evenly, as Prometheus' histogram_quantile does
+    it; of the last bucket, which is open, it is the lower bound.
+    """
     wanted, seen = share * histogram["count"], 0
+    unit_s = UNITS_S[histogram["unit"]]
     for bucket, n in enumerate(histogram["buckets"]):
+        if n and seen + n >= wanted:
+            lower = 1 << bucket >> 1
+            if bucket == BUCKETS - 1:
+                return lower * unit_s
+            within: float = (wanted - seen) / n
+            return (lower + ((1 << bucket) - lower) * within) * unit_s
         seen += n
-        if seen >= wanted:
-            return 1 << bucket if histogram["count"] else 0
-    return 0
+    return 0.0

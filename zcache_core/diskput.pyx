@@ -22,7 +22,7 @@ from libc.string cimport memset
 from zcache_core.cold cimport ColdPage, ColdTier
 from zcache_core.counter_ids cimport (
     C_DISK_CLEANED_BYTES, C_DISK_DEGRADED, C_DISK_ERRNO, C_DISK_LIVE_BYTES, C_DISK_PAGES, C_DISK_SEGMENTS_USED,
-    C_DISK_WRITE_ERRORS, C_DISK_WRITES, C_DISK_WRITING_SINCE_US, C_DISK_WRITTEN_BYTES,
+    C_DISK_WRITE_ERRORS, C_DISK_WRITES, C_DISK_WRITING_SINCE_US, C_DISK_WRITTEN_BYTES, H_WRITEBACK,
 )
 from zcache_core.diskio cimport (
     BLOCK_BYTES, WRITE_BYTES, WRITE_DONE, WRITE_IDLE, WRITES, Write, medium_error, medium_mend, ring_idle,
@@ -37,6 +37,7 @@ from zcache_core.quota cimport quota_allows, quota_count
 from zcache_core.segments cimport (
     SEGMENT_BYTES, segments_close, segments_died, segments_give_back, segments_open,
 )
+from zcache_core.slots cimport observe_shared
 
 cdef enum:
     FIRST_RETRY_US = 100000
@@ -271,13 +272,15 @@ cdef uint32_t disk_put(ColdTier *tier, ColdPage *pages, uint32_t n) noexcept nog
     cdef Batch b
     cdef uint32_t i, end
     cdef uint32_t good = 0
+    cdef int64_t began_us
     memset(&b, 0, sizeof(Batch))
     b.pages, b.n, b.opened_at = pages, n, n
     b.log = &d.log[1 if d.resorting_count else 0]
     if not disk_takes(tier):
         b.refused = d.failing or EDQUOT
     d.held_back = False
-    d.cells[C_DISK_WRITING_SINCE_US] = <uint64_t>now_us()
+    began_us = now_us()
+    d.cells[C_DISK_WRITING_SINCE_US] = <uint64_t>began_us
     for i in range(n):
         pages[i].error = EIO
     end = gather(d, &b) if b.refused == 0 else 0
@@ -289,6 +292,7 @@ cdef uint32_t disk_put(ColdTier *tier, ColdPage *pages, uint32_t n) noexcept nog
         ring_wait(&d.ring)
         look_at_done(d, &b)
     d.cells[C_DISK_WRITING_SINCE_US] = 0
+    observe_shared(d.cells, H_WRITEBACK, <uint64_t>(now_us() - began_us))
     for i in range(end, n):
         if pages[i].error == EIO and b.refused:
             pages[i].error = b.refused

@@ -10,7 +10,7 @@ cost 8 to 16 bytes a frame of the pool.
 """
 
 from libc.errno cimport EILSEQ, EIO
-from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
 from zcache_core.ahead cimport ahead_note, ahead_take
 from zcache_core.allocator cimport object_header
@@ -20,13 +20,14 @@ from zcache_core.cold cimport ColdPage, cold_page
 from zcache_core.cooling cimport leave_damaged_copy, leave_for_lost, promote
 from zcache_core.counter_ids cimport (
     C_COLD_LOADS, C_DISK_CORRUPT_PAGES, C_DISK_READ_ERRORS, C_LOST_PAGES, C_PROMOTED_PAGES,
+    H_GET_DISK, H_GET_PEER,
 )
 from zcache_core.index cimport entry_load
 from zcache_core.layout cimport ST_PEER, Entry, codec_of, header_lower, length_of, lower_state, state_of, version_of, where_of
 from zcache_core.native cimport zc_add64, zc_load32, zc_store32
-from zcache_core.pthread cimport lock_take, pthread_mutex_unlock
+from zcache_core.pthread cimport lock_take, now_us, pthread_mutex_unlock
 from zcache_core.ramtier cimport place_is_possible
-from zcache_core.slots cimport Slot, count, slot_park, slot_unpark
+from zcache_core.slots cimport Slot, count, observe, slot_park, slot_unpark
 
 cdef extern from "<errno.h>":
     enum: ENODATA
@@ -135,10 +136,12 @@ cdef int tiers_fetch(void *tiers, void *slot_argument, uint64_t page, Entry e, u
     cdef Entry now
     cdef ColdPage copy
     cdef int error
+    cdef int64_t began_us = now_us()
     if state_of(e.version) != lower_state(where_of(e.location)):
         return EIO
     count(slot, C_COLD_LOADS, 1)
     error = read_below(t, slot, page, e, where_of(e.location), data)
+    observe(slot, H_GET_PEER if state_of(e.version) == ST_PEER else H_GET_DISK, <uint64_t>(now_us() - began_us))
     if error:
         # A copy that moved or died while it was read is no fault: the caller looks again.
         now = entry_load(&t.core.index, page)

@@ -54,8 +54,8 @@ cdef enum:
     DONOR_BITS = 15             # of each in it: the row's number + 1, 0 for none
 
     # Counters: one shard for each request slot and each background thread, so
-    # that a count is a plain add; a reader sums them.  512 cells leave room for
-    # latency histograms.
+    # that a count is a plain add; a reader sums them.  Latency histograms lie behind
+    # the counters (counters.py).
     COUNTER_CELLS = 512
     COUNTER_SHARDS = 40
 

@@ -42,7 +42,7 @@ from zcache_core.layout cimport (
     Keys, Superblock, state_of,
 )
 
-from zcache_core.counters import STORED
+from zcache_core.counters import HISTOGRAM_CELL, STORED
 from zcache_core.errors import MemoryFileError
 from zcache_core.geometry import check_sizes, geometry_of
 from zcache_core.inventory import (  # noqa: F401
@@ -73,7 +73,7 @@ FORMAT = FORMAT_VERSION
 KEYS_OFFSET = PAGE_BYTES
 FOREIGN_DEVICE = "(foreign)"     # the only device of a file that holds pages of others (donation.pyx)
 # Which cell means what; another table's cells are not to be read as ours.
-COUNTERS_ID = zlib.crc32(" ".join(counter.name for counter in STORED).encode()) + 1
+COUNTERS_ID = zlib.crc32(" ".join([*(c.name for c in STORED), *HISTOGRAM_CELL]).encode()) + 1
 
 
 cdef class MemoryFile:

@@ -36,7 +36,7 @@ from zcache_core.counter_ids cimport (
     C_HEDGED_REMOTE_GETS, C_LIVE_PEERS, C_MISSED_REMOTE_FLUSHES, C_PERS_PAGES_REMOTED, C_REMOTE_BYTES,
     C_REMOTE_CORRUPT_PAGES, C_REMOTE_FAILED_PUTS, C_REMOTE_MOVED_PAGES, C_REMOTE_PAGE_FLUSHES,
     C_REMOTE_PERS_PAGES_SUCC_GET, C_REMOTE_PERS_PAGES_SUCC_PUT, C_REMOTE_PERS_PAGES_UNSUCC_GET,
-    C_REMOTE_ROOM_BYTES, C_REMOTE_SHORT_PAGES,
+    C_REMOTE_ROOM_BYTES, C_REMOTE_SHORT_PAGES, H_REMOTE_GET, H_REMOTE_PUT,
 )
 from zcache_core.crypt cimport FOR_PEER, SEAL_BYTES, Associated, crypt_open, crypt_seal
 from zcache_core.layout cimport (
@@ -52,6 +52,7 @@ from zcache_core.ring cimport (
     RING_STATE, RING_VERSION, Drop, GetCell, Note, PutRow, Ring, RingHead, zc_futex_wait, zc_is_locked, zc_kick,
     zc_memory_fd,
 )
+from zcache_core.slots cimport observe_shared
 
 cdef extern from "<sys/mman.h>" nogil:
     enum: MAP_POPULATE
@@ -177,6 +178,7 @@ cdef int finish_get(Peers *p, GetCell *cell, ColdPage *page, int64_t until_us) n
             break
         ask(p, cell, page, wrong)
     zc_add64(&p.cells[C_REMOTE_PERS_PAGES_UNSUCC_GET if error else C_REMOTE_PERS_PAGES_SUCC_GET], 1)
+    observe_shared(p.cells, H_REMOTE_GET, <uint64_t>(now_us() + p.get_bound_us - until_us))
     cell_release(p, cell)
     return error
 
@@ -200,11 +202,12 @@ cdef int peers_get(ColdTier *tier, ColdPage *page, uint8_t *io) noexcept nogil:
 cdef void peers_get_many(ColdTier *tier, ColdPage *pages, uint32_t n, uint8_t *room, uint64_t room_bytes) noexcept nogil:
     """All are asked for before the first is waited for; those without a cell come after them."""
     cdef Peers *p = <Peers *>tier
-    cdef int64_t until_us = now_us() + p.get_bound_us
+    cdef int64_t until_us
     cdef GetCell *cell[RING_CELLS]
     cdef uint32_t first = 0
     cdef uint32_t end, i
     while first < n:
+        until_us = now_us() + p.get_bound_us
         end = min(n, first + <uint32_t>RING_CELLS // 3)
         for i in range(first, end):
             cell[i - first] = cell_take(p) if where_is_possible(p.super, pages[i].where) else NULL
@@ -309,6 +312,7 @@ cdef uint32_t peers_put(ColdTier *tier, ColdPage *pages, uint32_t n) noexcept no
     cdef uint32_t good = 0
     cdef uint32_t asked = 1
     cdef uint32_t i
+    cdef int64_t began_us = now_us()
     if not peers_takes(tier):
         asked = 0
     while done < n and asked:
@@ -320,6 +324,8 @@ cdef uint32_t peers_put(ColdTier *tier, ColdPage *pages, uint32_t n) noexcept no
         if pages[i].error == 0:
             count_page(p, pages[i].where, length_of(pages[i].length_codec), 1)
             good += 1
+    if done:
+        observe_shared(p.cells, H_REMOTE_PUT, <uint64_t>(now_us() - began_us))
     zc_add64(&p.cells[C_REMOTE_PERS_PAGES_SUCC_PUT], good)
     zc_add64(&p.cells[C_REMOTE_FAILED_PUTS], n - good)
     return good

@@ -97,6 +97,11 @@ cdef inline int64_t now_us() noexcept nogil:
     clock_gettime(CLOCK_MONOTONIC, &t)
     return <int64_t>t.tv_sec * 1000000 + t.tv_nsec // 1000
 
+cdef inline int64_t now_ns() noexcept nogil:
+    cdef timespec t
+    clock_gettime(CLOCK_MONOTONIC, &t)
+    return <int64_t>t.tv_sec * 1000000000 + t.tv_nsec
+
 cdef inline timespec at_us(int64_t deadline_us) noexcept nogil:
     cdef timespec t
     t.tv_sec = deadline_us // 1000000

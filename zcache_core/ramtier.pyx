@@ -33,7 +33,7 @@ from zcache_core.counter_ids cimport (
     C_FLIP_RETRIES, C_INVALIDATES, C_LOADS, C_LOADS_EMPTY, C_LOADS_SAME_FILLED, C_LOST_PAGES,
     C_MENDED_LOADS,
     C_POOL_WAIT_US, C_POOL_WAITS, C_READ_RETRIES, C_RESTAMPED_STORES, C_SAME_FILLED_PAGES, C_SAME_FILLED_PAGES_MAX, C_SUCC_STORES,
-    H_POOL_WAIT,
+    H_COMMIT_WAIT, H_GET_RAM, H_GET_SAME, H_POOL_WAIT, H_PUT,
 )
 from zcache_core.index cimport entry_flip, entry_load, versions_take
 from zcache_core.layout cimport (
@@ -47,7 +47,7 @@ from zcache_core.native cimport (
     zc_same_filled,
 )
 from zcache_core.pthread cimport lock_take, now_us, pthread_mutex_unlock
-from zcache_core.slots cimport Slot, count, observe, slot_is_fenced, slot_park, slot_unpark
+from zcache_core.slots cimport Slot, count, observe, sample, sampled, slot_is_fenced, slot_park, slot_unpark
 
 cdef extern from "<errno.h>":
     enum: ESHUTDOWN
@@ -169,6 +169,7 @@ cdef bint find_room(Core *core, Slot *slot, uint32_t bytes, uint64_t *where) noe
     elif found or now_us() >= until:    # else the pool was simply full, and it was said at once
         count(slot, C_COMMIT_WAITS, 1)
         count(slot, C_COMMIT_WAIT_US, waited_us)
+        observe(slot, H_COMMIT_WAIT, waited_us)
     if found and slot_is_fenced(slot):
         core.allocator.release(core.allocator, where[0], bytes)
         return False
@@ -275,7 +276,10 @@ cdef int store_replace(
 
 cdef int store_put(Core *core, Slot *slot, uint64_t page, const uint8_t *data, uint64_t version) noexcept nogil:
     """Store one page (4096 bytes at `data`); 0, ENOSPC or ESHUTDOWN."""
-    return store_replace(core, slot, page, data, version, NULL)
+    cdef int64_t began_ns = sample(slot)
+    cdef int error = store_replace(core, slot, page, data, version, NULL)
+    sampled(slot, H_PUT, began_ns)
+    return error
 
 
 # ---- get ----------------------------------------------------------------------------
@@ -330,6 +334,7 @@ cdef int store_get(
     cdef uint64_t arrivals
     cdef bint doubted = False
     cdef bint apart = False
+    cdef int64_t began_ns = sample(slot)
     for tries in range(MOST_READ_TRIES):
         arrivals = zc_load64(&core.arrivals)
         e = entry_load(&core.index, page)
@@ -392,10 +397,13 @@ cdef int store_get(
     if in_ram(state):
         if not core.arena.frames[where_of(e.location) >> PAGE_SHIFT].referenced:
             core.arena.frames[where_of(e.location) >> PAGE_SHIFT].referenced = 1
+        sampled(slot, H_GET_RAM, began_ns)
     elif state == ST_SAME:
         count(slot, C_LOADS_SAME_FILLED, 1)
+        sampled(slot, H_GET_SAME, began_ns)
     elif state == ST_EMPTY:
         count(slot, C_LOADS_EMPTY, 1)
+        sampled(slot, H_GET_SAME, began_ns)
     return 0
 
 

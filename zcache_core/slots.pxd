@@ -3,7 +3,8 @@
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
 from zcache_core.layout cimport COUNTER_CELLS
-from zcache_core.native cimport zc_bits64, zc_load64
+from zcache_core.native cimport zc_add64, zc_bits64, zc_load64
+from zcache_core.pthread cimport now_ns
 
 cdef enum:
     SLOTS = 32
@@ -27,7 +28,8 @@ ctypedef struct Slot:
     uint64_t ahead_bytes        # its length; 0: the page does not compress
     const uint64_t *fence       # the device's newest generation, in the memory file
     uint64_t generation         # of this request's connection; 0: fenced by nobody
-    uint64_t padding[2]         # 128 bytes a slot: no cache line is two slots'
+    int64_t until_sample        # calls until one is timed again
+    uint64_t padding            # 128 bytes a slot: no cache line is two slots'
 
 ctypedef struct Slots:
     Slot slot[SLOTS]
@@ -60,11 +62,34 @@ cdef inline bint slot_is_fenced(Slot *slot) noexcept nogil:
     return slot.generation != 0 and zc_load64(slot.fence) != slot.generation
 
 cdef enum:
-    HISTOGRAM_BUCKETS = 32      # one for each power of two; counters.py has the picture
+    HISTOGRAM_BUCKETS = 31      # one for each power of two, then their sum; counters.py has the picture
+    SAMPLE_LEAST = 17           # of so many calls and up to SAMPLE_SPREAD more, one is timed
+    SAMPLE_SPREAD = 31          # a mask; not every n-th, requests have a rhythm of their own
 
 cdef inline void observe(Slot *slot, uint32_t histogram, uint64_t value) noexcept nogil:
     """One value more in a histogram (H_... of counter_ids)."""
     slot.shard[histogram + min(zc_bits64(value), <uint32_t>(HISTOGRAM_BUCKETS - 1))] += 1
+    slot.shard[histogram + HISTOGRAM_BUCKETS] += value
+
+cdef inline void observe_shared(uint64_t *cells, uint32_t histogram, uint64_t value) noexcept nogil:
+    """The same in a shard that several threads write."""
+    zc_add64(&cells[histogram + min(zc_bits64(value), <uint32_t>(HISTOGRAM_BUCKETS - 1))], 1)
+    zc_add64(&cells[histogram + HISTOGRAM_BUCKETS], value)
+
+cdef inline int64_t sample(Slot *slot) noexcept nogil:
+    """Begin a call that is timed now and then: nanoseconds now, or 0: this one is not."""
+    cdef int64_t now
+    slot.until_sample -= 1
+    if slot.until_sample > 0:
+        return 0
+    now = now_ns()
+    slot.until_sample = SAMPLE_LEAST + (now & SAMPLE_SPREAD)
+    return now
+
+cdef inline void sampled(Slot *slot, uint32_t histogram, int64_t began_ns) noexcept nogil:
+    """Its end: what `sample` said is `began_ns`."""
+    if began_ns:
+        observe(slot, histogram, <uint64_t>(now_ns() - began_ns))
 
 cdef inline void count(Slot *slot, uint32_t cell, uint64_t n) noexcept nogil:
     slot.shard[cell] += n

@@ -27,10 +27,10 @@ from posix.mman cimport (
 from posix.time cimport nanosleep, timespec
 
 from zcache_core.backing cimport back_range
-from zcache_core.counter_ids cimport C_SLOT_WAITS
+from zcache_core.counter_ids cimport C_SLOT_WAITS, H_SLOT_WAIT
 from zcache_core.layout cimport COUNTER_CELLS, PAGE_BYTES
 from zcache_core.native cimport zc_cas32, zc_full_fence, zc_load32, zc_load64, zc_store32, zc_store64
-from zcache_core.pthread cimport sched_yield
+from zcache_core.pthread cimport now_us, sched_yield
 
 cdef extern from *:
     """
@@ -104,6 +104,7 @@ cdef Slot *take_one(Slots *slots, uint32_t start, uint32_t n) noexcept nogil:
     cdef uint32_t first = zc_last_slot
     cdef uint32_t i, at
     cdef uint32_t rounds = 0
+    cdef int64_t began_us = 0
     cdef timespec nap
     nap.tv_sec = 0
     nap.tv_nsec = 50000
@@ -117,7 +118,10 @@ cdef Slot *take_one(Slots *slots, uint32_t start, uint32_t n) noexcept nogil:
                 slots.slot[at].generation = 0
                 if rounds:
                     slots.slot[at].shard[C_SLOT_WAITS] += 1
+                    observe(&slots.slot[at], H_SLOT_WAIT, <uint64_t>(now_us() - began_us))
                 return &slots.slot[at]
+        if rounds == 0:
+            began_us = now_us()
         rounds += 1
         if rounds < 16:
             sched_yield()

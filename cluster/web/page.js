@@ -68,6 +68,11 @@ function showTiers(stats, config) {
   const rows = [tier("RAM",
     `${size((only + also) * PAGE)} of ${size(limit * PAGE)}, ${count(stats.pers_zpages + stats.eph_zpages)} pages, ${config.allocator}, ${config.codec}`,
     [[only / limit, "ram", 1], [also / limit, "ram", 0.45]])];
+  if (config.peers?.length) {
+    const room = stats.remote_bytes + stats.remote_room_bytes || 1;
+    rows.push(tier("Peers", `${size(stats.remote_bytes)} of ${size(room)}, ${count(stats.pers_pages_remoted)} pages, ${stats.live_peers} of ${config.peers.length} answer`,
+      [[stats.remote_bytes / room, stats.live_peers < config.peers.length ? "bad" : "peers", 1]]));
+  }
   if (stats.disk_limit_bytes) rows.push(tier("Disk",
     `${size(stats.disk_bytes)} of ${size(stats.disk_limit_bytes)}, ${count(stats.disk_pages)} pages${stats.disk_degraded ? ", FAILS" : ""}`,
     [[stats.disk_bytes / stats.disk_limit_bytes, stats.disk_degraded ? "bad" : "disk", 1]]));
@@ -95,20 +100,55 @@ function showTraffic() {
     make("span", {}, `pages ${label}`), make("span", {class: "n"}, perSecond(rate(name))), line(name))));
 }
 
-function time(us) {
-  if (us < 1000) return `${us} us`;
-  return us < 1e6 ? `${(us / 1000).toFixed(1)} ms` : `${(us / 1e6).toFixed(1)} s`;
+function time(seconds) {
+  for (const [unit, length] of [["ns", 1e-9], ["us", 1e-6], ["ms", 1e-3]])
+    if (seconds < 1000 * length) return `${(seconds / length).toPrecision(3)} ${unit}`;
+  return `${seconds.toPrecision(3)} s`;
 }
 
-// A bound (a power of two) that this share of the values is below.
-function below({count: all, buckets}, share) {
+// The time that this share of the values is below: as quantile_s in counters.py says it.
+const OPEN_BUCKET = 30;
+function quantile({unit, count: all, buckets}, share) {
+  const second = unit === "nanoseconds" ? 1e-9 : 1e-6;
   let seen = 0;
-  return 2 ** buckets.findIndex(number => (seen += number) >= share * all);
+  for (const [at, number] of buckets.entries()) {
+    const lower = at ? 2 ** (at - 1) : 0, upper = 2 ** at;
+    if (number && seen + number >= share * all)
+      return second * (at === OPEN_BUCKET ? lower : lower + (upper - lower) * (share * all - seen) / number);
+    seen += number;
+  }
+  return 0;
 }
 
-function spreads(histograms = {}) {
-  return Object.entries(histograms).filter(([, h]) => h.count).map(([name, h]) =>
-    [`${name.replaceAll("_", " ")}: half, 99 % below`, `${time(below(h, 0.5))}, ${time(below(h, 0.99))}`]);
+// What came into a histogram since the first look that is kept; all of it when it began anew.
+function lately(name, now) {
+  const before = looks[0].stats.histograms?.[name];
+  if (!before || before.count > now.count) return now;
+  const grown = now.buckets.map((number, at) => number - (before.buckets[at] ?? 0));
+  return {...now, count: now.count - before.count, buckets: grown};
+}
+
+const TIMES = {put: "put", get_ram: "get, RAM", get_same: "get, same-filled", get_disk: "get, disk", get_peer: "get, peer",
+  writeback: "batch to disk", remote_put: "batch to peers", remote_get: "peer's answer",
+  pool_wait: "wait for room", commit_wait: "wait for memory", slot_wait: "wait for a slot"};
+function showTimes(histograms = {}) {
+  const rows = Object.entries(histograms).filter(([, h]) => h.count).map(([name, h]) => {
+    const recent = lately(name, h), shown = recent.count ? recent : h;
+    return make("tr", {id: `time-${name}`}, make("td", {}, TIMES[name] ?? name), make("td", {class: "n"}, time(quantile(shown, 0.5))),
+      make("td", {class: "n"}, time(quantile(shown, 0.99))), make("td", {class: "n"}, count(shown.count)));
+  });
+  $("times").replaceChildren(...rows);
+}
+
+function showPeers(peers = [], stats, config) {
+  $("cluster").hidden = !peers.length;
+  const up = peers.filter(peer => peer.state === "up").length;
+  $("cluster-sum").textContent = `${up} of ${peers.length} answer, ${config.replicas} copies of each page; `
+    + (stats.remote_short_pages ? `${count(stats.remote_short_pages)} copies are missing and are being renewed.` : "no copy is missing.");
+  $("peers").replaceChildren(...peers.map(peer => make("tr", {title: peer.why_down}, make("td", {}, peer.name ? `${peer.name} (${peer.address})` : peer.address),
+    make("td", {class: peer.state === "up" ? "good" : "bad"}, peer.state + (peer.state === "up" && peer.health !== "ok" ? `, ${peer.health}` : "")),
+    make("td", {class: "n"}, peer.state === "up" ? time(peer.latency_us * 1e-6) : "-"), make("td", {class: "n"}, count(peer.copies)),
+    make("td", {class: "n"}, size(peer.room_bytes)), make("td", {class: peer.wrong_copies ? "n bad" : "n"}, count(peer.wrong_copies)))));
 }
 
 function showReasons(health) {
@@ -126,7 +166,7 @@ function showCounters() {
     make("td", {class: "n"}, c.kind === "counter" && rate(c.name) ? count(rate(c.name)) : ""), make("td", {}, c.unit))));
 }
 
-function show({ping, stats, config, health}) {
+function show({ping, stats, config, health, peers}) {
   $("who").textContent = `${location.host}, version ${ping.version}, server ${ping.server_pid}, up ${duration(ping.uptime_seconds)}`;
   document.title = `zcache ${health.status}`;
   showReasons(health);
@@ -135,13 +175,15 @@ function show({ping, stats, config, health}) {
     ["pages per RAM", ratio(stats.logical_bytes, stats.ram_bytes)],
     ["compression", ratio((stats.pers_zpages + stats.eph_zpages) * PAGE, stats.pers_zbytes + stats.eph_zbytes)],
     ["pages refused", count(stats.failed_stores)], ["pages lost", count(stats.lost_pages)]]);
+  showPeers(peers, stats, config);
   showTraffic();
+  showTimes(stats.histograms);
   const waited = rate("pool_wait_us");
   facts("behind", [["reserve ready", size(stats.free_frames * PAGE)], ["writes that waited", count(stats.pool_waits)],
     ["waiting now", waited === null ? "-" : `${(waited / 1e4).toFixed(0)} %`],
     ["writeback from / to", `${stats.high_percent} / ${stats.low_percent} %`],
     ["to the disk", perSecond(rate("disk_written_bytes"), size)], ["of it cleaning", perSecond(rate("disk_cleaned_bytes"), size)],
-    ["memory pressure", stats.memory_pressure ? "yes" : "no"], ["draining", stats.draining ? "yes" : "no"], ["server beside the pool", size(stats.server_resident_bytes)], ...spreads(stats.histograms)]);
+    ["memory pressure", stats.memory_pressure ? "yes" : "no"], ["draining", stats.draining ? "yes" : "no"], ["server beside the pool", size(stats.server_resident_bytes)]]);
   showCounters();
 }
 
