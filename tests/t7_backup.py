@@ -18,8 +18,8 @@ import pytest
 
 from cluster.link import BlockingClient
 from tests.faulty_disk import FaultyDisk, missing
+from tests.lender_helpers import PAGES, Lender, Model, live, stats
 from tests.plugin_helpers import WAIT_S, Server, remove_memory, wait_for
-from tests.t7_peers import PAGES, Lender, Model, live, stats
 
 DISK_BYTES = 32 << 20
 

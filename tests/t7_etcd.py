@@ -16,8 +16,8 @@ import pytest
 
 from cluster.etcdurl import EtcdUrl
 from cluster.members import Member, chosen
+from tests.lender_helpers import PAGES, Lender, Model, live, stats
 from tests.plugin_helpers import ROOT, WAIT_S, Server, environment, run_nbdkit, wait_for
-from tests.t7_peers import PAGES, Lender, Model, live, stats
 from zcache_core.errors import ConfigError
 
 ETCD = ROOT / "build/unpacked/usr/bin/etcd"

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
+from tests.lender_helpers import PAGE, PAGES, Lender, Model, live, stats
 from tests.plugin_helpers import Server, run_nbdkit, wait_for
-from tests.t7_peers import PAGE, PAGES, Lender, Model, live, stats
 from zcache_core import memfile
 from zcache_core.errors import ControlError
 
