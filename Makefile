@@ -91,7 +91,7 @@ bench-packages:
 
 # Unpacked, not installed: its package would start a service.
 prometheus: packages
-	@deploy/unpack.sh prometheus
+	@deploy/unpack.sh prometheus etcd-server
 
 venv:
 	@deploy/venv.sh

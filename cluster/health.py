@@ -97,7 +97,8 @@ def disk_copies_bad(stats: Stats, config: Config) -> Reason | None:
     return Reason(
         CRITICAL,
         f"{corrupt} copies on the disk were found wrong or damaged and {unread} could not be "
-        f"read: their pages answer with an I/O error, never with other data.",
+        f"read: pages without another copy answer with an I/O error, never with other "
+        f"data.",
         "Check the disk (kernel log, smartctl) and what else may write to it; restart the "
         "programs that the kernel log names.",
     )
@@ -116,12 +117,16 @@ def peer_copies_bad(stats: Stats, config: Config) -> Reason | None:
 
 def peers_missing(stats: Stats, config: Config) -> Reason | None:
     """Fewer donors than copies: nothing goes to peers."""
-    wanted = config.get("replicas", 0) if config.get("peers") else 0
+    named = len(config.get("peers") or ())
+    wanted = config.get("replicas", 0) if named or config.get("etcd") else 0
+    if wanted and config.get("backup") == "disk":
+        wanted = 1
     if stats["live_peers"] >= wanted:
         return None
     return Reason(
         DEGRADED,
-        f"{stats['live_peers']} of {len(config['peers'])} peers answer and {wanted} are needed, so "
+        f"{stats['live_peers']}{'' if config.get('etcd') else f' of {named}'} peers answer and "
+        f"{wanted} are needed, so "
         f"no page goes to peers.",
         "See why the others do not answer ('zcache status' names them and says why).",
     )
@@ -161,6 +166,18 @@ def peers_short(stats: Stats, config: Config) -> Reason | None:
         f"{short} copies of pages are with peers that are away or gone.",
         "They are renewed elsewhere when such a peer does not come back; see that there are more "
         "peers than replicas=, with room.",
+    )
+
+
+def backup_missing(stats: Stats, config: Config) -> Reason | None:
+    """Pages that the next failure of the disk would lose."""
+    if not (missing := stats["backup_missing_pages"]) or config.get("backup") != "disk":
+        return None
+    return Reason(
+        DEGRADED,
+        f"{missing} pages are on the disk alone: no peer has a copy of them yet.",
+        "The copies are made from the disk as soon as peers take them; see that a peer answers and "
+        "has room (RPC peers).",
     )
 
 
@@ -411,6 +428,7 @@ RULES: tuple[Rule, ...] = (
     peers_twins,
     peer_away,
     peers_short,
+    backup_missing,
     copies_mended,
     pool_full,
     disk_fails,

@@ -25,13 +25,16 @@ import socket
 import sys
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import zcache_core
 from cluster import laneport, peersocket, unixsock
 from cluster.donor import ABANDON_S, Donor, DonorOptions, since_boot_s
+from cluster.etcdurl import EtcdUrl, without_password
 from cluster.link import RpcError, Server
+from cluster.members import Member, Registration
 from cluster.peeraddress import PeerAddress
 from cluster.peerwire import Health
 from zcache_core import counters
@@ -113,11 +116,7 @@ class Control:
 
     async def owners(self) -> list[dict[str, Any]]:
         """Whose pages are here: pages, the room they take, seconds since it was heard of."""
-        now_s = int(since_boot_s())
-        return [
-            {"name": name, "pages": pages, "bytes": held, "heard_seconds": max(0, now_s - heard_s)}
-            for _, name, _, heard_s, pages, held, _ in self._donor.donation.owners()
-        ]
+        return owners_of(self._donor)
 
     async def drain(self, params: list[Any]) -> dict[str, Any]:
         """drain(true) or drain(): empty it; drain(false): lend again."""
@@ -130,6 +129,15 @@ class Control:
             "pages": now["foreign_pers_pages"],
             "frames": now["pers_pageframes"],
         }
+
+
+def owners_of(donor: Donor) -> list[dict[str, Any]]:
+    """Whose pages are here: pages, the room they take, seconds since it was heard of."""
+    now_s = int(since_boot_s())
+    return [
+        {"name": name, "pages": pages, "bytes": held, "heard_seconds": max(0, now_s - heard_s)}
+        for _, name, _, heard_s, pages, held, _ in donor.donation.owners()
+    ]
 
 
 def open_memory(name: str | None, donate_bytes: int) -> MemoryFile:
@@ -148,46 +156,135 @@ def open_memory(name: str | None, donate_bytes: int) -> MemoryFile:
     return memory
 
 
-async def serve(args: argparse.Namespace, donation: Donation) -> None:
+@dataclass(frozen=True)
+class LendOptions:
+    """What a person chose.  Sizes in bytes, times in seconds."""
+
+    listen: PeerAddress
+    donate: int
+    name: str
+    memory: str | None  # None: the pages are gone with the process
+    tls: str | None = None
+    quota: int | None = None
+    abandon: int = ABANDON_S
+    etcd: str | None = None
+    keep: bool = True  # at an orderly end, the memory file of that name with the pages in it
+
+
+class Lender:
+    """All of lending in a process that has a loop: pages, their listener, a tick each second."""
+
+    def __init__(self, options: LendOptions) -> None:
+        self._options = options
+        self._keep = True
+        self.bound = ""
+        self._donation: Donation | None = None
+        self._memory: MemoryFile | None = None
+        self.donor: Donor | None = None
+        self._listening: peersocket.Listener | None = None
+        self._ticking: asyncio.Task[None] | None = None
+        self._registration: Registration | None = None
+
+    async def start(self) -> None:
+        """Find the pages again, and listen.  Raises ZcacheError; `stop` in any case."""
+        chosen = self._options
+        # (finding again takes a while, and the loop has others to answer)
+        await asyncio.to_thread(self._open)
+        assert self._donation is not None
+        made = self.donor = Donor(
+            self._donation, DonorOptions(chosen.name, chosen.quota, chosen.abandon)
+        )
+        if chosen.tls is None:
+            self._listening, self.bound = await laneport.serve(
+                chosen.listen, "listen", made.connection
+            )
+        else:
+            tls = peersocket.context(chosen.tls, server=True)
+            self._listening, self.bound = await peersocket.serve(
+                chosen.listen, "listen", made.connection, tls
+            )
+        self._ticking = asyncio.get_running_loop().create_task(_tick(made))
+        if chosen.etcd is not None:
+            address = reachable(PeerAddress.read("listen", self.bound))
+            epoch = self._donation.memory.epoch
+            # Nodes without certificates may have one name, but not one address.
+            name = chosen.name if chosen.tls else f"{chosen.name}@{address}".replace("/", "_")
+            member = Member(name, str(address), chosen.donate, epoch)
+            self._registration = Registration(EtcdUrl.read(chosen.etcd), chosen.tls, member)
+            self._registration.start()
+
+    def _open(self) -> None:
+        self._memory = open_memory(self._options.memory, self._options.donate)
+        self._keep = not self._memory.fresh  # until it is known what is there
+        self._donation = Donation(self._memory)
+        self._donation.start()
+        self._keep = False
+
+    def close(self) -> None:
+        """Speak to nobody any more; in the loop."""
+        if self._ticking is not None:
+            self._ticking.cancel()
+        if self._registration is not None:
+            self._registration.stop()
+            self._registration = None
+        if self._listening is not None:
+            self._listening.close()
+            if self._options.listen.path:
+                Path(self._options.listen.path).unlink(missing_ok=True)
+            self._listening = None
+        if self.donor is not None:
+            self.donor.close()
+
+    def stop(self) -> int:
+        """After `close`; how many pages were held.  Their file stays if it is to be kept."""
+        held = 0
+        if self._donation is not None:
+            held = sum(pages for _, _, _, _, pages, *_ in self._donation.owners())
+            self._donation.stop()
+        if self._memory is not None:
+            if (held and self._options.keep) or self._keep:
+                self._memory.close()
+            else:
+                self._memory.destroy()
+            self._memory = None
+        return held
+
+    def config(self) -> dict[str, Any]:
+        """What it lends with; sizes in bytes."""
+        chosen = self._options
+        return {
+            "name": chosen.name,
+            "listen": self.bound,
+            "donate": chosen.donate,
+            "quota": chosen.quota,
+            "abandon_seconds": chosen.abandon,
+            "memory": chosen.memory,
+            "tls": chosen.tls,
+            "etcd": without_password(chosen.etcd) if chosen.etcd else None,
+        }
+
+
+async def serve(args: argparse.Namespace, lender: Lender) -> None:
     """Lend until SIGTERM or SIGINT."""
     loop = asyncio.get_running_loop()
     ended = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, ended.set)
-    donor = Donor(donation, DonorOptions(args.name, args.quota, args.abandon))
     control_sock = unixsock.listen(args.control, "the control socket", "--control PATH", BACKLOG)
     inode = os.stat(args.control).st_ino
-    tls = peersocket.context(args.tls, server=True) if args.tls else None
-    listening: peersocket.Listener | None = None
     try:
-        if tls is None:
-            listening, bound = await laneport.serve(args.listen, "listen", donor.connection)
-        else:
-            listening, bound = await peersocket.serve(args.listen, "listen", donor.connection, tls)
-        config = {
-            "name": args.name,
-            "listen": bound,
-            "donate": args.donate,
-            "quota": args.quota,
-            "abandon_seconds": args.abandon,
-            "memory": args.memory,
-            "tls": args.tls,
-            "control": args.control,
-        }
-        control = Server(Control(donor, config).dispatch)
+        await lender.start()
+        assert lender.donor is not None
+        control = Server(
+            Control(lender.donor, lender.config() | {"control": args.control}).dispatch
+        )
         await control.start(control_sock)
-        print(f"zcache node: {args.name} lends {args.donate} bytes on {bound}", flush=True)
-        ticking = loop.create_task(_tick(donor))
+        print(f"zcache node: {args.name} lends {args.donate} bytes on {lender.bound}", flush=True)
         await ended.wait()
-        ticking.cancel()
         await control.stop()
     finally:
         unixsock.remove(args.control, inode)
-        if listening is not None:
-            listening.close()
-            if args.listen.path:
-                Path(args.listen.path).unlink(missing_ok=True)
-        donor.close()
+        lender.close()
 
 
 async def _tick(donor: Donor) -> None:
@@ -206,25 +303,33 @@ async def _tick(donor: Donor) -> None:
 
 def lend(args: argparse.Namespace) -> None:
     """Everything from the memory file to its end.  Raises ZcacheError."""
-    memory = open_memory(args.memory, args.donate)
-    held = 0
-    keep = not memory.fresh  # until it is known what is there
-    donation = None
+    options = LendOptions(
+        *(args.listen, args.donate, args.name, args.memory, args.tls, args.quota, args.abandon),
+        args.etcd,
+    )
+    lender, held = Lender(options), 0
     try:
-        donation = Donation(memory)
-        donation.start()
-        keep = False
-        asyncio.run(serve(args, donation))
+        asyncio.run(serve(args, lender))
     finally:
-        if donation is not None:
-            held = sum(pages for _, _, _, _, pages, *_ in donation.owners())
-            donation.stop()
-        if held or keep:
-            memory.close()
-        else:
-            memory.destroy()
+        held = lender.stop()
     if held and args.memory is None:
         log.warning("%d pages of others are gone with this node; --memory NAME keeps them", held)
+
+
+def reachable(bound: PeerAddress) -> PeerAddress:
+    """The address that others are told: of one that is every network's, this machine's name."""
+    if bound.path or bound.host not in ("0.0.0.0", "::"):
+        return bound
+    return PeerAddress("", socket.gethostname(), bound.port)
+
+
+def node_name(tls: str | None) -> str:
+    """Who a donor says it is: its certificate's name, or the machine's."""
+    if tls is None:
+        return socket.gethostname()[:48]
+    from cluster.certificates import name_in  # 10 MiB that a plain node does not need
+
+    return name_in(Path(tls))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -233,9 +338,10 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--control", required=True)
     made.add_argument("--listen", required=True, type=lambda w: PeerAddress.read("listen", w))
     made.add_argument("--donate", required=True, type=int)
-    made.add_argument("--name", default=socket.gethostname()[:48])
+    made.add_argument("--name", default=node_name(None))
     made.add_argument("--memory")
     made.add_argument("--tls")
+    made.add_argument("--etcd")
     made.add_argument("--quota", type=int)
     made.add_argument("--abandon", type=int, default=ABANDON_S)
     return made
@@ -251,10 +357,10 @@ def main(argv: list[str] | None = None) -> int:
         # that waits for us.  (The pages that are lent are locked as a server's are.)
         lock_memory(on_fault=True)
         args.listen.require_safe("listen", args.tls)
+        if args.etcd:
+            EtcdUrl.read(args.etcd).require_safe(args.tls)
         if args.tls:
-            from cluster.certificates import name_in  # 10 MiB that a plain node does not need
-
-            args.name = name_in(Path(args.tls))
+            args.name = node_name(args.tls)
         with contextlib.suppress(KeyboardInterrupt):
             lend(args)
     except ZcacheError as error:

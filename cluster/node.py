@@ -14,8 +14,8 @@ the server's compiled steward.
 
 Bound: the link's (connections, calls in flight, deadlines, message size).
 
-With peers= it is also what talks to donors (`peerring.py`).  Foreign pages are another
-process's (`lending.py`).
+With peers= it is also what talks to donors (`peerring.py`), with listen= it is one (`lending.py`):
+pages of others, in a memory file of their own.
 """
 
 from __future__ import annotations
@@ -38,9 +38,11 @@ from typing import Any
 
 import zcache_core
 from cluster import addresses, unixsock
+from cluster.etcdurl import without_password
 from cluster.health import health
 from cluster.link import RpcError, Server
 from cluster.logrelay import LogRelay
+from cluster.peeraddress import PeerAddress
 from cluster.steering import Steering
 from zcache_core import counters
 from zcache_core.errors import ConfigError, ZcacheError
@@ -51,6 +53,8 @@ BACKLOG = 64
 STDERR = 2
 PAGE_BYTES = 4096
 PEER_HEAP_BYTES = 4 << 20
+LEND_RETRY_S = 0.1
+NAME_MOST = 50  # of a memory file's name, and what is put behind it
 WEB_RETRY_FIRST_S, WEB_RETRY_MAX_S = 1.0, 60.0
 LOOKS = ("ping", "stats", "config", "health", "peers")
 log = logging.getLogger("zcache.node")
@@ -72,6 +76,7 @@ class Node:
         self._node_started_s = server_start_s(os.getpid())
         self.metrics: str | None = None  # HOST:PORT once it is listened on
         self.peer_side: Any = None  # peerring.PeerSide, with peers=
+        self.lender: Any = None  # lending.Lender, with listen=, once it listens
         self._steering = Steering(command_fd, lambda: counters.read(memory), config)
         self._methods: dict[str, Callable[[], Awaitable[Any]]] = {
             "ping": self.ping,
@@ -80,10 +85,12 @@ class Node:
             "health": self.health,
             "devices": self.devices,
             "peers": self.peers,
+            "owners": self.owners,
         }
         self._methods_with_params: dict[str, Callable[[list[Any]], Awaitable[Any]]] = {
             "set": self._steering.set,
             "drain": self._steering.drain,
+            "drain_lent": self.drain_lent,
         }
 
     async def dispatch(self, method: str, params: list[Any]) -> Any:
@@ -111,7 +118,11 @@ class Node:
 
     async def stats(self) -> dict[str, Any]:
         """Every counter by name, and `histograms` by name."""
-        return counters.read(self._memory) | {"histograms": counters.histograms(self._memory)}
+        found = counters.read(self._memory)
+        if self.lender is not None:  # what it lends is counted in a memory file of its own
+            lent = counters.read(self.lender.donor.donation.memory)
+            found |= {name: lent[name] for name in found if name.startswith("foreign_")}
+        return found | {"histograms": counters.histograms(self._memory)}
 
     async def devices(self) -> list[dict[str, Any]]:
         """Each device; its pages are counted in the index now, about 3 ms a million."""
@@ -129,9 +140,30 @@ class Node:
         """Each donor of ours: how it is, and how many copies of our pages it has."""
         return self.peer_side.peers() if self.peer_side is not None else []
 
+    async def owners(self) -> list[dict[str, Any]]:
+        """Each owner whose pages this machine holds, with listen=: pages, bytes, when heard of."""
+        if self.lender is None:
+            return []
+        from cluster.lending import owners_of
+
+        return owners_of(self.lender.donor)
+
+    async def drain_lent(self, params: list[Any]) -> dict[str, Any]:
+        """drain_lent(true) or (): have others take their pages back; (false): lend again."""
+        if params not in ([], [True], [False]):
+            raise RpcError("bad_params", "drain_lent takes true, false or nothing")
+        if self.lender is None:
+            raise RpcError("not_lending", "this server lends nothing; start it with listen=")
+        self.lender.donor.drain(params != [False])
+        return {"draining": self.lender.donor.draining, "owners": await self.owners()}
+
     async def config(self) -> dict[str, Any]:
         """What the server runs with now, under the names of the keys; sizes in bytes."""
         listening = {"metrics": self.metrics} if "metrics" in self._config else {}
+        if self.lender is not None:
+            listening["listen"] = self.lender.bound
+        if self._config.get("etcd"):
+            listening["etcd"] = without_password(self._config["etcd"])
         return self._config | listening | self._steering.effective()
 
     async def health(self) -> dict[str, Any]:
@@ -245,6 +277,34 @@ async def serve_web(node: Node, address: str) -> None:
         await server.stop()
 
 
+async def serve_lending(node: Node, options: Any) -> None:
+    """Lend until cancelled.
+
+    The last node of this server may still end: what it has is waited for.
+    """
+    from cluster.lending import Lender
+
+    wait_s = LEND_RETRY_S
+    while True:
+        lender = Lender(options)
+        try:
+            await lender.start()
+            break
+        except (ZcacheError, OSError) as error:
+            lender.close()
+            lender.stop()
+            log.warning("listen=: %s; it is tried again in %.1f s", error, wait_s)
+            await asyncio.sleep(wait_s)
+            wait_s = min(2 * wait_s, WEB_RETRY_MAX_S)
+    node.lender = lender
+    try:
+        await asyncio.Event().wait()
+    finally:
+        node.lender = None
+        lender.close()
+        lender.stop()
+
+
 async def serve(
     node: Node,
     control: str,
@@ -252,6 +312,7 @@ async def serve(
     log_fd: int | None,
     metrics: str | None = None,
     take: bool = False,
+    lending: Any = None,
 ) -> None:
     """Answer until the server ends or SIGTERM or SIGINT comes.
 
@@ -270,7 +331,9 @@ async def serve(
     sock = unixsock.listen(control, "the control socket", "control=PATH", BACKLOG)
     inode = os.stat(control).st_ino
     server = Server(node.dispatch)
-    web = loop.create_task(serve_web(node, metrics)) if metrics else None
+    beside = [loop.create_task(serve_web(node, metrics))] if metrics else []
+    if lending is not None:
+        beside.append(loop.create_task(serve_lending(node, lending)))
     try:
         await server.start(sock)
         if node.peer_side is not None:
@@ -281,9 +344,9 @@ async def serve(
         if node.peer_side is not None:
             await node.peer_side.stop()
         await server.stop()
-        if web is not None:
-            web.cancel()
-            await asyncio.gather(web, return_exceptions=True)
+        for task in beside:
+            task.cancel()
+        await asyncio.gather(*beside, return_exceptions=True)
         loop.remove_reader(pidfd)
         if finish_log is not None:
             finish_log()
@@ -294,16 +357,47 @@ def peer_side(args: argparse.Namespace, memory: MemoryFile) -> Any:
     # Only here: a node without peers is smaller.
     from cluster.peerring import PeerOptions, PeerSide
 
+    options = PeerOptions(
+        tuple(args.config["peers"]),
+        args.config["replicas"],
+        args.config.get("tls"),
+        args.config.get("etcd"),
+        args.config.get("listen"),
+        Path(f"{args.control}.members"),
+    )
+    return PeerSide(args.ring_fd, args.wake_fd, memory, options)
+
+
+def fit_for_pages() -> None:
+    """What a node needs through which pages come: ours from peers, or others' from us."""
     # A page may come back through us alone: what we need must not be swapped out there.
     # On fault: the memory file is mapped here too, and its holes must stay holes.
     lock_memory(on_fault=True)
     # A batch is larger than what malloc takes from the kernel anew each time, and each copy of
     # one would be faulted in: 128 pages put in 1.9 ms without this, in 0.6 ms with it.
     keep_heap(PEER_HEAP_BYTES)
-    options = PeerOptions(
-        tuple(args.config["peers"]), args.config["replicas"], args.config.get("tls")
+
+
+def lend_options(args: argparse.Namespace) -> Any:
+    """What the server's listen= and donate= ask for; None without them.
+
+    The pages lie in a file of their own, for a node that is started again.  It stays at the end
+    only where the server's own does.
+    """
+    if not args.config.get("listen"):
+        return None
+    from cluster.lending import LendOptions, node_name
+
+    tls, memory = args.config.get("tls"), args.config.get("memory")
+    return LendOptions(
+        PeerAddress.read("listen", args.config["listen"]),
+        args.config["donate"],
+        node_name(tls),
+        f"{memory[:NAME_MOST]}.lent" if memory else f"lent.{args.server_pid}",
+        tls,
+        etcd=args.config.get("etcd"),
+        keep=memory is not None,
     )
-    return PeerSide(args.ring_fd, args.wake_fd, memory, options)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -331,6 +425,8 @@ def main(argv: list[str] | None = None) -> int:
         pidfd = watch_server(args.server_pid)
         memory = MemoryFile.attach(args.shmid)
         try:
+            if args.config.get("listen") or args.ring_fd is not None:
+                fit_for_pages()
             peers = peer_side(args, memory) if args.ring_fd is not None else None
             if not args.understudy:
                 return run(args, memory, pidfd, peers)
@@ -350,7 +446,12 @@ def run(args: argparse.Namespace, memory: MemoryFile, pidfd: int, peers: Any) ->
     node = Node(memory, args.config, args.server_pid, args.command_fd)
     node.peer_side = peers
     try:
-        asyncio.run(serve(node, args.control, pidfd, args.log_fd, args.metrics, args.take_control))
+        asyncio.run(
+            serve(
+                *(node, args.control, pidfd, args.log_fd, args.metrics, args.take_control),
+                lend_options(args),
+            )
+        )
     except ZcacheError as error:
         print(f"zcache node: {error}", file=sys.stderr)
         return error.exit_code

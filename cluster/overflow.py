@@ -44,9 +44,27 @@ class Overflow:
         self._were_up: set[int] = set()
         self._next_compare_s = loop.time() + COMPARE_S
         for donor in self.donors:
-            donor.on_state = self._on_state
-            donor.on_recall = self._on_recall
+            self._hear(donor)
         self._task: asyncio.Task[None] | None = None
+
+    def _hear(self, donor: Donor) -> None:
+        donor.on_state = self._on_state
+        donor.on_recall = self._on_recall
+
+    def add(self, donor: Donor) -> None:
+        """One donor more, found while we run."""
+        self._hear(donor)
+        self.donors.append(donor)
+        self.seats.add(donor)
+
+    def remove(self, donor: Donor) -> None:
+        """A donor that has nothing of ours, and is gone."""
+        self.donors.remove(donor)
+        self.seats.remove(donor)
+
+    def copies(self) -> Sequence[int]:
+        """How many copies the owner counts on, by row."""
+        return self._ledger.copies()
 
     def start(self) -> None:
         """Begin to look after donors."""
@@ -78,7 +96,9 @@ class Overflow:
 
     # ---- what the owner asks ---------------------------------------------------------------
 
-    async def put(self, pages: Sequence[tuple[int, int, int, bytes]]) -> list[Stored]:
+    async def put(
+        self, pages: Sequence[tuple[int, int, int, bytes]], copies: int = 0
+    ) -> list[Stored]:
         """Store sealed pages; the rows that have each, or an errno.
 
         Not those that are being renewed: when the owner hears where they went, and that it was too
@@ -87,7 +107,7 @@ class Overflow:
         busy = self.renewal.renewing
         free = [page for page in pages if (page[0], page[1]) not in busy]
         places = {(page[0], page[1]) for page in free}
-        stored = iter(await self.replicas.put(free) if free else ())
+        stored = iter(await self.replicas.put(free, copies) if free else ())
         later = Stored((), errno.EIO)
         return [next(stored) if (page[0], page[1]) in places else later for page in pages]
 

@@ -114,6 +114,7 @@ class PeerLink:
         self.address, self.name = address, str(address)
         self.state = LinkState.CONNECTING
         self.epoch = 0
+        self.is_listed = True
         self.offer = NO_OFFER
         self.latency_us = 0.0
         self.why_down = ""

@@ -22,16 +22,25 @@ from pathlib import Path
 from typing import Any
 
 from cluster import peersocket
+from cluster.etcdurl import EtcdUrl
 from cluster.overflow import LOOK_S, Overflow
 from cluster.peeraddress import PeerAddress
 from cluster.peerlink import PeerLink, first_turn
 from cluster.peerwire import NAME_BYTES, Donor, Hello
+from cluster.rack import Rack
 from cluster.replicas import Asked, Options
 from cluster.seats import Copy
 from zcache_core import ringside
 from zcache_core.errors import MemoryFileError
 from zcache_core.memfile import MemoryFile
-from zcache_core.ringside import Batch, RingSide, Wanted, rows_of_where, where_of_rows
+from zcache_core.ringside import (
+    Batch,
+    RingSide,
+    Wanted,
+    is_backed,
+    rows_of_where,
+    where_of_rows,
+)
 
 DROPS_AT_ONCE = 8192
 ATTACH_S = 10.0  # a predecessor that is killed lets go of the ring when it is reaped
@@ -56,6 +65,18 @@ class RingLedger:
 
     def name_row(self, row: int, donor_id: bytes, epoch: int) -> bool:
         return self._ring.donor(row, donor_id, epoch)
+
+    @property
+    def disk_fails(self) -> bool:
+        return self._ring.disk_fails
+
+    @property
+    def unsafe(self) -> bool:
+        return self._ring.alone > 0 or (self._ring.disk_fails and self._ring.backed > 0)
+
+    def gone(self, copy: Copy) -> bool:
+        page, version, where, length_codec = copy
+        return self._ring.gone(page, version, length_codec, where)
 
     def moved(self, copy: Copy, new: int) -> bool:
         page, version, where, length_codec = copy
@@ -114,13 +135,15 @@ class RingPump:
             numbers.short_pages,
             numbers.wrong_copies,
             numbers.hedged_gets,
+            replicas.room_for(1),
         )
 
     def pump(self) -> None:
         """Take out everything there is."""
-        groups: dict[tuple[int, int], list[Wanted]] = {}
+        groups: dict[tuple[tuple[int, ...], bool, int], list[Wanted]] = {}
         for wanted in self._ring.gets():
-            groups.setdefault((wanted.where, wanted.wrong), []).append(wanted)
+            alike = rows_of_where(wanted.where), is_backed(wanted.where), wanted.wrong
+            groups.setdefault(alike, []).append(wanted)
         for group in groups.values():
             self._spawn(self._get(group))
         # One batch after the other: who gave up on one asks for the same pages again, and what is
@@ -138,13 +161,17 @@ class RingPump:
 
     async def _get(self, group: list[Wanted]) -> None:
         rows = rows_of_where(group[0].where)
-        asked = [Asked(w.page, w.version, w.length_codec, rows, w.wrong) for w in group]
+        backed = is_backed(group[0].where)
+        asked = [
+            Asked(w.page, w.version, w.length_codec, rows, w.wrong, w.where if backed else 0)
+            for w in group
+        ]
         for wanted, got in zip(group, await self._overflow.get(asked), strict=True):
             self._ring.answer_get(wanted, got.error, got.sealed, got.copy)
 
     async def _put(self, batch: Batch) -> None:
         try:
-            stored = await self._overflow.put(batch.pages)
+            stored = await self._overflow.put(batch.pages, batch.copies)
         finally:
             self._putting = False
         answers = [
@@ -162,6 +189,9 @@ class PeerOptions:
     peers: tuple[str, ...]
     replicas: int
     tls: str | None
+    etcd: str | None = None
+    own: str | None = None  # where we lend ourselves: not to be overflowed to
+    noted: Path | None = None  # what etcd said last
 
 
 class PeerSide:
@@ -178,6 +208,7 @@ class PeerSide:
         self._ring: RingSide | None = None
         self._overflow: Overflow | None = None
         self._pump: RingPump | None = None
+        self._rack: Rack | None = None
 
     async def start(self) -> None:
         """Take the ring, dial the donors.  Raises ZcacheError."""
@@ -190,17 +221,29 @@ class PeerSide:
         ledger = RingLedger(self._ring, self._memory)
         options = Options(copies=self._options.replicas)
         # A certificate's name is one node's; without, two donors may have the same name.
-        of_link = {id(link): str(link.address) for link in self._links}
         self._overflow = Overflow(
             ledger,
             list(self._links),
             random.Random(),
             options,
-            lambda donor: donor.name if tls else f"{donor.name}@{of_link[id(donor)]}",
+            lambda donor: donor.name if tls else f"{donor.name}@{address_of(donor)}",
         )
         self._pump = RingPump(self._ring, self._overflow)
         for link in self._links:
             link.start()
+        if self._options.etcd is not None:
+            assert self._options.noted is not None
+            self._rack = Rack(
+                *(
+                    EtcdUrl.read(self._options.etcd),
+                    self._options.tls,
+                    self._owner,
+                    self._options.own,
+                ),
+                lambda text: PeerLink(PeerAddress.read("etcd", text), hello, tls),
+                *(self._overflow, self._options.noted),
+            )
+            self._rack.start()
         self._overflow.start()
         self._pump.start()
 
@@ -216,11 +259,13 @@ class PeerSide:
             await asyncio.sleep(0.05)
 
     async def stop(self) -> None:
-        for part in (self._pump, self._overflow, *self._links):
+        for part in (self._rack, self._pump, self._overflow, *self._links):
             if part is not None:
                 await part.stop()
         if self._ring is not None:
             self._ring.close()
+        if self._options.noted is not None and self._memory.name is None:
+            self._options.noted.unlink(missing_ok=True)  # no node comes after us
 
     def twins(self) -> list[str]:
         """A sentence for each donor that is not used because it is, or calls itself, another."""
@@ -236,7 +281,7 @@ class PeerSide:
         return found
 
     def _address(self, donor: Donor) -> str:
-        return next((str(link.address) for link in self._links if link is donor), donor.name)
+        return address_of(donor) if isinstance(donor, PeerLink) else donor.name
 
     def peers(self) -> list[dict[str, Any]]:
         """What the method `peers` answers: every donor, how it is, what it has of ours."""
@@ -244,13 +289,15 @@ class PeerSide:
             return []
         copies = self._ring.copies()
         found = []
-        for link in self._links:
+        links = [*self._links, *(self._rack.links.values() if self._rack is not None else ())]
+        for link in links:
             seat = self._overflow.seats.of(link)
             found.append(
                 {
                     "address": str(link.address),
                     "name": link.name if link.epoch else "",
                     "state": link.state.name.lower(),
+                    "listed": link.is_listed,
                     "why_down": link.why_down,
                     "latency_us": round(link.latency_us),
                     "room_bytes": link.offer.room_bytes,
@@ -279,6 +326,12 @@ def name_of_certificate(folder: Path) -> str:
         name = file.read()
     os.waitpid(pid, 0)
     return name
+
+
+def address_of(donor: Donor) -> str:
+    """Where a donor is that was made from an address."""
+    assert isinstance(donor, PeerLink)
+    return str(donor.address)
 
 
 def owner_name(tls: str | None, memory: MemoryFile) -> str:

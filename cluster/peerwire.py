@@ -141,6 +141,7 @@ class Donor(Protocol):
 
     name: str  # the donor's own, from hello; its address until then
     state: LinkState
+    is_listed: bool  # it may be given new pages; what it has, it has either way
     epoch: int  # of the donor's memory file; another one: it has come back empty
     offer: Offer
     latency_us: float  # of an exchange with little in it, smoothed; 0.0: none yet

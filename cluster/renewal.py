@@ -9,6 +9,11 @@ Renewing reads a page from a good copy, puts it at another donor, and has the ow
 (`moved`): the entry is changed there by one compare-and-swap, so that an overwrite in between
 wins.  It never goes faster than `renew_bytes_per_s`, and counts what is left to do.
 
+A page that has one copy here and one on the owner's disk is not for us to read where its donor is
+lost: the owner is told that the copy is gone, and makes one from the disk.  One whose donor only
+wants to be rid of it is moved, as others are.  While the disk fails, and when a page has lost its
+copy there, it gets as many here as others have.
+
 Comparing must not take a page for dead whose put or move is just on its way into the index.
 So nothing is dropped that is being put or renewed, and the index is asked only after
 the owner said twice (`ticks`) that all that was answered is in it.
@@ -23,9 +28,9 @@ from collections import deque
 from collections.abc import Sequence
 
 from cluster.peerwire import RECORDS_MOST, Donor, Page, PeerError, pack, unpack
-from cluster.replicas import DEVICE, Asked, Options, Replicas, asked_of
+from cluster.replicas import DEVICE, Asked, Options, Replicas
 from cluster.seats import Copy, Ledger, Seat, Seats, Standing
-from zcache_core.ringside import rows_of_where, where_of_rows
+from zcache_core.ringside import is_backed, rows_of_where, where_of_rows
 
 DROPS_KEPT = 65536
 LOOK_PAGES = 1 << 18  # of the index at a time: 1 ms
@@ -87,7 +92,8 @@ class Renewal:
         """The copy at `row` is wrong or not there: it is to be renewed."""
         key = asked.page, asked.version
         if len(self._doubted) < DOUBTED_MOST or key in self._doubted:
-            copy = (asked.page, asked.version, where_of_rows(asked.rows), asked.length_codec)
+            where = asked.where or where_of_rows(asked.rows)
+            copy = (asked.page, asked.version, where, asked.length_codec)
             self._doubted.setdefault(key, (copy, set()))[1].add(row)
 
     def recall(self, donor: Donor, pages: Sequence[Page]) -> None:
@@ -130,7 +136,8 @@ class Renewal:
             for s in self._seats.all()
             if self._replicas.standing(s) is not Standing.LIVE
         )
-        if not self._working and now_s >= self._next_look_s and (lost or self._doubted):
+        due = lost or self._doubted or self._is_unsafe()
+        if not self._working and now_s >= self._next_look_s and due:
             self._working = True
             self._replicas.spawn(self._renew(set(lost)))
 
@@ -147,40 +154,77 @@ class Renewal:
                 for copy, rows in doubted[first : first + RENEW_PAGES]:
                     await self._renew_pages([copy], rows)
             at = 0
-            while lost and at < self._ledger.device_pages:
+            unsafe = self._is_unsafe()
+            while (lost or unsafe) and at < self._ledger.device_pages:
                 n = min(LOOK_PAGES, self._ledger.device_pages - at)
                 found, at = self._ledger.pages(at, n, 512)
-                hit = [copy for copy in found if lost & set(rows_of_where(copy[2]))]
+                hit = [
+                    copy
+                    for copy in found
+                    if lost & set(rows_of_where(copy[2]))
+                    or (unsafe and len(rows_of_where(copy[2])) < self._wanted(copy[2]))
+                ]
                 for first in range(0, len(hit), RENEW_PAGES):
                     piece = hit[first : first + RENEW_PAGES]
-                    by_where: dict[int, list[Copy]] = {}
+                    alike: dict[tuple[tuple[int, ...], bool], list[Copy]] = {}
                     for copy in piece:
-                        by_where.setdefault(copy[2], []).append(copy)
-                    for group in by_where.values():
+                        key = rows_of_where(copy[2]), is_backed(copy[2])
+                        alike.setdefault(key, []).append(copy)
+                    for group in alike.values():
                         await self._renew_pages(group, lost)
                 await asyncio.sleep(0)
         finally:
-            self._next_look_s = loop.time() + (RETRY_S if lost or self._doubted else 0.2)
+            again = lost or self._doubted or self._is_unsafe()
+            self._next_look_s = loop.time() + (RETRY_S if again else 0.2)
             self._working = False
 
+    def _is_unsafe(self) -> bool:
+        """Whether pages may have one copy in all, and there are donors for another."""
+        return self._ledger.unsafe and self._replicas.room_bytes > 0
+
+    def _wanted(self, where: int) -> int:
+        """How many copies here a page at this address is to have."""
+        beside = is_backed(where) and not self._ledger.disk_fails
+        return 1 if beside else self._options.copies
+
     async def _renew_pages(self, group: Sequence[Copy], bad: set[int]) -> None:
-        """New copies in place of those at `bad` rows, of pages with one address."""
-        rows = rows_of_where(group[0][2])
+        """New copies in place of those at `bad` rows, of pages with the same kind of address."""
+        rows, where = rows_of_where(group[0][2]), group[0][2]
         good = [row for row in rows if row not in bad]
+        if len(good) >= self._wanted(where) or not (good or is_backed(where)):
+            return
         busy = self.renewing | self._replicas.putting
         group = [c for c in group if (c[0], c[1]) not in busy and self._is_current(c)]
-        if not good or len(good) == len(rows) or not group:
-            return
         keys = {(copy[0], copy[1]) for copy in group}
         self.renewing |= keys
         try:
             await self._pace(sum((copy[3] >> 4) + 25 for copy in group))
+            if not good:
+                keys -= await self._leave(group, rows)
+                return
             wrong = sum(1 << n for n, row in enumerate(rows) if row in bad)
             parts = await self._read(group, rows, wrong)
             if parts:
                 keys -= await self._replace(parts, rows, good)
         finally:
             self.renewing -= keys  # the others are in it until the owner has heard
+
+    async def _leave(self, group: Sequence[Copy], rows: tuple[int, ...]) -> set[tuple[int, int]]:
+        """Pages on the owner's disk leave their donor: moved if it has them, else told gone."""
+        seat = self._seats.get(rows[0])
+        told: set[tuple[int, int]] = set()
+        if seat is not None and seat.is_up and not seat.lies:
+            parts = await self._read(group, rows, 0)
+            if parts:
+                told = await self._replace(parts, rows, [])
+        gone = {
+            (copy[0], copy[1])
+            for copy in group
+            if (copy[0], copy[1]) not in told and self._ledger.gone(copy)
+        }
+        if gone:
+            self._unheard.append((self._ledger.ticks, gone))
+        return told | gone
 
     def _is_current(self, copy: Copy) -> bool:
         """Whether the index still has this copy at this address."""
@@ -206,8 +250,9 @@ class Renewal:
         """Put the pages at new donors and tell the owner; those that are told."""
         told: set[tuple[int, int]] = set()
         flat = [(c[0], c[1], c[3], sealed) for c, sealed in parts]
-        need = self._options.copies - len(good)
+        need = self._wanted(parts[0][0][2]) - len(good)
         again = [row for row in rows if row not in good and self._may_have_again(row, flat)]
+        again = again if good else []  # (it is to be rid of them)
         new = again[:need]
         new += self._replicas.choose_for(flat, need - len(new), rows) if need > len(new) else []
         have: list[list[int]] = [list(good) for _ in flat]
@@ -307,3 +352,8 @@ class Renewal:
                 return True
             await asyncio.sleep(0.1)
         return False
+
+
+def asked_of(copy: Copy, rows: tuple[int, ...]) -> Asked:
+    """A copy as it is asked for."""
+    return Asked(copy[0], copy[1], copy[3], rows, 0, copy[2] if is_backed(copy[2]) else 0)

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 from cluster.peerwire import BATCH_PAGES, Code, Donor, Page, PeerError, pack, pieces, sealed_bytes
 from cluster.placement import Candidate, choose, room_bytes
-from cluster.seats import LIES_MOST, Copy, Ledger, Seat, Seats, Standing
+from cluster.seats import LIES_MOST, Ledger, Seat, Seats, Standing
 
 DEVICE = 0  # pages are numbered through all devices of a memory file
 GROUP_PAGES = 64
@@ -52,13 +52,17 @@ class Options:
 
 
 class Asked(NamedTuple):
-    """A page that is asked for; `rows` have copies, those in the bits of `wrong` wrong ones."""
+    """A page that is asked for; `rows` have copies, those in the bits of `wrong` wrong ones.
+
+    `where`: its address, if it is not only that of the rows (a copy on the owner's disk).
+    """
 
     page: int
     version: int
     length_codec: int
     rows: tuple[int, ...]
     wrong: int = 0
+    where: int = 0
 
 
 class Got(NamedTuple):
@@ -116,8 +120,12 @@ class Replicas:
     @property
     def room_bytes(self) -> int:
         """What all the copies of new pages find room for; 0 when there are too few donors."""
+        return self.room_for(self.options.copies)
+
+    def room_for(self, copies: int) -> int:
+        """The same for pages with so many copies."""
         candidates = [seat.candidate() for seat in self.seats.all()]
-        return room_bytes([c.free_bytes for c in candidates if c], self.options.copies)
+        return room_bytes([c.free_bytes for c in candidates if c], copies)
 
     @property
     def live(self) -> int:
@@ -146,15 +154,20 @@ class Replicas:
 
     # ---- put ---------------------------------------------------------------------------
 
-    async def put(self, pages: Sequence[tuple[int, int, int, bytes]]) -> list[Stored]:
-        """Store (page, version, length_codec, sealed) each, on as many donors as there must be."""
+    async def put(
+        self, pages: Sequence[tuple[int, int, int, bytes]], copies: int = 0
+    ) -> list[Stored]:
+        """Store (page, version, length_codec, sealed) each, on as many donors as there must be.
+
+        `copies`: so many instead, because there is another copy on the disk.
+        """
         keys = {(page, version) for page, version, *_ in pages}
         self.putting |= keys
         gate = asyncio.Semaphore(PUT_GROUPS)
 
         async def one(group: Sequence[tuple[int, int, int, bytes]]) -> list[Stored]:
             async with gate:
-                return await self._put_group(group)
+                return await self._put_group(group, copies or self.options.copies)
 
         groups = [pages[i : i + GROUP_PAGES] for i in range(0, len(pages), GROUP_PAGES)]
         try:
@@ -175,8 +188,9 @@ class Replicas:
             key in keys and not self._is_heard(ticks) for ticks, keys in self._answered
         )
 
-    async def _put_group(self, group: Sequence[tuple[int, int, int, bytes]]) -> list[Stored]:
-        wanted = self.options.copies
+    async def _put_group(
+        self, group: Sequence[tuple[int, int, int, bytes]], wanted: int
+    ) -> list[Stored]:
         rows: list[list[int]] = [[] for _ in group]
         tried: set[int] = set()
         error = errno.EIO
@@ -278,8 +292,8 @@ class Replicas:
                     # changed meanwhile, and they were dropped for that.  The server sees which.
                     found[i] = Got(errno.EIO if wrong else errno.ENODATA)
             left = until - asyncio.get_running_loop().time()
-            if len(found) == len(asked) or left <= 0:
-                break
+            if len(found) == len(asked) or left <= 0 or asked[0].where:
+                break  # (what is on the disk too is not waited for)
             try:
                 async with asyncio.timeout(min(left, 0.1)):
                     await self._changed.wait()
@@ -398,11 +412,6 @@ def _page(part: tuple[int, int, int, bytes]) -> Page:
     page, version, length_codec, sealed = part
     assert len(sealed) == sealed_bytes(length_codec)
     return Page(DEVICE, page, version, length_codec)
-
-
-def asked_of(copy: Copy, rows: tuple[int, ...]) -> Asked:
-    """A copy as it is asked for."""
-    return Asked(copy[0], copy[1], copy[3], rows)
 
 
 __all__ = ["Asked", "Donor", "Got", "Options", "Replicas", "Stored"]

@@ -54,8 +54,19 @@ class Ledger(Protocol):
     def name_row(self, row: int, donor_id: bytes, epoch: int) -> bool:
         """Ask for a row to be this donor; it is when `rows` says so."""
 
+    @property
+    def disk_fails(self) -> bool:
+        """Whether the copy on a disk that some pages have beside one here may not be had now."""
+
+    @property
+    def unsafe(self) -> bool:
+        """Whether there may be pages with one copy, here or (the disk fails) in all."""
+
     def moved(self, copy: Copy, new: int) -> bool:
         """The page's copies are at address `new` from now on.  False: no room, tell it later."""
+
+    def gone(self, copy: Copy) -> bool:
+        """Of a page on the disk too: the copy here counts no more.  False: tell it later."""
 
     def pages(self, first: int, n: int, most: int) -> tuple[list[Copy], int]:
         """Copies counted on among pages first .. first + n - 1, and where to go on."""
@@ -108,7 +119,7 @@ class Seat:
     def candidate(self) -> Candidate | None:
         """What it may be given, or None."""
         donor = self.donor
-        if donor is None or self.empty or self.lies >= LIES_MOST:
+        if donor is None or self.empty or self.lies >= LIES_MOST or not donor.is_listed:
             return None
         if donor.state is not LinkState.UP or donor.offer.health is not Health.OK:
             return None
@@ -155,6 +166,17 @@ class Seats:
             if seat.donor is donor and not seat.empty:
                 return seat
         return None
+
+    def add(self, donor: Donor) -> None:
+        """One that was found; it has a seat when it has said who it is."""
+        self._donors.append(donor)
+
+    def remove(self, donor: Donor) -> None:
+        """Its seat, if it has one, is nobody's until one of that name is met again."""
+        self._donors.remove(donor)
+        for seat in self._seats.values():
+            if seat.donor is donor:
+                seat.donor = None
 
     def refresh(self, now_s: float) -> None:
         """Look again who sits where; ask for rows for those who have none."""

@@ -23,7 +23,14 @@ from cluster.addresses import read_address
 from plugin.amounts import PAGE_BYTES, human, size_bytes, total_ram_bytes, whole_pages
 from plugin.codeckeys import RECOMPRESS_AGE_S, read_age, read_codec, read_recompress
 from plugin.instance import DEVICE_PATTERN
-from plugin.peerkeys import check_nbd_key, check_peer_keys, read_nbd, read_peers, read_replicas
+from plugin.peerkeys import (
+    PEER_KEYS,
+    check_lending,
+    check_nbd_key,
+    check_peer_keys,
+    default_backup,
+    read_nbd,
+)
 from zcache_core import PAGES_PER_FRAME
 from zcache_core.diskfile import LEAST_BYTES as DISK_BYTES_MIN
 from zcache_core.errors import ConfigError
@@ -42,8 +49,6 @@ AHEAD = (
 )
 STANDBY = ("auto", "yes", "no")
 PRESSURE = ("psi", "none")
-# Keys that the design has and this version has not: a clear no, not "unknown".
-KEYS_LATER = ("backup", "listen", "donate", "etcd")
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,10 @@ class Config:
     pressure: str = "psi"  # or "none", or the absolute path of a pressure file
     peers: tuple[str, ...] = ()  # addresses of donors
     replicas: int = 2  # copies of a page on different donors
+    backup: str = "none"  # or "disk": one of a page at a donor and one on the disk
+    etcd: str | None = None  # URL where donors are registered
+    listen: str | None = None  # where owners reach what this machine lends
+    donate_bytes: int = 0
     tls: str | None = None  # absolute path of the folder with node.pem
     nbd: str | None = None  # HOST:PORT for other machines; None: a Unix socket
     control: str | None = None  # absolute path; None: beside the NBD socket
@@ -75,6 +84,11 @@ class Config:
     realtime: str = "auto"  # or "yes", "no"
     standby: str = "auto"  # or "yes", "no": of a supervised server
     devices: tuple[tuple[str, int], ...] = ()  # (name, bytes) of several, size_bytes in all
+
+    @property
+    def has_peers(self) -> bool:
+        """Whether pages may go to the RAM of others."""
+        return bool(self.peers) or self.etcd is not None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values under the names of the keys, sizes in bytes."""
@@ -120,10 +134,18 @@ def parse(pairs: Iterable[tuple[str, str]], ram_bytes: int | None = None) -> Con
         raise ConfigError(
             "commit=all keeps the whole pool and pressure= gives it back; leave one of them out"
         )
+    if "backup" not in given:
+        values["backup"] = default_backup(
+            bool(values.get("peers") or values.get("etcd")), values.get("disk"), given
+        )
     config = Config(**values)
     _check_disk_keys(config, given)
     check_nbd_key(config.nbd, config.tls)
-    check_peer_keys(config.peers, config.tls, given - ({"tls"} if config.nbd else set()))
+    check_peer_keys(
+        *(config.peers, config.tls, config.disk, config.backup, config.listen, config.etcd),
+        given - ({"tls"} if config.nbd else set()),
+    )
+    check_lending(config.listen, config.donate_bytes, config.tls, config.pool_bytes, ram_bytes)
     return config
 
 
@@ -131,7 +153,7 @@ def _check_disk_keys(config: Config, given: set[str]) -> None:
     """What keys of the disk mean only together.  Raises ConfigError."""
     if config.disk is None:
         of_disk = ["disk_size", "disk_force", "encrypt", "writeback_limit"]
-        for name in of_disk if config.peers else [*of_disk, "high", "low"]:
+        for name in of_disk if config.has_peers else [*of_disk, "high", "low"]:
             if name in given:
                 raise ConfigError(
                     f"{name}= means something only with disk=PATH; add it, or leave {name}= out"
@@ -152,8 +174,6 @@ def _key(name: str) -> Key:
     for key in KEYS:
         if key.name == name:
             return key
-    if name in KEYS_LATER:
-        raise ConfigError(f"{name}= is not built yet in this version; leave it out")
     near = difflib.get_close_matches(name, [key.name for key in KEYS], n=1, cutoff=0.5)
     names = ", ".join(key.name for key in KEYS)
     hint = f"did you mean {near[0]}=?  The keys are" if near else "use one of"
@@ -415,8 +435,7 @@ KEYS: tuple[Key, ...] = (
         "that of a cgroup (its memory.pressure); none (the default with commit=all)",
         _pressure,
     ),
-    Key("peers", "peers", "none", "donors to overflow to: HOST:PORT or a path, ...", read_peers),
-    Key("replicas", "replicas", "2", "copies of a page on different peers: 2 or 3", read_replicas),
+    *(Key(*row) for row in PEER_KEYS),
     Key(
         "tls",
         "tls",

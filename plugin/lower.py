@@ -13,12 +13,16 @@ What it is not: what moves pages; that is `zcache_core.tiers`.
 
 from __future__ import annotations
 
+from cluster import addresses, unixsock
+from cluster.peeraddress import PeerAddress
 from plugin.amounts import PAGE_BYTES, human
 from plugin.config import Config
 from zcache_core import PAGES_PER_FRAME, memfile
 from zcache_core.diskfile import PROMISE, RESERVE_BYTES, DiskFile, open_disk, promised_bytes
 from zcache_core.errors import ConfigError, MemoryFileError
 from zcache_core.memfile import MemoryFile
+
+BACKUP_DISK_BYTES = 1 << 39  # zcache_core.layout, BACKED_BITS
 
 
 def open_checked(config: Config) -> DiskFile | None:
@@ -29,6 +33,7 @@ def open_checked(config: Config) -> DiskFile | None:
     try:
         if disk is not None:
             refuse_disk_of_others(config, disk)
+            refuse_large_backup(config, disk)
         refuse_memory(config, disk)
         if disk is not None:
             disk.allocate(config.size_bytes)
@@ -37,6 +42,24 @@ def open_checked(config: Config) -> DiskFile | None:
             disk.abandon()
         raise
     return disk
+
+
+def refuse_listening(address: str) -> None:
+    """ConfigError, InUseError when somebody else listens there."""
+    at = PeerAddress.read("listen", address)
+    if at.path:
+        unixsock.claim(at.path, "the socket of listen=", "listen=PATH")
+    else:
+        addresses.listen("listen", address).close()
+
+
+def refuse_large_backup(config: Config, disk: DiskFile) -> None:
+    """The address of a page with both copies has no more bits for the disk.  Raises ConfigError."""
+    if config.backup == "disk" and disk.disk_bytes >= BACKUP_DISK_BYTES:
+        raise ConfigError(
+            f"backup=disk takes less than {human(BACKUP_DISK_BYTES)} of disk; write "
+            f"disk_size=500G, or backup=none"
+        )
 
 
 def refuse_memory(config: Config, disk: DiskFile | None, sizes_only: bool = False) -> None:
@@ -82,13 +105,13 @@ def refuse_mismatch(memory: MemoryFile, config: Config, disk: DiskFile | None) -
     """Sizes and disk are what this memory file was made with, or ConfigError says so."""
     refuse_sizes(memory, config)
     only_below, also_below = memory.pages_below()
-    if at_peers := memory.pages_at_peers():
-        only_below -= at_peers
-        if not config.peers:
-            raise ConfigError(
-                f"{at_peers} pages of the memory file {config.memory} are with the peers that its "
-                f"last server had; write the same peers= again"
-            )
+    at_peers, backed = memory.pages_at_peers()
+    only_below -= at_peers - backed
+    if at_peers and not config.has_peers:
+        raise ConfigError(
+            f"{at_peers} pages of the memory file {config.memory} are with the peers that its "
+            f"last server had; write the same peers= again"
+        )
     if disk is None:
         if only_below:
             raise ConfigError(
@@ -155,6 +178,8 @@ def guaranteed_below_bytes(config: Config, disk_bytes: int) -> int:
 
 def too_few_peers(config: Config) -> str | None:
     """What to know when peers= can never hold all copies of a page."""
+    if config.etcd is not None or config.backup == "disk":
+        return None  # others may come; one is enough
     if not config.peers or len(config.peers) >= config.replicas:
         return None
     return (
@@ -181,7 +206,7 @@ def refusal_warning(config: Config, disk_bytes: int = 0) -> str | None:
             f"(ENOSPC) whatever the data; with more in use that compresses badly, pool and disk "
             f"can be full; write disk_size={needed_disk(config)} or more to have no write refused"
         )
-    tier = "no disk (peers may be full or away)" if config.peers else "no lower tier"
+    tier = "no disk (peers may be full or away)" if config.has_peers else "no lower tier"
     return (
         f"with size={human(config.size_bytes)}, pool={human(config.pool_bytes)} and {tier}, "
         f"writes are refused (ENOSPC) once {pool_full_when(config)}; give it a disk "

@@ -39,6 +39,7 @@ def add_commands(commands: Any) -> None:
     node.add_argument(
         "--tls", metavar="FOLDER", help="with node.pem; needed but on loopback and Unix sockets"
     )
+    node.add_argument("--etcd", metavar="URL", help="register there: http://HOST:2379")
     node.add_argument(
         "--quota", metavar="SIZE", help="most of it for one owner (default: all of it)"
     )
@@ -96,7 +97,7 @@ def lending_words(args: argparse.Namespace, control: str) -> list[str]:
         )
     donate = donated_bytes(args.donate)
     words = ["--control", control, "--listen", args.listen, "--donate", str(donate)]
-    for name in ("memory", "tls"):
+    for name in ("memory", "tls", "etcd"):
         if value := getattr(args, name):
             words += [f"--{name}", value]
     if args.quota:

@@ -219,12 +219,13 @@ def peer_lines(
     stats: Mapping[str, Any], config: Mapping[str, Any], peers: Sequence[Mapping[str, Any]] = ()
 ) -> list[Line]:
     """What is with peers; nothing without peers=."""
-    if not config.get("peers"):
+    if not (config.get("peers") or config.get("etcd")):
         return []
+    of_named = "" if config.get("etcd") else f" of {len(config['peers'])}"
     found = [
         Line(
             "peers",
-            f"{stats['live_peers']} of {len(config['peers'])} answer; "
+            f"{stats['live_peers']}{of_named} answer; "
             f"{count(stats['pers_pages_remoted'])} pages there in "
             f"{size(stats['remote_bytes'])}, room for {size(stats['remote_room_bytes'])} more",
         )

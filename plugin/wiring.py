@@ -87,7 +87,7 @@ class Serving:
         self.pool_is_locked = self._memory.stays_locked
         if before.ballast is not None:
             before.ballast.close()
-        self._peers = PeerTier(self._memory) if config.peers else None
+        self._peers = PeerTier(self._memory) if config.has_peers else None
         self._cooling = self._below(config, disk) if disk is not None or self._peers else None
         read_fd, write_fd = os.pipe()  # both stay open: a node may be started anew
         self._command_fd = fcntl.fcntl(write_fd, fcntl.F_DUPFD_CLOEXEC, PIPES_FROM_FD)
@@ -105,7 +105,7 @@ class Serving:
         inode = os.stat(where.unix).st_ino if where.unix is not None else 0
         self.unix_socket = where.unix, inode
         self._keeper: Keeper | None = None
-        self._has_peers = bool(config.peers)
+        self._has_peers = config.has_peers or config.listen is not None
 
     def _below(self, config: Config, disk: DiskFile | None) -> Cooling:
         """What cools the store down to peers and onto the disk."""
@@ -121,6 +121,7 @@ class Serving:
             config.encrypt == "yes",
             config.writeback_limit_bytes or 0,
             self._peers,
+            config.backup == "disk",
         )
 
     def start_node(self, control: str, told: Mapping[str, Any]) -> None:
@@ -131,7 +132,7 @@ class Serving:
             words += ["--take-control"]
         if told["metrics"] is not None:
             words += ["--metrics", told["metrics"]]
-        if self._has_peers and self._where.tcp_port is None:
+        if self._peers is not None and self._where.tcp_port is None:
             words += ["--understudy"]  # this machine may swap onto pages that only it brings back
             env["PYTHONMALLOC"] = "malloc"  # of the heap, which it has beforehand and keeps
         fds, free, say = {}, NODE_FDS, messages.say
@@ -282,6 +283,8 @@ def check(config: Config, supervised: bool = False, before: Before | None = None
     # The node process will listen there; who is wrong hears it now.
     if not supervised and config.metrics is not None:
         addresses.listen("metrics", config.metrics).close()
+    if not supervised and config.listen is not None:
+        lower.refuse_listening(config.listen)
     if config.tls is not None:
         peeraddress.certificates_in(config.tls)  # who is wrong hears it now
     if (sentence := lower.too_few_peers(config)) is not None:
@@ -310,9 +313,7 @@ def wants_realtime(config: Config, where: Listening) -> bool:
 def start(config: Config, checked: Checked, set_error: SetError) -> Serving:
     """Everything running.  Raises ZcacheError."""
     realtime = wants_realtime(config, checked.where)
-    refused = process.prepare(
-        realtime=realtime, secret=config.encrypt == "yes" or bool(config.peers)
-    )
+    refused = process.prepare(realtime=realtime, secret=config.encrypt == "yes" or config.has_peers)
     control = config.control or control_path(checked.where, os.getpid())
     serving = Serving(config, checked, set_error)
     if not serving.pool_is_locked:
@@ -408,7 +409,8 @@ def dump(out: TextIO) -> None:
 
 def description(config: Config) -> str:
     """One line about the export."""
-    tiers = [f"{len(config.peers)} peers"] * bool(config.peers) + [config.disk or ""]
+    tiers = [f"{len(config.peers)} peers"] * bool(config.peers)
+    tiers += ["peers that etcd names"] * bool(config.etcd) + [config.disk or ""]
     below = ", below it " + " and ".join(filter(None, tiers)) if any(tiers) else ""
     return (
         f"zcache swap device: {human(config.size_bytes)} in a pool of at most "

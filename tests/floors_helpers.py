@@ -29,18 +29,18 @@ FLOORS = {
         3: "cold ring ringside core ramtier cooling takeover moving tidying denser store probe "
         "foreign foreignfound donation",
         5: "diskfile diskobject diskio segments quota diskstate diskput disk diskrun orders "
-        "peerwhere peers peertier both ahead below fullness eviction cooler fetching tiers "
-        "pressure steward faulty coldprobe",
+        "peerwhere peernotes peers peertier bothstate backup both ahead below fullness eviction "
+        "cooler fetching tiers pressure steward faulty coldprobe",
         6: "device",
     },
     "cluster": {
-        1: "wire frames unixsock logrelay addresses connections peeraddress certificates placement "
-        "understudy",
+        1: "wire frames unixsock logrelay addresses connections peeraddress etcdurl "
+        "certificates placement understudy",
         2: "lane session peerwire seats replicas peersocket",
-        3: "link webserver laneport peerchannel",
+        3: "link webserver laneport peerchannel members",
         4: "donorlane health steering metrics webpages peerlink generosity donor renewal overflow "
-        "peerring",
-        5: "node lending",
+        "rack peerring",
+        5: "lending node",
     },
     "plugin": {
         6: "interrupts messages logpipe amounts instance peerkeys codeckeys config liaison teller "
@@ -57,7 +57,7 @@ PACKAGES = list(FLOORS)
 # What may be imported from outside, beside the standard library.
 OUTSIDE = {
     "zcache_core": set[str](),
-    "cluster": {"msgpack", "prometheus_client", "cryptography"},
+    "cluster": {"msgpack", "prometheus_client", "cryptography", "requests", "etcd3gw"},
     "plugin": {"msgpack", "rich", "mfusepy", "matplotlib", "nbdkit", "pyroute2"},
 }
 CYTHON_ROOTS = {"cython", "cpython", "libc", "posix"}

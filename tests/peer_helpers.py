@@ -12,7 +12,7 @@ from typing import Any
 from zcache_core import ringside
 from zcache_core.memfile import MemoryFile
 from zcache_core.peertier import PeerTier
-from zcache_core.ringside import RingSide, Wanted, rows_of_where, where_of_rows
+from zcache_core.ringside import RingSide, Wanted, is_backed, rows_of_where, where_of_rows
 
 Key = tuple[int, int, int]  # row, page, version
 
@@ -44,7 +44,7 @@ class FakeNode:
         for row in range(donors):
             if row not in known:
                 assert self.ring.donor(row, bytes([row + 1] * 16), 7)
-        self.ring.publish(True, self.room_bytes, donors, 0, 0, 0)
+        self.ring.publish(True, self.room_bytes, donors, 0, 0, 0, self.room_bytes)
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
@@ -70,10 +70,15 @@ class FakeNode:
             answers = []
             for page, version, _, sealed in batch.pages:
                 self.turn += 1
-                rows = [(self.turn + n) % self.donors for n in range(self.copies)]
+                if self.put_error:
+                    answers.append((0, self.put_error))
+                    continue
+                alive = [row for row in range(self.donors) if row not in self.absent]
+                n = batch.copies or self.copies
+                rows = [alive[(self.turn + i) % len(alive)] for i in range(n)]
                 for row in rows:
                     self.held[row, page, version] = sealed
-                answers.append((where_of_rows(rows), self.put_error))
+                answers.append((where_of_rows(rows), 0))
             self.ring.answer_batch(batch.turn, answers)
 
     def _answer(self, wanted: Wanted) -> None:
@@ -89,7 +94,30 @@ class FakeNode:
         self.ring.answer_get(wanted, errno.EIO if wanted.wrong else errno.ENODATA)
 
     def publish(self, ready: bool = True) -> None:
-        self.ring.publish(ready, self.room_bytes, self.donors, 0, 0, 0)
+        self.ring.publish(ready, self.room_bytes, self.donors, 0, 0, 0, self.room_bytes)
+
+    def lose(self, row: int) -> None:
+        """A donor is gone for good; the owner is told, as renewal does."""
+        with self.lock:
+            self.absent.add(row)
+            for key in [key for key in self.held if key[0] == row]:
+                del self.held[key]
+        pages = self.memory.device_bytes // 4096
+        while self.ring.copies()[row]:
+            with self.lock:
+                found, _ = ringside.pages_on_peers(self.memory, 0, pages, pages)
+                for page, version, where, length_codec in found:
+                    rows = rows_of_where(where)
+                    if row not in rows:
+                        continue
+                    if is_backed(where):
+                        self.ring.gone(page, version, length_codec, where)
+                        continue
+                    [good] = [r for r in rows if r != row]
+                    [new] = [r for r in range(self.donors) if r not in rows]
+                    self.held[new, page, version] = self.held[good, page, version]
+                    self.ring.moved(page, version, length_codec, where, where_of_rows([good, new]))
+            wait_until(self.ring.heard, "it is heard")
 
     def die(self) -> None:
         """As a killed process: what it had taken stays taken."""

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from plugin.amounts import PAGE_BYTES, human, total_ram_bytes
-from plugin.config import DEVICE_BYTES_MAX, KEYS, KEYS_LATER, Config, parse
+from plugin.config import DEVICE_BYTES_MAX, KEYS, Config, parse
 from plugin.lower import guaranteed_bytes, needed_disk, refusal_warning
 from plugin.places import Listening, control_path, listening
 from plugin.wiring import wants_realtime
@@ -185,12 +185,6 @@ def test_bad_values_say_what_to_write(words: str, advice: str) -> None:
     sentence = str(caught.value)
     assert advice in sentence
     assert "\n" not in sentence
-
-
-@pytest.mark.parametrize("key", KEYS_LATER)
-def test_keys_to_come_are_refused_as_such(key: str) -> None:
-    with pytest.raises(ConfigError, match=f"{key}= is not built yet"):
-        config_of(f"size=1G {key}=x")
 
 
 def test_every_advised_size_is_accepted() -> None:

@@ -61,6 +61,7 @@ TROUBLE: list[tuple[dict[str, int], dict[str, Any], str, str, str]] = [
         "node.pem of its own",
     ),
     ({"remote_short_pages": 7}, {}, "degraded", "7 copies of pages are with", "renewed elsewhere"),
+    ({"backup_missing_pages": 5}, {"backup": "disk"}, "degraded", "on the disk alone", "has room"),
     ({"mended_loads": 2}, {}, "degraded", "answered from the disk instead", "memtest"),
     ({"disk_read_errors": 5}, {}, "critical", "5 could not be read", "kernel log"),
     (FAILING, ALL, "degraded", "(Input/output error, 4 times so far)", "goes on by itself"),

@@ -30,7 +30,7 @@ class SlowOverflow:
     def spawn(self, work: Any) -> None:
         self.tasks.append(asyncio.get_running_loop().create_task(work))
 
-    async def put(self, pages: list[tuple[int, int, int, bytes]]) -> list[Stored]:
+    async def put(self, pages: list[tuple[int, int, int, bytes]], copies: int = 0) -> list[Stored]:
         self.running += 1
         self.most_running = max(self.most_running, self.running)
         await self.go.wait()
@@ -117,9 +117,9 @@ class Log(SlowOverflow):
         super().__init__()
         self.log: list[str] = []
 
-    async def put(self, pages: list[tuple[int, int, int, bytes]]) -> list[Stored]:
+    async def put(self, pages: list[tuple[int, int, int, bytes]], copies: int = 0) -> list[Stored]:
         self.log.append("put")
-        return await super().put(pages)
+        return await super().put(pages, copies)
 
     def drop(self, copies: Any) -> None:
         self.log.append("drop")

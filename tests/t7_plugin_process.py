@@ -65,7 +65,6 @@ REFUSED = [
     (("size=8G", "siez=8G"), "did you mean size=?"),
     (("size=8G", "allocator=slub"), "there is no allocator slub; write allocator=zbud"),
     (("size=8G", "peers=10.0.0.1:7900"), "so it needs certificates; write tls=FOLDER"),
-    (("size=8G", "backup=disk"), "backup= is not built yet"),
     (("size=8G", "disk=/dev/null", "disk_size=1G"), "neither a file nor a block device"),
     (("size=8G", "disk=/nonexistent/d", "disk_size=1G"), "cannot be opened (No such file"),
     (("size=8G", "codec=brotli"), "there is no codec brotli"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import random
@@ -207,11 +206,13 @@ def test_a_start_that_fails_keeps_the_pages(
 
     monkeypatch.setenv("ZCACHE_RUNTIME_DIR", str(tmp_path))
     lending.open_memory("kept", LENT_BYTES).close()
-    args = argparse.Namespace(memory="kept", donate=LENT_BYTES)
+    at = PeerAddress.read("listen", str(tmp_path / "peer"))
+    lender = lending.Lender(lending.LendOptions(at, LENT_BYTES, "rack", "kept"))
     monkeypatch.setattr(lending, "Donation", Failing)
     try:
         with pytest.raises(MemoryFileError):
-            lending.lend(args)
+            asyncio.run(lender.start())
+        lender.stop()
         assert exists("kept")
     finally:
         if exists("kept"):

@@ -7,7 +7,8 @@
 Which one answers faster is measured: the smoothed time of a read from each.  Every
 TRY_EVERY-th batch goes to the slower one, so that it is noticed when that has changed.
 
-What is being cleaned on the disk stays on the disk.
+What is being cleaned on the disk stays on the disk.  With backup=disk a page goes to both
+(backup.pyx).
 
 Bound: one array of a batch.  One of the two may be missing (NULL).
 """
@@ -16,37 +17,16 @@ from libc.errno cimport EAGAIN, EIO
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memset
 
+from zcache_core.backup cimport (
+    backup_adopt, backup_drop, backup_get, backup_get_many, backup_put, backup_tick,
+)
+from zcache_core.bothstate cimport PIECE_BYTES, TRY_EVERY, can_take, observe_get, peers_are_faster
 from zcache_core.cold cimport ColdPage, ColdTier
-from zcache_core.layout cimport ST_PEER, length_of, lower_state
-from zcache_core.native cimport zc_load64, zc_store64
+from zcache_core.layout cimport ST_PEER, is_backed, length_of, lower_state
 from zcache_core.pthread cimport now_us
-
-cdef enum:
-    SMOOTH = 16                 # a new value counts so little: a burst does not turn it round
-    KNOWN_AFTER = 16            # reads, before the time of one is believed
-    TRY_EVERY = 64
-
-
-cdef void observe_get(Both *b, uint32_t which, int64_t took_us) noexcept nogil:
-    """May lose an observation to another thread: it steers, and nothing is proven by it."""
-    cdef uint64_t smoothed = zc_load64(&b.get_us[which])
-    zc_store64(&b.get_us[which], smoothed - smoothed // SMOOTH + <uint64_t>took_us)
-    zc_store64(&b.gets[which], zc_load64(&b.gets[which]) + 1)
-
-
-cdef bint peers_are_faster(Both *b) noexcept nogil:
-    """As far as is known: a disk that was never read from is the slower one."""
-    if b.gets[0] < KNOWN_AFTER or b.gets[1] < KNOWN_AFTER:
-        return True
-    return zc_load64(&b.get_us[0]) <= zc_load64(&b.get_us[1])
-
 
 cdef ColdTier *of_where(Both *b, uint64_t where) noexcept nogil:
     return b.peers if lower_state(where) == ST_PEER else b.disk
-
-
-cdef bint can_take(ColdTier *tier, uint64_t bytes) noexcept nogil:
-    return tier != NULL and tier.takes(tier) and tier.has_room(tier, bytes)
 
 
 cdef ColdTier *chosen(Both *b, uint64_t bytes) noexcept nogil:
@@ -73,6 +53,8 @@ cdef uint32_t both_put(ColdTier *tier, ColdPage *pages, uint32_t n) noexcept nog
     cdef uint32_t m = 0
     for i in range(n):
         bytes += length_of(pages[i].length_codec)
+    if b.backs_up and not b.resorting:
+        return backup_put(b, pages, n)
     first = chosen(b, bytes)
     good = first.put(first, pages, n)
     other = b.peers if first == b.disk else b.disk
@@ -97,8 +79,10 @@ cdef int both_get(ColdTier *tier, ColdPage *page, uint8_t *io) noexcept nogil:
     cdef int error
     if below == NULL:
         return EIO
+    if is_backed(page.where):
+        return backup_get(b, page, io)
     error = below.get(below, page, io)
-    observe_get(b, 0 if below == b.peers else 1, now_us() - start)
+    observe_get(b, 0 if below == b.peers else 1, now_us() - start, error)
     return error
 
 
@@ -108,8 +92,11 @@ cdef void both_get_many(ColdTier *tier, ColdPage *pages, uint32_t n, uint8_t *ro
     cdef ColdTier *below = NULL
     cdef uint32_t i
     cdef bint alike = n > 0
+    if n and is_backed(pages[0].where):
+        backup_get_many(b, pages, n, room, room_bytes)
+        return
     for i in range(n):
-        alike = alike and of_where(b, pages[i].where) == of_where(b, pages[0].where)
+        alike = alike and not is_backed(pages[i].where) and of_where(b, pages[i].where) == of_where(b, pages[0].where)
     if alike:
         below = of_where(b, pages[0].where)
     if below != NULL and below.get_many != NULL:
@@ -121,12 +108,16 @@ cdef void both_get_many(ColdTier *tier, ColdPage *pages, uint32_t n, uint8_t *ro
 
 cdef void both_drop(ColdTier *tier, const ColdPage *page) noexcept nogil:
     cdef ColdTier *below = of_where(<Both *>tier, page.where)
-    if below != NULL:
+    if is_backed(page.where):
+        backup_drop(<Both *>tier, page)
+    elif below != NULL:
         below.drop(below, page)
 
 
 cdef bint both_adopt(ColdTier *tier, uint64_t where, uint32_t length_bytes) noexcept nogil:
     cdef ColdTier *below = of_where(<Both *>tier, where)
+    if is_backed(where):
+        return backup_adopt(<Both *>tier, where, length_bytes)
     return below != NULL and below.adopt(below, where, length_bytes)
 
 
@@ -144,8 +135,10 @@ cdef bint both_takes(ColdTier *tier) noexcept nogil:
 
 
 cdef bint both_has_room(ColdTier *tier, uint64_t bytes) noexcept nogil:
-    """In either; of peers that take nothing now, none."""
+    """In either; of peers that take nothing now, none.  With backup=disk on the disk, which is cleaned then."""
     cdef Both *b = <Both *>tier
+    if b.backs_up and b.disk.takes(b.disk):
+        return b.disk.has_room(b.disk, bytes)
     return can_take(b.peers, bytes) or b.disk != NULL and b.disk.has_room(b.disk, bytes)
 
 
@@ -171,6 +164,7 @@ cdef void both_tick(ColdTier *tier) noexcept nogil:
         b.peers.tick(b.peers)
     if b.disk != NULL:
         b.disk.tick(b.disk)
+        backup_tick(b)
 
 
 cdef int both_reason(ColdTier *tier) noexcept nogil:

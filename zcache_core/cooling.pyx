@@ -23,9 +23,9 @@ from zcache_core.core cimport Core
 from zcache_core.counter_ids cimport C_DAMAGED_LOWER_ADDRESSES
 from zcache_core.index cimport entry_flip, entry_load
 from zcache_core.layout cimport (
-    PAGE_BYTES, PAGE_SHIFT, ST_LOST, ST_PEER, ST_RAM, ST_RAM_EPHEMERAL, BlobHeader, Entry, codec_of,
-    entry_is_sound, header_fill, header_is_sound, header_lower, header_matches, header_page, header_set_lower,
-    length_of, lower_state, place_word, state_of, version_of, version_word, where_of,
+    BACKED_BITS, PAGE_BYTES, PAGE_SHIFT, ST_LOST, ST_PEER, ST_RAM, ST_RAM_EPHEMERAL, BlobHeader, Entry,
+    backed_where, codec_of, disk_part, donor_at, entry_is_sound, header_fill, header_is_sound, header_lower, header_matches, header_page, header_set_lower,
+    is_backed, length_of, lower_state, place_word, state_of, version_of, version_word, where_of,
 )
 from zcache_core.native cimport zc_acquire_fence, zc_add64, zc_load32, zc_release_fence
 from zcache_core.pthread cimport lock_take, pthread_mutex_unlock
@@ -176,12 +176,14 @@ cdef bint keep_in_ram(Core *core, uint64_t page, Entry entry, uint64_t *lower) n
 cdef bint promote(Core *core, Slot *slot, uint64_t page, Entry entry, const uint8_t *blob) noexcept nogil:
     """Give a page that was read from below (entry, blob) a RAM copy, if there is room now.
 
-    From a disk it is ephemeral: the copy there stays.  From peers it is the only one that counts
-    from then on, and the caller drops theirs: their RAM is worth more than ours saves.
+    From a disk it is ephemeral: the copy there stays, and so does a peer's beside it, or that would
+    have to be made anew.  From peers alone it is the only one that counts from then on, and the
+    caller drops theirs: their RAM is worth more than ours saves.
     """
     cdef uint32_t length = length_of(entry.location)
     cdef uint32_t codec = codec_of(entry.location)
-    cdef uint32_t state = ST_RAM if state_of(entry.version) == ST_PEER else ST_RAM_EPHEMERAL
+    cdef bint only_peers = state_of(entry.version) == ST_PEER and not is_backed(where_of(entry.location))
+    cdef uint32_t state = ST_RAM if only_peers else ST_RAM_EPHEMERAL
     cdef uint64_t where
     cdef BlobHeader *header
     cdef bint done
@@ -209,63 +211,64 @@ cdef bint promote(Core *core, Slot *slot, uint64_t page, Entry entry, const uint
 
 
 cdef bint still_needed(Core *core, const ColdPage *page) noexcept nogil:
-    """Whether the index still counts on this copy below."""
-    cdef Entry e
-    cdef BlobHeader *header
-    cdef bint needed = False
-    if page.page >= core.index.pages:
-        return False
-    e = entry_load(&core.index, page.page)
-    if version_of(e.version) != page.version or not entry_is_sound(e.location, e.version):
-        return False
-    if state_of(e.version) == lower_state(page.where):
-        return where_of(e.location) == page.where
-    if state_of(e.version) != ST_RAM_EPHEMERAL:
-        return False
-    lock_take(&core.allocator.lock)
-    if is_now(core, page.page, e):
-        header = object_header(&core.arena, where_of(e.location), length_of(e.location))
-        needed = header_is_sound(header) and header_lower(header) == page.where
-    pthread_mutex_unlock(&core.allocator.lock)
-    return needed
+    """Whether the index still counts on this copy below, alone or beside another."""
+    return moved_to(lower_now(core, page), page.where, page.where) != 0
+
+
+cdef uint64_t moved_to(uint64_t lower, uint64_t old, uint64_t new) noexcept nogil:
+    """The address `lower` when its copy at `old` is at `new`; 0 when it has none there."""
+    if lower == old:
+        return new
+    if is_backed(lower) and disk_part(lower) == old and new >> BACKED_BITS == 0:
+        return backed_where(donor_at(lower, 0), new)
+    return 0
 
 
 cdef uint64_t lower_now(Core *core, const ColdPage *page) noexcept nogil:
     """Where this version of the page is below now; 0: nowhere."""
-    cdef Entry e = entry_load(&core.index, page.page)
+    cdef Entry e
     cdef BlobHeader *header
     cdef uint64_t lower = 0
+    if page.page >= core.index.pages:
+        return 0
+    e = entry_load(&core.index, page.page)
     if version_of(e.version) != page.version or not entry_is_sound(e.location, e.version):
         return 0
     if state_of(e.version) == ST_RAM_EPHEMERAL:
         lock_take(&core.allocator.lock)
         if is_now(core, page.page, e):
             header = object_header(&core.arena, where_of(e.location), length_of(e.location))
-            lower = header_lower(header)
+            lower = header_lower(header) if header_is_sound(header) else 0
         pthread_mutex_unlock(&core.allocator.lock)
         return lower
     return where_of(e.location) if is_below(state_of(e.version)) else 0
 
 
 cdef bint copy_moved(Core *core, const ColdPage *old, uint64_t where) noexcept nogil:
-    """The copy below has a new address in the same tier: tell the entry, or the ephemeral page's header."""
+    """The copy below has a new address: tell the entry, or the ephemeral page's header.
+
+    `old` is the whole address, or the disk's part of one; then `where` is that part's new one.
+    """
     cdef Entry e = entry_load(&core.index, old.page)
-    cdef uint32_t state = lower_state(where)
     cdef BlobHeader *header
+    cdef uint64_t new
     cdef bint done = False
     if version_of(e.version) != old.version:
         return False
-    if state_of(e.version) == state and where_of(e.location) == old.where:
-        return entry_flip(
-            &core.index, old.page, e, same_page(e, state, place_word(where, length_of(e.location), codec_of(e.location)))
+    if is_below(state_of(e.version)):
+        new = moved_to(where_of(e.location), old.where, where)
+        return new != 0 and entry_flip(
+            &core.index, old.page, e,
+            same_page(e, lower_state(new), place_word(new, length_of(e.location), codec_of(e.location))),
         )
     if state_of(e.version) != ST_RAM_EPHEMERAL:
         return False
     lock_take(&core.allocator.lock)
     if is_now(core, old.page, e):
         header = object_header(&core.arena, where_of(e.location), length_of(e.location))
-        if header_is_sound(header) and header_lower(header) == old.where:
-            header_set_lower(header, where)
+        new = moved_to(header_lower(header), old.where, where) if header_is_sound(header) else 0
+        if new:
+            header_set_lower(header, new)
             done = True
     pthread_mutex_unlock(&core.allocator.lock)
     return done

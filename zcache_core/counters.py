@@ -170,6 +170,17 @@ COUNTERS: tuple[Counter, ...] = (
     Counter("hedged_remote_gets", "pages", "counter", "reads for which a second peer was asked"),
     Counter("remote_page_flushes", "pages", "counter", "pages dropped at peers"),
     Counter("missed_remote_flushes", "pages", "gauge", "of those: found only by comparing, later"),
+    Counter("backed_pages", "pages", "gauge", "pages with a copy at a peer and one on the disk"),
+    Counter(
+        "backup_missing_pages",
+        "pages",
+        "gauge",
+        "pages on the disk whose copy at a peer is missing, to be made",
+    ),
+    Counter("backup_renewed_pages", "pages", "counter", "copies at peers made from the disk"),
+    Counter(
+        "backup_loads", "pages", "counter", "reads that the disk answered, its peer not in time"
+    ),
     Counter("written_back_pages", "pages", "counter", "pages copied down"),
     Counter("outstanding_writeback_pages", "pages", "gauge", "pages being copied down now"),
     Counter("failed_writeback_pages", "pages", "counter", "pages that stayed: the tier failed"),
@@ -318,7 +329,8 @@ def read(memory: MemoryFile) -> dict[str, int]:
             signed = counter.kind == "gauge" and total >> 63
             values[counter.name] = total - (1 << 64) if signed else total
     in_ram = values["pers_zpages"] + values["eph_zpages"]
-    only_below = values["disk_pages"] + values["pers_pages_remoted"] - values["eph_zpages"]
+    both = values["eph_zpages"] + values["backed_pages"]
+    only_below = values["disk_pages"] + values["pers_pages_remoted"] - both
     stored = in_ram + only_below + values["same_filled_pages"]
     committed = values["committed_frames"] * PAGE_BYTES
     frame_headers = values["committed_frames"] * 24

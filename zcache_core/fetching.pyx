@@ -3,7 +3,7 @@
 A page that is read from below is only given a RAM copy when it is read a second
 time within the next 2 * pool reads from below (ghosts remember): a scan of the
 whole device cannot push the hot pages out.  Its copy on a disk stays, so the RAM copy is
-ephemeral from the first moment; its copies at peers are dropped, so it is the only one.
+ephemeral from the first moment; of copies at peers alone it is the only one, they are dropped.
 
 Bound: one read of one object below, in the request's own slot, with no lock held; ghosts
 cost 8 to 16 bytes a frame of the pool.
@@ -23,7 +23,9 @@ from zcache_core.counter_ids cimport (
     H_GET_DISK, H_GET_PEER,
 )
 from zcache_core.index cimport entry_load
-from zcache_core.layout cimport ST_PEER, Entry, codec_of, header_lower, length_of, lower_state, state_of, version_of, where_of
+from zcache_core.layout cimport (
+    ST_PEER, Entry, codec_of, header_lower, is_backed, length_of, lower_state, state_of, version_of, where_of,
+)
 from zcache_core.native cimport zc_add64, zc_load32, zc_store32
 from zcache_core.pthread cimport lock_take, now_us, pthread_mutex_unlock
 from zcache_core.ramtier cimport place_is_possible
@@ -151,7 +153,7 @@ cdef int tiers_fetch(void *tiers, void *slot_argument, uint64_t page, Entry e, u
     ahead_note(&t.ahead, page)
     if earns_ram(t, page) and promote(t.core, slot, page, e, slot.blob):
         count(slot, C_PROMOTED_PAGES, 1)
-        if state_of(e.version) == ST_PEER:
+        if state_of(e.version) == ST_PEER and not is_backed(where_of(e.location)):
             copy = cold_page(page, version_of(e.version), where_of(e.location), e.location)
             t.cold.drop(t.cold, &copy)
     return 0

@@ -15,7 +15,8 @@ An index entry is two 64-bit words, changed only together:
 
 `where` is a byte offset into the arena for RAM, and the tier's own address for
 DISK (a byte offset, its highest bit 0) and PEER (highest bit 1, then the numbers of
-the donors that hold copies).  So it also says which tier it is of.  `check` is an extended Hamming code over the other 120 bits.
+the donors that hold copies; or the two highest bits 1: one donor, and the copy on the disk).
+So it also says which tier it is of.  `check` is an extended Hamming code over the other 120 bits.
 
 A blob header is three words; it stands before its blob in the frame, or, for a
 page kept raw (which fills its frame), in the table of frame headers:
@@ -52,6 +53,8 @@ cdef enum:
     DONOR_ID_BYTES = 16
     COPIES_MOST = 3             # donors that an address has room for
     DONOR_BITS = 15             # of each in it: the row's number + 1, 0 for none
+    BACKED_BITS = 39            # of the disk's part of an address with both: 512 GiB
+    BACKED_DONOR = 0x7F         # the donor's part above it: the row's number + 1
 
     # Counters: one shard for each request slot and each background thread, so
     # that a count is a plain add; a reader sums them.  Latency histograms lie behind
@@ -161,8 +164,22 @@ cdef inline uint32_t lower_state(uint64_t where) noexcept nogil:
     """Of which tier an address is: ST_PEER or ST_DISK."""
     return ST_PEER if where >> 47 else ST_DISK
 
+cdef inline bint is_backed(uint64_t where) noexcept nogil:
+    """Whether an address is of one copy at a peer and one on the disk."""
+    return where >> 46 == 3
+
+cdef inline uint64_t disk_part(uint64_t where) noexcept nogil:
+    """The disk's address of a page that is backed."""
+    return where & ((<uint64_t>1 << BACKED_BITS) - 1)
+
+cdef inline uint64_t backed_where(uint32_t donor, uint64_t disk_where) noexcept nogil:
+    """The address of a page with a copy at a donor (number + 1) and one on the disk."""
+    return (<uint64_t>3 << 46) | (<uint64_t>donor << BACKED_BITS) | disk_where
+
 cdef inline uint32_t donor_at(uint64_t where, uint32_t copy) noexcept nogil:
     """Number + 1 of the donor that has this copy (0 .. COPIES_MOST - 1); 0: there is none."""
+    if is_backed(where):
+        return <uint32_t>(where >> BACKED_BITS) & BACKED_DONOR if copy == 0 else 0
     return <uint32_t>(where >> (DONOR_BITS * copy)) & ((1 << DONOR_BITS) - 1)
 
 

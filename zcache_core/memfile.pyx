@@ -39,7 +39,7 @@ from zcache_core.geometry cimport map_ahead, map_bytes
 from zcache_core.layout cimport (
     COUNTER_CELLS, COUNTER_SHARDS, DEVICE_NAME_BYTES, FORMAT_VERSION, KEY_BYTES, MAX_DEVICES,
     NAME_BYTES, PAGE_BYTES, ST_DISK, ST_EMPTY, ST_LOST, ST_PEER, ST_RAM_EPHEMERAL, BlobHeader, Entry,
-    Keys, Superblock, state_of,
+    Keys, Superblock, is_backed, state_of, where_of,
 )
 
 from zcache_core.counters import HISTOGRAM_CELL, STORED
@@ -407,14 +407,17 @@ cdef class MemoryFile:
         return only, also
 
     def pages_at_peers(self):
-        """How many pages are with peers only, by one look at the whole index."""
+        """(pages with peers and not in RAM, of them: on the disk too), by one look at the whole index."""
         cdef uint64_t there = 0
+        cdef uint64_t backed = 0
         cdef uint64_t page
         cdef Superblock *s = self._open_super()
         with nogil:
             for page in range(s.device_pages):
-                there += state_of(self.index[page].version) == ST_PEER
-        return there
+                if state_of(self.index[page].version) == ST_PEER:
+                    there += 1
+                    backed += is_backed(where_of(self.index[page].location))
+        return there, backed
 
     def devices(self):
         """The devices that share this file: (name, bytes, generation, first page) of each."""

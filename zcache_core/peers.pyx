@@ -9,9 +9,11 @@ A `where` is the numbers of the donors that hold a copy, up to three:
     47  46 45  44 .......... 30  29 .......... 15  14 ........... 0
     1   0      third copy        second copy       first copy         row + 1 in the donor table
 
+With backup=disk a page has one donor and a copy on the disk, both in its address (peerwhere.pyx,
+backup.pyx); here only the donor's counts.
+
 The table, in the memory file, says who a number is, so a restarted server or node finds all
-again.  When copies move to another donor, the node says so and each entry is told, as when
-a disk is cleaned (copy_moved): the page's version stays, an overwrite in between wins.
+again.  When copies move to another donor, the node says so and each entry is told (peernotes.pyx).
 
 A page is sealed before it enters the ring and opened after it came back: epoch of the memory file,
 device, page, version and length are bound to it, so neither a donor nor the node can
@@ -20,36 +22,31 @@ change, exchange or replay one unnoticed.  A wrong copy is counted and the next 
 Bounds: a put waits PUT_BOUND_US, a get GET_BOUND_US (long enough for a node process to be
 started again), a drop for nothing: what finds no room in its ring is counted and found
 by the node when it compares (reconciles).  Memory: sizeof(Ring), 3 MiB.
-Lock: `lock` (a leaf) guards the end of the ring of drops.
 """
 
 from libc.errno cimport EILSEQ, EIO
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
-from libc.string cimport memcpy, memset
+from libc.string cimport memset
 from posix.mman cimport MAP_FAILED, MAP_SHARED, PROT_READ, PROT_WRITE, mmap, munmap
 from posix.unistd cimport close, ftruncate
 
-from zcache_core.cold cimport ColdPage, ColdTier, cold_page
-from zcache_core.cooling cimport copy_moved, lower_now
-from zcache_core.core cimport Core
+from zcache_core.cold cimport ColdPage, ColdTier
 from zcache_core.counter_ids cimport (
-    C_HEDGED_REMOTE_GETS, C_LIVE_PEERS, C_MISSED_REMOTE_FLUSHES, C_PERS_PAGES_REMOTED, C_REMOTE_BYTES,
-    C_REMOTE_CORRUPT_PAGES, C_REMOTE_FAILED_PUTS, C_REMOTE_MOVED_PAGES, C_REMOTE_PAGE_FLUSHES,
+    C_HEDGED_REMOTE_GETS, C_LIVE_PEERS, C_MISSED_REMOTE_FLUSHES, C_REMOTE_CORRUPT_PAGES, C_REMOTE_FAILED_PUTS,
+    C_REMOTE_PAGE_FLUSHES,
     C_REMOTE_PERS_PAGES_SUCC_GET, C_REMOTE_PERS_PAGES_SUCC_PUT, C_REMOTE_PERS_PAGES_UNSUCC_GET,
     C_REMOTE_ROOM_BYTES, C_REMOTE_SHORT_PAGES, H_REMOTE_GET, H_REMOTE_PUT,
 )
 from zcache_core.crypt cimport FOR_PEER, SEAL_BYTES, Associated, crypt_open, crypt_seal
-from zcache_core.layout cimport (
-    COPIES_MOST, DONOR_ID_BYTES, DONORS, ST_PEER, DonorRow, Superblock, donor_at, length_of, lower_state,
-)
+from zcache_core.layout cimport COPIES_MOST, ST_PEER, Superblock, donor_at, length_of, lower_state
 from zcache_core.native cimport (
     zc_acquire_fence, zc_add64, zc_cas32, zc_load32, zc_load64, zc_release_fence, zc_store32, zc_store64,
 )
-from zcache_core.peerwhere cimport where_is_possible, where_without
-from zcache_core.pthread cimport lock_init, lock_take, now_us, pthread_mutex_unlock, sched_yield
+from zcache_core.peernotes cimport count_page, hear_notes, tell_dropped
+from zcache_core.peerwhere cimport where_is_possible
+from zcache_core.pthread cimport lock_init, now_us, sched_yield
 from zcache_core.ring cimport (
-    DROPS, NOTE_DONOR, NOTE_MOVED, NOTES, PUT_ROOM, RING_ANSWERED, RING_ASKED, RING_CELLS, RING_FREE, RING_MAGIC,
-    RING_STATE, RING_VERSION, Drop, GetCell, Note, PutRow, Ring, RingHead, zc_futex_wait, zc_is_locked, zc_kick,
+    PUT_ROOM, RING_ANSWERED, RING_ASKED, RING_CELLS, RING_MAGIC, RING_STATE, RING_VERSION, GetCell, PutRow, Ring, RingHead, zc_futex_wait, zc_is_locked, zc_kick,
     zc_memory_fd,
 )
 from zcache_core.slots cimport observe_shared
@@ -68,24 +65,7 @@ cdef enum:
     PUT_BOUND_US = 4000000
     STEP_US = 10000             # how soon a put notices that the node died
     BEAT_LATE_US = 1000000      # a node that did not show itself for so long takes nothing new
-    NOTES_AT_ONCE = NOTES       # all that are there: a tick says that they are heard
     CIPHER_AT = 7               # of a seal: the highest byte of its counter, which none reaches
-
-
-# ---- what is counted on ----------------------------------------------------------------------
-
-cdef void count_copies(Peers *p, uint64_t where, uint32_t length_bytes, int sign) noexcept nogil:
-    cdef uint32_t i, donor
-    for i in range(COPIES_MOST):
-        donor = donor_at(where, i)
-        if donor and donor <= DONORS:
-            zc_add64(&p.ring.head.copies[donor - 1], <uint64_t><int64_t>sign)
-            zc_add64(&p.cells[C_REMOTE_BYTES], <uint64_t>(<int64_t>sign * <int64_t>(length_bytes + SEAL_BYTES)))
-
-
-cdef void count_page(Peers *p, uint64_t where, uint32_t length_bytes, int sign) noexcept nogil:
-    zc_add64(&p.cells[C_PERS_PAGES_REMOTED], <uint64_t><int64_t>sign)
-    count_copies(p, where, length_bytes, sign)
 
 
 cdef Associated about(Peers *p, const ColdPage *page) noexcept nogil:
@@ -167,16 +147,14 @@ cdef int finish_get(Peers *p, GetCell *cell, ColdPage *page, int64_t until_us) n
             break
         error = cell.error
         if error:
-            error = ENODATA if error == ENODATA and wrong == 0 else EIO
+            error = EILSEQ if wrong + 1 >= <uint32_t>(1 << copies) else ENODATA if error == ENODATA and wrong == 0 else EIO
             break
         if cell.length_bytes == length + SEAL_BYTES and open_sealed(p, &bound, cell.sealed, length, page.blob):
             break
         zc_add64(&p.cells[C_REMOTE_CORRUPT_PAGES], 1)
         error = EILSEQ
         wrong |= 1 << (cell.copy % COPIES_MOST)
-        if wrong + 1 >= <uint32_t>(1 << copies):
-            break
-        ask(p, cell, page, wrong)
+        ask(p, cell, page, wrong)       # (of the last one too: the node must hear who lies)
     zc_add64(&p.cells[C_REMOTE_PERS_PAGES_UNSUCC_GET if error else C_REMOTE_PERS_PAGES_SUCC_GET], 1)
     observe_shared(p.cells, H_REMOTE_GET, <uint64_t>(now_us() + p.get_bound_us - until_us))
     cell_release(p, cell)
@@ -184,8 +162,11 @@ cdef int finish_get(Peers *p, GetCell *cell, ColdPage *page, int64_t until_us) n
 
 
 cdef int peers_get(ColdTier *tier, ColdPage *page, uint8_t *io) noexcept nogil:
-    cdef Peers *p = <Peers *>tier
-    cdef int64_t until_us = now_us() + p.get_bound_us
+    return peers_get_within(<Peers *>tier, page, (<Peers *>tier).get_bound_us)
+
+
+cdef int peers_get_within(Peers *p, ColdPage *page, int64_t most_us) noexcept nogil:
+    cdef int64_t until_us = now_us() + min(most_us, p.get_bound_us)
     cdef GetCell *cell
     if not where_is_possible(p.super, page.where):
         return EILSEQ
@@ -231,8 +212,9 @@ cdef bint peers_takes(ColdTier *tier) noexcept nogil:
     """Whether a node is there, is not stuck, and has enough donors."""
     cdef Peers *p = <Peers *>tier
     cdef RingHead *head = &p.ring.head
+    cdef bint ready = zc_load64(&head.room_one_bytes) != 0 if p.copies == 1 else zc_load32(&head.ready) != 0
     return (
-        zc_load32(&head.ready) != 0 and now_us() - <int64_t>zc_load64(<uint64_t *>&head.beat_us) < BEAT_LATE_US
+        ready and now_us() - <int64_t>zc_load64(<uint64_t *>&head.beat_us) < BEAT_LATE_US
         and node_lives(p)
     )
 
@@ -291,6 +273,7 @@ cdef uint32_t put_piece(Peers *p, ColdPage *pages, uint32_t n) noexcept nogil:
     if filled == 0:
         return 0
     head.put_rows = filled
+    head.put_copies = p.copies
     zc_release_fence()
     zc_store32(&head.put_word, (zc_load32(&head.put_word) & ~<uint32_t>RING_STATE) + RING_STATE + 1 + RING_ASKED)
     zc_kick(p.wake_fd)
@@ -333,25 +316,6 @@ cdef uint32_t peers_put(ColdTier *tier, ColdPage *pages, uint32_t n) noexcept no
 
 # ---- dropping ----------------------------------------------------------------------------------
 
-cdef void tell_dropped(Peers *p, const ColdPage *page, uint64_t where) noexcept nogil:
-    """Have the donors of `where` told; what finds no room in the ring is found out by comparing."""
-    cdef RingHead *head = &p.ring.head
-    cdef Drop *drop
-    if where == 0:
-        return
-    lock_take(&p.lock)
-    if head.drops_end - zc_load64(&head.drops_begin) < DROPS:
-        drop = &p.ring.drop[head.drops_end % DROPS]
-        drop.page = page.page
-        drop.version = page.version
-        drop.where = where
-        drop.length_codec = page.length_codec & 0xFFFF
-        zc_store64(&head.drops_end, head.drops_end + 1)
-    else:
-        head.drops_missed += 1
-    pthread_mutex_unlock(&p.lock)
-
-
 cdef void peers_drop(ColdTier *tier, const ColdPage *page) noexcept nogil:
     cdef Peers *p = <Peers *>tier
     if lower_state(page.where) == ST_PEER:
@@ -360,58 +324,15 @@ cdef void peers_drop(ColdTier *tier, const ColdPage *page) noexcept nogil:
         tell_dropped(p, page, page.where)
 
 
-# ---- what the node tells -----------------------------------------------------------------------
-
-cdef void hear_moved(Peers *p, const Note *note) noexcept nogil:
-    """The copies of a page are elsewhere: its entry is told, or the new ones are nobody's."""
-    cdef ColdPage old = cold_page(note.page, note.version, note.old, note.length_codec)
-    cdef uint32_t length = length_of(note.length_codec)
-    if p.core == NULL or not where_is_possible(p.super, note.new) or note.page >= p.core.index.pages:
-        return
-    count_copies(p, note.new, length, 1)
-    if copy_moved(p.core, &old, note.new):
-        count_copies(p, note.old, length, -1)
-        tell_dropped(p, &old, where_without(note.old, note.new))
-        zc_add64(&p.cells[C_REMOTE_MOVED_PAGES], 1)
-    else:
-        # Another note may have been first, and the same copy be counted on by now.
-        count_copies(p, note.new, length, -1)
-        tell_dropped(p, &old, where_without(where_without(note.new, note.old), lower_now(p.core, &old)))
-
-
-cdef void hear_donor(Peers *p, const Note *note) noexcept nogil:
-    """Who a number is.  One that addresses count on stays who it is."""
-    cdef DonorRow *row
-    if note.page < DONORS and zc_load64(&p.ring.head.copies[note.page]) == 0:
-        row = &p.super.donors[note.page]
-        row.epoch = note.new
-        memcpy(row.id, note.id, DONOR_ID_BYTES)
-
-
-cdef void hear_notes(Peers *p) noexcept nogil:
-    """By the thread that puts, alone."""
-    cdef RingHead *head = &p.ring.head
-    cdef uint32_t i
-    cdef Note note
-    for i in range(NOTES_AT_ONCE):
-        if head.notes_begin == zc_load64(&head.notes_end):
-            break
-        zc_acquire_fence()
-        note = p.ring.note[head.notes_begin % NOTES]
-        zc_store64(&head.notes_begin, head.notes_begin + 1)
-        if note.kind == NOTE_MOVED:
-            hear_moved(p, &note)
-        elif note.kind == NOTE_DONOR:
-            hear_donor(p, &note)
-
-
 cdef void peers_tick(ColdTier *tier) noexcept nogil:
     cdef Peers *p = <Peers *>tier
     cdef RingHead *head = &p.ring.head
     cdef bint lives = node_lives(p)
     hear_notes(p)
     p.cells[C_LIVE_PEERS] = zc_load64(&head.live_peers) if lives else 0
-    p.cells[C_REMOTE_ROOM_BYTES] = zc_load64(&head.room_bytes) if lives else 0
+    p.cells[C_REMOTE_ROOM_BYTES] = 0
+    if lives:
+        p.cells[C_REMOTE_ROOM_BYTES] = zc_load64(&head.room_one_bytes) if p.backup else zc_load64(&head.room_bytes)
     p.cells[C_REMOTE_SHORT_PAGES] = zc_load64(&head.short_pages)
     p.cells[C_HEDGED_REMOTE_GETS] = zc_load64(&head.hedged_gets)
     p.cells[C_MISSED_REMOTE_FLUSHES] = head.drops_missed
@@ -433,7 +354,8 @@ cdef void peers_adopted(ColdTier *tier) noexcept nogil:
 
 
 cdef bint peers_has_room(ColdTier *tier, uint64_t bytes) noexcept nogil:
-    return zc_load64(&(<Peers *>tier).ring.head.room_bytes) >= bytes
+    cdef Peers *p = <Peers *>tier
+    return (zc_load64(&p.ring.head.room_one_bytes) if p.copies == 1 else zc_load64(&p.ring.head.room_bytes)) >= bytes
 
 
 cdef uint32_t peers_resort(ColdTier *tier, ColdPage *pages, uint32_t most, uint8_t *room, uint64_t room_bytes) noexcept nogil:

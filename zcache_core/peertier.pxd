@@ -2,7 +2,7 @@
 
 from zcache_core.crypt cimport Sealer
 from zcache_core.memfile cimport MemoryFile
-from zcache_core.peers cimport Peers
+from zcache_core.peernotes cimport Peers
 
 
 cdef class PeerTier:

@@ -4,13 +4,17 @@
     1   0      third copy        second copy       first copy         row + 1 in the donor table
 
 A donor is the number of its row in the memory file's table, + 1; copies follow one another
-without a gap, and no donor has two of a page.
+without a gap, and no donor has two of a page.  With a copy on the disk beside it there is one:
+
+    47  46  45 ..... 39  38 .................................. 0
+    1   1   its copy     address on the disk
 """
 
 from libc.stdint cimport uint32_t, uint64_t
 
 from zcache_core.layout cimport (
-    COPIES_MOST, DONOR_BITS, DONOR_ID_BYTES, DONORS, ST_PEER, DonorRow, Superblock, donor_at, lower_state,
+    COPIES_MOST, DONOR_BITS, DONOR_ID_BYTES, DONORS, ST_PEER, DonorRow, Superblock, donor_at, is_backed,
+    lower_state,
 )
 
 
@@ -18,7 +22,9 @@ cdef bint where_is_possible(const Superblock *super, uint64_t where) noexcept no
     """Whether an address of peers names one donor or more, all of the table, none twice."""
     cdef uint32_t i, j, donor
     cdef bint ended = False
-    if lower_state(where) != ST_PEER or (where >> (DONOR_BITS * COPIES_MOST)) != 4 or donor_at(where, 0) == 0:
+    if lower_state(where) != ST_PEER or donor_at(where, 0) == 0:
+        return False
+    if not is_backed(where) and (where >> (DONOR_BITS * COPIES_MOST)) != 4:
         return False
     for i in range(COPIES_MOST):
         donor = donor_at(where, i)

@@ -33,7 +33,7 @@ from zcache_core.layout cimport DONOR_ID_BYTES, DONORS, PAGE_BYTES
 
 cdef enum:
     RING_MAGIC = 0x5A435252
-    RING_VERSION = 1
+    RING_VERSION = 2
     RING_CELLS = 48             # every request slot, and a batch of those read ahead
     SEALED_MOST = PAGE_BYTES + SEAL_BYTES
     PUT_ROOM = (1 << 21) + COLD_BATCH * SEAL_BYTES     # as much as leaves RAM at once, sealed
@@ -49,6 +49,7 @@ cdef enum RingState:
 
 cdef enum NoteKind:
     NOTE_MOVED = 1              # the copies at `old` are at `new` from now on
+    NOTE_GONE = 3               # of a page with a copy on the disk: the one at `old`'s donor is not to be counted on
     NOTE_DONOR = 2              # row `page` of the donor table is the donor `id` of epoch `new`
 
 ctypedef struct GetCell:
@@ -92,6 +93,10 @@ ctypedef struct RingHead:
     # the server writes
     uint32_t put_word
     uint32_t put_rows
+    uint32_t put_copies         # that each page of it is to have; 0: as many as `replicas` says
+    uint32_t disk_fails         # 1: what has one copy beside that on the disk needs another
+    uint64_t backed             # pages that have one
+    uint64_t alone              # pages with one copy, and none on the disk: they need another
     uint64_t drops_end          # numbers of records: place is number modulo DROPS
     uint64_t drops_missed       # for want of room in the ring
     uint64_t notes_begin
@@ -102,6 +107,7 @@ ctypedef struct RingHead:
     uint32_t ready              # 1: enough donors for a put
     int64_t beat_us             # monotonic clock, often: the node is not stuck
     uint64_t room_bytes         # that donors have for us, all copies needed counted
+    uint64_t room_one_bytes     # the same for pages with one copy
     uint64_t drops_begin
     uint64_t notes_end
     uint64_t live_peers         # for the counters, as the next ones

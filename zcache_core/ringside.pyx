@@ -22,7 +22,7 @@ from zcache_core.crypt cimport SEAL_BYTES
 from zcache_core.layout cimport (
     COPIES_MOST, DONOR_BITS, DONOR_ID_BYTES, DONORS, HEADER_BYTES, PAGE_BYTES, PAGE_SHIFT, ST_PEER, ST_RAM_EPHEMERAL,
     BlobHeader, Entry, donor_at, entry_is_sound, header_is_sound, header_lower, header_page, header_version,
-    length_of, lower_state, state_of, version_of, where_of,
+    is_backed as where_is_backed, length_of, lower_state, state_of, version_of, where_of,
 )
 from zcache_core.memfile cimport MemoryFile
 from zcache_core.native cimport (
@@ -30,7 +30,7 @@ from zcache_core.native cimport (
 )
 from zcache_core.pthread cimport now_us
 from zcache_core.ring cimport (
-    DROPS, NOTE_DONOR, NOTE_MOVED, NOTES, PUT_ROOM, RING_ANSWERED, RING_ASKED, RING_CELLS, RING_MAGIC, RING_STATE,
+    DROPS, NOTE_DONOR, NOTE_GONE, NOTE_MOVED, NOTES, PUT_ROOM, RING_ANSWERED, RING_ASKED, RING_CELLS, RING_MAGIC, RING_STATE,
     RING_TAKEN, RING_VERSION, SEALED_MOST, Drop, GetCell, Note, PutRow, Ring, zc_futex_wake, zc_is_locked, zc_lock_it,
 )
 
@@ -56,10 +56,14 @@ class Wanted(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Pages to be put: (page, version, length_codec, sealed bytes) each."""
+    """Pages to be put: (page, version, length_codec, sealed bytes) each, with so many copies.
+
+    0 copies: as many as there are to be without a disk beside.
+    """
 
     turn: int
     pages: list[tuple[int, int, int, bytes]]
+    copies: int = 0
 
 
 def where_of_rows(rows):
@@ -79,6 +83,11 @@ def rows_of_where(uint64_t where):
     """The donors' rows in an address, in its order."""
     cdef uint32_t i
     return tuple([donor_at(where, i) - 1 for i in range(COPIES_MOST) if donor_at(where, i)])
+
+
+def is_backed(uint64_t where):
+    """Whether the page has a copy on the disk beside that of its one donor."""
+    return bool(where_is_backed(where))
 
 
 cdef class RingSide:
@@ -115,6 +124,7 @@ cdef class RingSide:
         cdef uint32_t i, word
         self.ring.head.ready = 0
         self.ring.head.room_bytes = 0
+        self.ring.head.room_one_bytes = 0
         self.ring.head.attached += 1
         for i in range(RING_CELLS):
             word = zc_load32(&self.ring.cell[i].word)
@@ -187,6 +197,7 @@ cdef class RingSide:
             return None
         zc_acquire_fence()
         pages = []
+        copies = self.ring.head.put_copies
         for i in range(min(self.ring.head.put_rows, <uint32_t>COLD_BATCH)):
             row = &self.ring.row[i]
             length = length_of(row.length_codec) + SEAL_BYTES
@@ -196,7 +207,7 @@ cdef class RingSide:
             pages.append((row.page, row.version, row.length_codec & 0xFFFF, sealed))
         if not zc_cas32(&self.ring.head.put_word, word, word - RING_ASKED + RING_TAKEN):
             return None
-        return Batch(word >> 4, pages)
+        return Batch(word >> 4, pages, copies)
 
     def is_wanted(self, turn):
         """Whether the server still waits for the batch of that turn."""
@@ -264,6 +275,15 @@ cdef class RingSide:
         self._send()
         return True
 
+    def gone(self, uint32_t page, uint64_t version, uint32_t length_codec, uint64_t old):
+        """Of a page with a copy on the disk: that at the donor of `old` counts no more.  False: no room."""
+        cdef Note *note = self._note()
+        if note == NULL:
+            return False
+        note.kind, note.page, note.version, note.length_codec, note.old = NOTE_GONE, page, version, length_codec, old
+        self._send()
+        return True
+
     def donor(self, uint32_t row, bytes name not None, uint64_t epoch):
         """Row `row` of the donor table should be this donor.  It is when `donors` says so."""
         cdef Note *note = self._note()
@@ -290,15 +310,31 @@ cdef class RingSide:
 
     def publish(
         self, bint ready, uint64_t room_bytes, uint64_t live_peers, uint64_t short_pages, uint64_t wrong_copies,
-        uint64_t hedged_gets,
+        uint64_t hedged_gets, uint64_t room_one_bytes=0,
     ):
         """How it is: what decides whether pages come to us, and what the counters say."""
         self.ring.head.room_bytes = room_bytes
+        self.ring.head.room_one_bytes = room_one_bytes
         self.ring.head.live_peers = live_peers
         self.ring.head.short_pages = short_pages
         self.ring.head.wrong_copies = wrong_copies
         self.ring.head.hedged_gets = hedged_gets
         zc_store32(&self.ring.head.ready, ready)
+
+    @property
+    def disk_fails(self):
+        """Whether the copies on the disk beside are not to be trusted now."""
+        return zc_load32(&self.ring.head.disk_fails) != 0
+
+    @property
+    def backed(self):
+        """How many pages have a copy at one donor and one on the disk."""
+        return zc_load64(&self.ring.head.backed)
+
+    @property
+    def alone(self):
+        """How many pages have one copy only."""
+        return zc_load64(&self.ring.head.alone)
 
     def copies(self):
         """How many copies the index counts on, by the donors' rows."""

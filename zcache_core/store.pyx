@@ -416,5 +416,6 @@ cdef class Store:
         pthread_mutex_unlock(&core.arena.lock)
         pthread_mutex_unlock(&core.tidy.turn)
         broken += in_use != counted["pers_pageframes"] + counted["eph_pageframes"]
-        broken += counted["disk_pages"] + counted["pers_pages_remoted"] != below + counted["eph_zpages"]
+        copies = counted["disk_pages"] + counted["pers_pages_remoted"] - counted["backed_pages"]
+        broken += copies != below + counted["eph_zpages"]
         return broken

@@ -23,7 +23,7 @@ from zcache_core.counter_ids cimport C_LOST_PAGES, C_PRIVATE_TABLE_BYTES, C_REBU
 from zcache_core.index cimport entry_flip, entry_load, versions_start_at, versions_take
 from zcache_core.layout cimport (
     CODEC_ZSTD, ST_LOST, ST_PEER, ST_RAM, ST_RAM_EPHEMERAL, ST_SAME, BlobHeader, Entry, codec_of, entry_is_sound,
-    header_is_sound, header_lower, header_page, header_version, length_of, lower_state, place_word, state_of,
+    header_is_sound, header_lower, header_page, header_version, is_backed, length_of, lower_state, place_word, state_of,
     version_of, version_word, where_of,
 )
 from zcache_core.native cimport zc_store32
@@ -82,6 +82,12 @@ cdef bint adopt_below(Core *core, uint64_t page, Entry e) noexcept nogil:
     return True
 
 
+cdef bint tier_is_there(Core *core, uint32_t state, uint64_t where) noexcept nogil:
+    if state != ST_PEER:
+        return core.lower.disk
+    return core.lower.peers and (core.lower.disk or not is_backed(where))
+
+
 cdef void *takeover(void *argument) noexcept nogil:
     """Tell the allocator what the index holds.  Readers are served meanwhile."""
     cdef Core *core = <Core *>argument
@@ -121,7 +127,7 @@ cdef void *takeover(void *argument) noexcept nogil:
             else:
                 mark_lost(core, slot, page, e)
         elif is_below(state):
-            if not (core.lower.peers if state == ST_PEER else core.lower.disk):
+            if not tier_is_there(core, state, where_of(e.location)):
                 pass                # its tier was not given this time: EIO, but not forgotten
             elif state == lower_state(where_of(e.location)) and core.lower.adopt(
                 core.lower.tiers, where_of(e.location), length_of(e.location)

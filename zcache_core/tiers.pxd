@@ -1,7 +1,7 @@
 """C face of the tiers: the struct behind the class."""
 
 from zcache_core.below cimport Tiers
-from zcache_core.both cimport Both
+from zcache_core.bothstate cimport Both
 from zcache_core.cold cimport ColdTier
 from zcache_core.crypt cimport Sealer
 from zcache_core.peertier cimport PeerTier
@@ -17,4 +17,4 @@ cdef class Cooling:
     cdef Sealer sealer          # None: nothing on the disk is encrypted, or will be
     cdef object wrapper         # of the disk, kept alive
 
-    cdef ColdTier *_with_peers(self)
+    cdef ColdTier *_with_peers(self, bint backup)

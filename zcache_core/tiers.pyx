@@ -16,7 +16,9 @@ from libc.string cimport memset
 from posix.mman cimport MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, PROT_READ, PROT_WRITE, mmap, munmap
 
 from zcache_core.ahead cimport ahead_discard, ahead_make, ahead_start, ahead_stop
-from zcache_core.both cimport Both, both_make
+from zcache_core.backup cimport backup_make
+from zcache_core.both cimport both_make
+from zcache_core.bothstate cimport SWEEP_ROOM, Both
 from zcache_core.below cimport GATHER_BYTES, RESORT_PAGES, Tiers
 from zcache_core.cold cimport COLD_BATCH, COLD_CAPSULE, ColdPage, ColdTier
 from zcache_core.cooler cimport cooling_thread, tiers_wait_room
@@ -26,7 +28,7 @@ from zcache_core.disk cimport disk_discard, disk_make, disk_memory_bytes
 from zcache_core.diskrun cimport disk_get_many
 from zcache_core.diskstate cimport DISK_BYTES_LEAST
 from zcache_core.fetching cimport ghost_cells, tiers_fetch, tiers_mend
-from zcache_core.layout cimport COUNTER_CELLS, Entry
+from zcache_core.layout cimport BACKED_BITS, COUNTER_CELLS, Entry
 from zcache_core.orders cimport orders_tell
 from zcache_core.pthread cimport (
     cond_init, lock_init, lock_take, pthread_cond_broadcast, pthread_cond_signal, pthread_join,
@@ -69,12 +71,13 @@ cdef class Cooling:
     `peers` is the tier of those.  `fd` (-1: no disk) is an open file or block device of which `disk_bytes` are ours; `preallocated`
     says that its room was promised, `encrypt` that pages are encrypted on it (what is
     there already is read either way), `writeback_limit` how many bytes a day may be written
-    (0: as many as need be).  Raises ConfigError, MemoryFileError.
+    (0: as many as need be).  `backup`: a page that leaves has a copy at one peer and one on the disk.
+    Raises ConfigError, MemoryFileError.
     """
 
     def __cinit__(
         self, Store store not None, int fd=-1, uint64_t disk_bytes=0, preallocated=False, int high=90, int low=80,
-        bint encrypt=False, uint64_t writeback_limit=0, PeerTier peers=None,
+        bint encrypt=False, uint64_t writeback_limit=0, PeerTier peers=None, bint backup=False,
     ):
         cdef uint64_t io_bytes
         cdef Tiers *t = &self.tiers
@@ -88,6 +91,10 @@ cdef class Cooling:
             raise ConfigError(f"a disk of {disk_bytes} bytes is too small; use at least 8 MiB")
         if disk_bytes >> 47:
             raise ConfigError("a disk has less than 128 TiB; use a smaller disk_size")
+        if backup and (fd < 0 or peers is None):
+            raise ConfigError("backup=disk needs a disk and peers; give it both")
+        if backup and disk_bytes >> BACKED_BITS:
+            raise ConfigError("backup=disk takes at most 512 GiB of disk; use disk_size=512G, or backup=none")
         self.store = store
         self.peers = peers
         t.core = &store.core
@@ -109,10 +116,13 @@ cdef class Cooling:
             if self.disk == NULL:
                 raise MemoryFileError("no memory for the disk's tables; choose a smaller pool")
             self.disk.get_many = disk_get_many
-        t.cold = self._with_peers()
+        t.cold = self._with_peers(backup)
         t.orders.cells = store.memory.counters + (SLOTS + 4) * COUNTER_CELLS
         orders_tell(&t.orders)
         t.gathered = pages_of(GATHER_BYTES)
+        if self.both != NULL:
+            assert <uint64_t>SWEEP_ROOM <= <uint64_t>GATHER_BYTES
+            self.both.room = t.gathered
         t.batch = <ColdPage *>pages_of(COLD_BATCH * sizeof(ColdPage))
         t.entries = <Entry *>pages_of(COLD_BATCH * sizeof(Entry))
         t.resort_batch = <ColdPage *>pages_of(RESORT_PAGES * sizeof(ColdPage))
@@ -142,7 +152,7 @@ cdef class Cooling:
         store.core.lower.disk = self.disk != NULL
         store.core.lower.tiers = t
 
-    cdef ColdTier *_with_peers(self):
+    cdef ColdTier *_with_peers(self, bint backup):
         """The disk alone, or what puts peers before it; NULL without memory."""
         if self.peers is None:
             return self.disk
@@ -151,6 +161,7 @@ cdef class Cooling:
             return NULL
         self.peers.peers.core = &self.store.core
         both_make(self.both, &self.peers.peers.face, self.disk)
+        backup_make(self.both, &self.peers.peers, self.store.memory.counters + (SLOTS + 3) * COUNTER_CELLS, backup)
         return &self.both.face
 
     def start(self):
@@ -189,6 +200,12 @@ cdef class Cooling:
         unmap(self.tiers.entries, COLD_BATCH * sizeof(Entry))
         unmap(self.tiers.resort_batch, RESORT_PAGES * sizeof(ColdPage))
         unmap(self.tiers.ghosts, self.tiers.ghost_cells * sizeof(uint32_t))
+
+    def wrap_disk(self, wrapper):
+        """Before start, with peers: put a tier between both and the disk, as `wrap` does above both."""
+        self.wrapper = wrapper(PyCapsule_New(self.both.disk, COLD_CAPSULE, NULL))
+        self.both.disk = <ColdTier *>PyCapsule_GetPointer(self.wrapper.capsule, COLD_CAPSULE)
+        return self.wrapper
 
     def wrap(self, wrapper):
         """Before start: put a tier between this and the disk, `wrapper(capsule)` with its own `capsule`."""

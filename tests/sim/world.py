@@ -110,6 +110,7 @@ class Link:
         self.name = f"address of {machine.name}"
         self.state = LinkState.CONNECTING
         self.epoch = 0
+        self.is_listed = True
         self.offer = Offer(0, 0, Health.SHORT)
         self.latency_us = 0.0
         self.on_recall: Recall | None = None
@@ -224,6 +225,7 @@ class Owner:
         self.notes: list[tuple[Copy, int]] = []
         self.wanted_rows: list[tuple[int, bytes, int]] = []
         self.ticks = 0
+        self.disk_fails = self.unsafe = False
         self.next_version = 1
         self.overflow: Overflow | None = None
         self.dropped: list[Copy] = []
@@ -246,6 +248,9 @@ class Owner:
             return False
         self.notes.append((copy, new))
         return True
+
+    def gone(self, copy: Copy) -> bool:
+        raise AssertionError("no page of this owner is on a disk")
 
     def pages(self, first: int, n: int, most: int) -> tuple[list[Copy], int]:
         found: list[Copy] = []

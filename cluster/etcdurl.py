@@ -1,0 +1,73 @@
+"""Where etcd is, as a person writes it: etcd=URL.
+
+    http://10.0.0.1:2379,10.0.0.2:2379         any of them; /NAME behind it is the prefix
+    https://USER:PASSWORD@10.0.0.1:2379        with node.pem of tls= on our side
+
+What it is not: what talks to it (members.py); the server reads its keys with this, and has no loop.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import urllib.parse
+from dataclasses import dataclass
+
+from cluster.peeraddress import PeerAddress
+from zcache_core.errors import ConfigError
+
+PREFIX = "zcache"
+log = logging.getLogger("zcache.etcd")
+
+
+@dataclass(frozen=True)
+class EtcdUrl:
+    """Where etcd is, and who we are there."""
+
+    protocol: str
+    hosts: tuple[tuple[str, int], ...]
+    user: str
+    password: str
+    prefix: str
+
+    @classmethod
+    def read(cls, text: str) -> EtcdUrl:
+        """From what a person writes.  Raises ConfigError."""
+        match = re.fullmatch(
+            r"(https?)://(?:([^:@/]+):([^@/]*)@)?([^@/]+)(?:/([\w.-]*))?", text, re.ASCII
+        )
+        if match is None:
+            raise ConfigError(
+                f"etcd={without_password(text)} is no address of etcd; write "
+                f"etcd=http://HOST:2379, with several hosts HOST:PORT,HOST:PORT"
+            )
+        protocol, user, password, hosts, prefix = match.groups()
+        found = [PeerAddress.read("etcd", host) for host in hosts.split(",")]
+        if any(address.path or not address.host for address in found):
+            raise ConfigError(f"etcd={without_password(text)} has a host that is none")
+        return cls(
+            protocol,
+            tuple((address.host, address.port) for address in found),
+            urllib.parse.unquote(user or ""),
+            urllib.parse.unquote(password or ""),
+            prefix or PREFIX,
+        )
+
+    @property
+    def donors(self) -> str:
+        return f"/{self.prefix}/donors/"
+
+    def require_safe(self, tls: str | None) -> None:
+        """Raises ConfigError for what others could read or pretend."""
+        if self.protocol == "https":
+            if tls is None:
+                raise ConfigError("etcd=https://... needs certificates; write tls=FOLDER too")
+            return
+        for host, port in self.hosts:
+            if tls is not None and not PeerAddress("", host, port).stays_here:
+                log.warning("etcd=http://%s is not encrypted: who can change it names donors", host)
+
+
+def without_password(text: str) -> str:
+    """The URL as it may be shown."""
+    return re.sub(r"(?<=://)([^:@/]*):[^@/]*@", r"\1:***@", text)

@@ -1,0 +1,128 @@
+"""An owner's donors, as etcd names them: links made for new ones, nothing lost with etcd.
+
+    members (a thread, members.py) --heard--> chosen of them --> links, seats
+    etcd silent for TTL_S --> nobody is given new pages; who has pages goes on
+    what was heard last   --> a file beside the control socket, for a node that is started again
+
+A donor that is not registered any more is given nothing new; its link stays as long as it answers,
+or pages of ours count on it.
+
+Bound: LINKS_MOST links to those that are registered, and one for each that still has pages.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from cluster.etcdurl import EtcdUrl
+from cluster.members import TTL_S, Member, Watching, chosen
+from cluster.overflow import Overflow
+from cluster.peerlink import PeerLink
+from cluster.peerwire import LinkState
+from zcache_core.errors import ConfigError
+
+LOOK_S = 1.0
+log = logging.getLogger("zcache.rack")
+
+
+class Rack:
+    """`make(address)` gives a link that is not started yet; `own` is our own donor's address."""
+
+    def __init__(
+        self,
+        url: EtcdUrl,
+        tls: str | None,
+        owner: str,
+        own: str | None,
+        make: Callable[[str], PeerLink],
+        overflow: Overflow,
+        noted: Path,
+    ) -> None:
+        self._owner, self._own, self._make, self._overflow = owner, own, make, overflow
+        self._noted = noted
+        self.links: dict[str, PeerLink] = {}
+        self._registered: set[str] = set()
+        self._refused: set[str] = set()
+        self._heard_s = -2.0 * TTL_S
+        self._watching = Watching(url, tls, asyncio.get_running_loop(), self.heard)
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def is_current(self) -> bool:
+        """Whether etcd was heard of lately."""
+        return asyncio.get_running_loop().time() - self._heard_s <= TTL_S + 2 * LOOK_S
+
+    def start(self) -> None:
+        for address in self._remembered():
+            self._add(address)
+        self._watching.start()
+        self._task = asyncio.get_running_loop().create_task(self._run())
+
+    async def stop(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        await asyncio.to_thread(self._watching.stop)
+        for link in self.links.values():
+            await link.stop()
+
+    def heard(self, members: dict[str, Member]) -> None:
+        """What is registered now."""
+        self._heard_s = asyncio.get_running_loop().time()
+        others = {name: one for name, one in members.items() if one.address != self._own}
+        self._registered = {one.address for one in others.values()}
+        for one in chosen(self._owner, others):
+            if one.address not in self.links:
+                self._add(one.address)
+        self.look()
+        self._remember()
+
+    def look(self) -> None:
+        """Who may be given pages now; who is not needed any more."""
+        copies = self._overflow.copies()
+        for address, link in list(self.links.items()):
+            link.is_listed = self.is_current and address in self._registered
+            seat = self._overflow.seats.of(link)
+            counted = copies[seat.row] if seat is not None else 0
+            gone = self.is_current and not link.is_listed and link.state is LinkState.DOWN
+            if gone and not counted:
+                del self.links[address]
+                self._overflow.remove(link)
+                self._overflow.replicas.spawn(link.stop())
+
+    async def _run(self) -> None:
+        while True:
+            self.look()
+            await asyncio.sleep(LOOK_S)
+
+    def _add(self, address: str) -> None:
+        try:
+            link = self._make(address)
+        except ConfigError as error:  # an address of a network, and no certificates
+            if address not in self._refused:
+                self._refused.add(address)
+                log.warning("a donor that etcd names is not used: %s", error)
+            return
+        self.links[address] = link
+        link.is_listed = False
+        self._overflow.add(link)
+        link.start()
+
+    def _remembered(self) -> list[str]:
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            found = json.loads(self._noted.read_text())
+            return [str(address) for address in found]
+        return []
+
+    def _remember(self) -> None:
+        """For the next node of this server, should etcd be gone then."""
+        with contextlib.suppress(OSError):
+            new = self._noted.with_name(self._noted.name + ".new")
+            new.write_text(json.dumps(sorted(self.links)))
+            os.replace(new, self._noted)

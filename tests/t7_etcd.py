@@ -1,0 +1,188 @@
+"""Donors registered in a real etcd, which is killed and started again while pages are at them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cluster.etcdurl import EtcdUrl
+from cluster.members import Member, chosen
+from tests.lender_helpers import PAGES, Lender, Model, live, stats
+from tests.plugin_helpers import ROOT, WAIT_S, Server, environment, run_nbdkit, wait_for
+from zcache_core.errors import ConfigError
+
+ETCD = ROOT / "build/unpacked/usr/bin/etcd"
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        port: int = sock.getsockname()[1]
+        return port
+
+
+class Etcd:
+    """One member, one cluster; killed, it comes back with what it had."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / "etcd"
+        self.folder.mkdir()
+        self.port, self.peer_port = free_port(), free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.process: subprocess.Popen[bytes] | None = None
+        self.start()
+
+    def start(self) -> None:
+        peer = f"http://127.0.0.1:{self.peer_port}"
+        words = ["--data-dir", str(self.folder / "data"), "--listen-client-urls", self.url]
+        words += ["--advertise-client-urls", self.url, "--listen-peer-urls", peer]
+        words += ["--initial-advertise-peer-urls", peer, "--initial-cluster", f"default={peer}"]
+        with open(self.folder / "log", "ab") as log:
+            self.process = subprocess.Popen([str(ETCD), *words], stdout=log, stderr=log)
+        wait_for("etcd", self.answers)
+
+    def answers(self) -> bool:
+        assert self.process is not None
+        assert self.process.poll() is None, (self.folder / "log").read_text()[-2000:]
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1):
+            return True
+        return False
+
+    def kill(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait(WAIT_S)
+            self.process = None
+
+
+class Registered(Lender):
+    """A lender that says in etcd that it is there."""
+
+    def __init__(self, folder: Path, name: str, etcd: str) -> None:
+        self.etcd = etcd
+        super().__init__(folder, name)
+
+    def start(self) -> None:
+        words = ["--listen", self.address, "--donate", str(24 << 20), "--etcd", self.etcd]
+        words += ["--control", str(self.folder / "ctl")]
+        with open(self.folder / "log", "ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "cluster.lending", *words],
+                env=environment(self.folder) | {"PYTHONPATH": os.getcwd()},
+                stdout=log,
+                stderr=log,
+            )
+        wait_for("the donor's socket", Path(self.address).exists)
+
+
+@pytest.fixture
+def etcd(tmp_path: Path) -> Iterator[Etcd]:
+    if not ETCD.exists():
+        pytest.skip("make test unpacks etcd")
+    made = Etcd(tmp_path)
+    yield made
+    made.kill()
+
+
+def listed(server: Server) -> int:
+    """Donors that may be given new pages."""
+    return sum(peer["listed"] and peer["state"] == "up" for peer in server.rpc("peers"))
+
+
+@pytest.mark.timeout(300)
+def test_etcd_is_killed_and_comes_back(tmp_path: Path, etcd: Etcd, rng: random.Random) -> None:
+    donors = [Registered(tmp_path, f"d{i}", etcd.url) for i in range(2)]
+    try:
+        with Server(tmp_path, "size=16M", "pool=2M", f"etcd={etcd.url}") as server:
+            wait_for("the donors", lambda: listed(server) == 2)
+            wait_for("room", lambda: stats(server)["remote_room_bytes"] > 0)
+            model = Model(server, rng)
+            for page in range(PAGES // 2):
+                model.write(page)
+            assert stats(server)["pers_pages_remoted"] > 300
+            # a third one comes: it is found without anybody being told
+            donors.append(Registered(tmp_path, "d2", etcd.url))
+            wait_for("the third", lambda: listed(server) == 3)
+            etcd.kill()
+            wait_for("no new placements", lambda: listed(server) == 0)
+            assert live(server) == 3
+            wait_for("no room", lambda: stats(server)["remote_room_bytes"] == 0)
+            before = stats(server)["remote_pers_pages_succ_put"]
+            model.check()  # who has pages goes on
+            # also with a node that is started while etcd is gone
+            os.kill(server.node_pid, signal.SIGKILL)
+            model.check()
+            wait_for("its donors again", lambda: server.ping() and live(server) == 3)
+            assert stats(server)["remote_pers_pages_succ_put"] == before
+            etcd.start()
+            wait_for("placements again", lambda: listed(server) == 3)
+            wait_for("room", lambda: stats(server)["remote_room_bytes"] > 0)
+            server.node_pid = server.ping()["pid"]
+            for page in range(PAGES):
+                model.write(page)
+            assert stats(server)["remote_pers_pages_succ_put"] > before
+            # one ends in order: its lease is given back at once, its pages go elsewhere
+            donors[0].signal(signal.SIGTERM)
+            wait_for("it is not listed", lambda: listed(server) == 2)
+            wait_for("copies are renewed", lambda: not stats(server)["remote_short_pages"])
+            wait_for("it is forgotten", lambda: len(server.rpc("peers")) == 2)
+            model.check()
+            now = stats(server)
+            assert now["lost_pages"] == now["failed_requests"] == 0
+    finally:
+        for donor in donors:
+            donor.kill()
+
+
+def test_a_thousand_donors_are_spread_evenly() -> None:
+    """Each owner speaks to 64 of them; none of them to many more than others do; few changes."""
+    members = {f"n{i}": Member(f"n{i}", f"10.0.0.1:{i}", 1 << 30, 1) for i in range(1000)}
+    owners = [f"n{i}/swap" for i in range(1000)]
+    links = {owner: {one.name for one in chosen(owner, members)} for owner in owners}
+    assert all(len(found) == 64 for found in links.values())
+    met = dict.fromkeys(members, 0)
+    for found in links.values():
+        for name in found:
+            met[name] += 1
+    assert max(met.values()) < 1.6 * 64
+    del members["n7"]
+    changed = 0
+    for owner in owners:
+        now = {one.name for one in chosen(owner, members)}
+        changed += len(now - links[owner])
+    assert changed == met["n7"]
+
+
+def test_urls() -> None:
+    url = EtcdUrl.read("https://me:p%40ss@h1:2379,[::1]:1/rack-2")
+    assert url.hosts == (("h1", 2379), ("::1", 1))
+    assert (url.user, url.password, url.donors) == ("me", "p@ss", "/rack-2/donors/")
+    for bad in ("", "h:1", "ftp://h:1", "http://", "http://u@h:1", "http://h:1/a/b", "http://h:x"):
+        with pytest.raises(ConfigError):
+            EtcdUrl.read(bad)
+    assert Member.read("n", b'{"address": "h:1", "capacity_bytes": 5, "epoch": 7}') == Member(
+        "n", "h:1", 5, 7
+    )
+    for value in (b"", b"[]", b"{}", b'{"address": 3, "capacity_bytes": 5, "epoch": 7}', b"\xff"):
+        assert Member.read("n", value) is None
+
+
+def test_refused(tmp_path: Path) -> None:
+    """In one sentence that says what to write; never with a password in it."""
+    for text, sentence in (
+        ("etcd=10.0.0.1:2379", "write etcd=http://HOST:2379"),
+        ("etcd=https://me:secret@10.0.0.1:2379", "needs certificates; write tls=FOLDER too"),
+        ("etcd=ftp://me:secret@h:1", "is no address of etcd"),
+    ):
+        code, _, log = run_nbdkit(tmp_path, "size=16M", "pool=2M", text)
+        assert code != 0
+        assert sentence in log
+        assert "secret" not in log
