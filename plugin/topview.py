@@ -276,7 +276,6 @@ def peer_lines(view: View, width: int) -> list[Text]:
         line = pair("", show.peer_text(peer))
         if peer["state"] != "up" or peer["wrong_copies"]:
             line.stylize("red")
-        line.truncate(width, overflow="ellipsis")
         found.append(line)
     if len(order) > PEERS_SHOWN:
         found.append(pair("", f"and {len(order) - PEERS_SHOWN} more that answer ('zcache status')"))
