@@ -68,7 +68,7 @@ class Place:
             if command == "zcache status":
                 command += f" --control {self.own_control()}"
             return command.replace("size=8G pool=2G", "size=16M pool=4M")
-        if re.match(r"\S*zcache (status|top|health|drain|record|stats-fs)", command):
+        if re.match(r"\S*zcache (status|top|health|drain|set|record|stats-fs)", command):
             if "--control" not in command:
                 command += f" --control {self.server.control}"
             if " top" in command:
