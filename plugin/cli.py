@@ -182,7 +182,7 @@ def _status(args: argparse.Namespace) -> int:
         answers: dict[str, Any] = {
             method: client.call(method) for method in ("ping", "stats", "config", "health")
         }
-        lends = "abandon_seconds" in answers["config"]  # a node that only lends
+        lends = show.only_lends(answers["config"])
         if lends:
             answers["owners"] = client.call("owners")
         elif len(answers["config"].get("devices", ())) > 1:

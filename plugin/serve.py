@@ -118,9 +118,20 @@ def stop(instance: Instance, force: bool = False, keep: bool = False) -> bool:
         shutil.rmtree(instance.tls, ignore_errors=True)
         shmid = memfile.find(instance.name)
         if shmid is not None:
-            memfile.remove(shmid)
+            _remove(shmid)
             instance.memory_lock.unlink(missing_ok=True)
     return found
+
+
+def _remove(shmid: int) -> None:
+    """Remove the memory file; the server's node process has it mapped a moment longer."""
+
+    def is_free() -> bool | None:
+        return shmid in {row.shmid for row in memfile.leftovers()} or None
+
+    with contextlib.suppress(ZcacheError):
+        _wait(is_free, NODE_S, "")
+    memfile.remove(shmid)
 
 
 def upgrade(instance: Instance) -> State:

@@ -24,6 +24,11 @@ class Line(NamedTuple):
     style: str = ""  # a key of STYLES, or nothing
 
 
+def only_lends(config: Mapping[str, Any]) -> bool:
+    """Whether RPC `config` is that of a `zcache node`, which has no device; a server may lend as well."""
+    return "size" not in config
+
+
 def size(size_bytes: float) -> str:
     """12345678 -> '11.8 MiB'."""
     for unit in ("B", "KiB", "MiB", "GiB"):

@@ -98,7 +98,7 @@ def _top(args: argparse.Namespace, find: Find) -> int:
 def _require_server(call: Any) -> None:
     """Whoever does not answer at first is an error, and so is a node that lends."""
     call("ping")
-    if "donate" in call("config"):
+    if show.only_lends(call("config")):
         raise ControlError(LENDS)
 
 
