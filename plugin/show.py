@@ -25,7 +25,7 @@ class Line(NamedTuple):
 
 
 def only_lends(config: Mapping[str, Any]) -> bool:
-    """Whether RPC `config` is that of a `zcache node`, which has no device; a server may lend as well."""
+    """Whether `config` is that of a `zcache node`, without a device; a server may lend as well."""
     return "size" not in config
 
 
