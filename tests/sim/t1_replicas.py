@@ -33,6 +33,7 @@ class Machine:
     state: LinkState = LinkState.UP
     offer: Offer = field(default=Offer(1 << 30, 0, Health.OK))
     latency_us: float = 100.0
+    is_listed: bool = True
     puts: int = 0
     before_answer: Callable[[], None] = lambda: None
     silent_s: float = 0.0
