@@ -26,6 +26,8 @@ spare, kept = Spare(), []
 found = spare.fork()
 if found is not None:
     text = found.sock.recv(100).decode() if found.sock else "nothing"
+    for pid, line in found.relays or []:
+        text += f" {pid} {line.recv(100).decode()}"
     say(f"inherited {found.generation} {text}")
     spare = Spare()
     found = spare.fork()
@@ -37,8 +39,16 @@ for number in range(1, tells + 1):
     ours, its = socket.socketpair()
     ours.send(f"socket{number}".encode())
     kept.append(ours)
-    spare.tell(its, 1000 + number)
+    relays = []
+    for pid in range(number, number + number % 3):  # none, one, two
+        line, far = socket.socketpair()
+        line.send(f"relay{pid}".encode())
+        kept.append(line)
+        relays.append((pid, far))
+    spare.tell(its, 1000 + number, relays)
     its.close()
+    for _, far in relays:
+        far.close()
 if how == "dismiss":
     spare.dismiss()
     sys.exit(0)
@@ -65,11 +75,13 @@ def said(path: Path) -> list[str]:
 
 @pytest.mark.parametrize("tells", [0, 1, 5, 200])
 def test_a_killed_mender_leaves_its_last_socket_to_its_spare(tmp_path: Path, tells: int) -> None:
+    """And the relays that go with it: none, one, or two."""
     path = tmp_path / "said"
     assert run(path, tells, "kill").wait(20) == -signal.SIGKILL
     wait_for("the heir and its own spare", lambda: len(said(path)) == 3)
     spare_pid = said(path)[0].split()[2]
     expected = f"inherited {1000 + tells} socket{tells}" if tells else "inherited 0 nothing"
+    expected += "".join(f" {pid} relay{pid}" for pid in range(tells, tells + tells % 3))
     assert said(path)[1] == f"{spare_pid} {expected}"
     assert said(path)[2] == f"{spare_pid} again"
 
