@@ -301,7 +301,8 @@ def test_generic_messagepack_rpc_client(server: Server) -> None:
         error, result = ask(4, "reboot")
         assert result is None
         assert error["code"] == "unknown_method"
-        assert "config, devices, drain, health, peers, ping, set, stats" in error["message"]
+        methods = "config, devices, drain, drain_lent, health, owners, peers, ping, set, stats"
+        assert methods in error["message"]
         error, _ = ask(5, "ping", 1)
         assert error["code"] == "bad_params"
         sock.sendall(msgpack.packb([2, "hello", []]))  # a notification is nothing to answer
