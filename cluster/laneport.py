@@ -202,7 +202,8 @@ def open_port(sock: socket.socket, protocol: asyncio.Protocol) -> None:
         asyncio.get_running_loop().remove_reader(lane.wake_fd)
         lane.stop()
         sock.close()
-        protocol.connection_lost(error)
+        with contextlib.suppress(ValueError):  # its own abort finds no lane any more
+            protocol.connection_lost(error)
         raise
 
 

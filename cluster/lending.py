@@ -150,8 +150,8 @@ def open_memory(name: str | None, donate_bytes: int) -> MemoryFile:
         there = memory.size_bytes
         memory.close()
         raise ConfigError(
-            f"the memory file {name} is of another size ({there} bytes): start with the --donate "
-            f"that made it and drain it, or remove it with 'zcache check --remove-leftovers'"
+            f"the memory file {name} is of another size ({there} bytes): lend as much as when it "
+            f"was made and drain it, or remove it with 'zcache check --remove-leftovers {name}'"
         )
     return memory
 

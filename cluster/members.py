@@ -65,7 +65,7 @@ class Member:
                 return None
             address = str(PeerAddress.read("etcd", found["address"]))
             return cls(name, address, int(found["capacity_bytes"]), int(found["epoch"]))
-        except (ValueError, KeyError, TypeError, ConfigError):
+        except (ValueError, KeyError, TypeError, ConfigError, ArithmeticError, RecursionError):
             return None
 
 
@@ -90,18 +90,17 @@ class _Talker(threading.Thread):
         self._url, self._tls = url, tls
         self._stopping = threading.Event()
         self._host = 0
+        self._wait_s = RETRY_FIRST_S  # before the next try; short again after an answer
 
     def run(self) -> None:
-        wait_s = RETRY_FIRST_S
         while not self._stopping.is_set():
             try:
                 self.talk(self._client())
-                wait_s = RETRY_FIRST_S
             except Exception as error:  # whatever a library raises for a network's answers
                 self._host += 1
                 log.info("etcd: %s", error)
-                self._stopping.wait(wait_s)
-                wait_s = min(2 * wait_s, RETRY_MOST_S)
+                self._stopping.wait(self._wait_s)
+                self._wait_s = min(2 * self._wait_s, RETRY_MOST_S)
         self.leave()
 
     def talk(self, client: Any) -> None:
@@ -150,6 +149,7 @@ class Registration(_Talker):
         while not self._stopping.wait(TTL_S / 3):
             if self._lease.refresh() < 0:
                 raise ZcacheError("the lease has expired")
+            self._wait_s = RETRY_FIRST_S
 
     def leave(self) -> None:
         try:
@@ -176,6 +176,7 @@ class Watching(_Talker):
     def talk(self, client: Any) -> None:
         while not self._stopping.is_set():
             self._say(self._read(client))
+            self._wait_s = RETRY_FIRST_S
             self._stopping.wait(SETTLE_S)
             self._wait_for_change(client)
 

@@ -297,6 +297,8 @@ async def serve_lending(node: Node, options: Any) -> None:
             await asyncio.sleep(wait_s)
             wait_s = min(2 * wait_s, WEB_RETRY_MAX_S)
     node.lender = lender
+    if node.peer_side is not None and lender.donor is not None:
+        node.peer_side.own_epoch = lender.donor.donation.memory.epoch
     try:
         await asyncio.Event().wait()
     finally:

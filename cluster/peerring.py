@@ -17,12 +17,13 @@ import os
 import random
 import socket
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from cluster import peersocket
 from cluster.etcdurl import EtcdUrl
+from cluster.members import Member
 from cluster.overflow import LOOK_S, Overflow
 from cluster.peeraddress import PeerAddress
 from cluster.peerlink import PeerLink, first_turn
@@ -209,6 +210,7 @@ class PeerSide:
         self._overflow: Overflow | None = None
         self._pump: RingPump | None = None
         self._rack: Rack | None = None
+        self.own_epoch = 0  # of what this process lends, once it does
 
     async def start(self) -> None:
         """Take the ring, dial the donors.  Raises ZcacheError."""
@@ -238,14 +240,21 @@ class PeerSide:
                     EtcdUrl.read(self._options.etcd),
                     self._options.tls,
                     self._owner,
-                    self._options.own,
+                    self._is_own,
                 ),
-                lambda text: PeerLink(PeerAddress.read("etcd", text), hello, tls),
+                # a later turn than any link before had with the same donor
+                lambda text: PeerLink(
+                    PeerAddress.read("etcd", text), replace(hello, turn=first_turn()), tls
+                ),
                 *(self._overflow, self._options.noted),
             )
             self._rack.start()
         self._overflow.start()
         self._pump.start()
+
+    def _is_own(self, member: Member) -> bool:
+        """Whether it is what this process lends: nothing is freed by sending pages there."""
+        return member.epoch == self.own_epoch or member.address == self._options.own
 
     async def _attach(self) -> RingSide:
         loop = asyncio.get_running_loop()

@@ -81,6 +81,7 @@ class _TlsListener:
             task = loop.create_task(self._shake(sock))
             self._shaking[task] = None
             task.add_done_callback(lambda done: self._shaking.pop(done, None))
+            await asyncio.sleep(0)  # it begins, before the next one may take its place
 
     async def _shake(self, sock: socket.socket) -> None:
         loop = asyncio.get_running_loop()

@@ -4,10 +4,10 @@
     etcd silent for TTL_S --> nobody is given new pages; who has pages goes on
     what was heard last   --> a file beside the control socket, for a node that is started again
 
-A donor that is not registered any more is given nothing new; its link stays as long as it answers,
-or pages of ours count on it.
+A donor that is not registered any more, or not among the chosen, is given nothing new; its link
+stays as long as pages of ours count on it.
 
-Bound: LINKS_MOST links to those that are registered, and one for each that still has pages.
+Bound: LINKS_MOST links to those that are chosen, and one for each that still has pages.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from cluster.etcdurl import EtcdUrl
 from cluster.members import TTL_S, Member, Watching, chosen
 from cluster.overflow import Overflow
 from cluster.peerlink import PeerLink
-from cluster.peerwire import LinkState
 from zcache_core.errors import ConfigError
 
 LOOK_S = 1.0
@@ -32,22 +31,22 @@ log = logging.getLogger("zcache.rack")
 
 
 class Rack:
-    """`make(address)` gives a link that is not started yet; `own` is our own donor's address."""
+    """`make(address)` gives a link that is not started yet; `is_own` knows our own donor."""
 
     def __init__(
         self,
         url: EtcdUrl,
         tls: str | None,
         owner: str,
-        own: str | None,
+        is_own: Callable[[Member], bool],
         make: Callable[[str], PeerLink],
         overflow: Overflow,
         noted: Path,
     ) -> None:
-        self._owner, self._own, self._make, self._overflow = owner, own, make, overflow
+        self._owner, self._is_own, self._make, self._overflow = owner, is_own, make, overflow
         self._noted = noted
         self.links: dict[str, PeerLink] = {}
-        self._registered: set[str] = set()
+        self._chosen: set[str] = set()
         self._refused: set[str] = set()
         self._heard_s = -2.0 * TTL_S
         self._watching = Watching(url, tls, asyncio.get_running_loop(), self.heard)
@@ -75,23 +74,24 @@ class Rack:
     def heard(self, members: dict[str, Member]) -> None:
         """What is registered now."""
         self._heard_s = asyncio.get_running_loop().time()
-        others = {name: one for name, one in members.items() if one.address != self._own}
-        self._registered = {one.address for one in others.values()}
-        for one in chosen(self._owner, others):
-            if one.address not in self.links:
-                self._add(one.address)
+        others = {name: one for name, one in members.items() if not self._is_own(one)}
+        self._chosen = {one.address for one in chosen(self._owner, others)}
+        for address in sorted(self._chosen - self.links.keys()):
+            self._add(address)
         self.look()
         self._remember()
 
     def look(self) -> None:
         """Who may be given pages now; who is not needed any more."""
         copies = self._overflow.copies()
+        met = {seat.row for seat in self._overflow.seats.all() if seat.donor is not None}
+        # After a start: some have pages of ours, and have not said yet who they are.
+        strangers = any(n and row not in met for row, n in enumerate(copies))
         for address, link in list(self.links.items()):
-            link.is_listed = self.is_current and address in self._registered
+            link.is_listed = self.is_current and address in self._chosen
             seat = self._overflow.seats.of(link)
-            counted = copies[seat.row] if seat is not None else 0
-            gone = self.is_current and not link.is_listed and link.state is LinkState.DOWN
-            if gone and not counted:
+            counted = copies[seat.row] if seat is not None else strangers
+            if self.is_current and not link.is_listed and not counted:
                 del self.links[address]
                 self._overflow.remove(link)
                 self._overflow.replicas.spawn(link.stop())

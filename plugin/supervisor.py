@@ -109,8 +109,10 @@ class Supervisor:
         self._adopt()
         if upgrade:
             self._upgrade()
-        while not (self._stopping and self._server is None and not self._standby.exists):
+        while True:
             self._start_if_due()
+            if self._stopping and self._server is None and not self._standby.exists:
+                break
             self._wait()
             if self._kill_s is not None and time.monotonic() >= self._kill_s:
                 self._force()
@@ -166,9 +168,11 @@ class Supervisor:
         if self._server is not None or time.monotonic() < self._due_s:
             return
         self._standby.dismiss()  # it is loading since LOADING_S, or would be a second one
+        if self._upgrading:
+            self._upgrade_failed("the new version took too long to load")
         if not self._adopt():
             self._server = self._spawned()
-            self._phase(servestate.STARTING)
+            self._phase(servestate.STARTING if self._server is not None else servestate.WAITING)
 
     def _adopt(self) -> bool:
         """Take over the watch of a living owner of the memory file, if there is one.
@@ -198,15 +202,22 @@ class Supervisor:
     def _spawned(self) -> Server | None:
         try:
             return spawn(command(self._instance, self._state.words), standby=False)
-        except OSError as error:
-            self._say(f"no server can be started ({error.strerror})")
+        except (OSError, ZcacheError) as error:
+            self._state.error = f"no server can be started ({_why(error)})"
+            if not self._served:
+                self._tell(ZcacheError.exit_code, self._state.error)
+                self._exit_code, self._stopping = ZcacheError.exit_code, True
+                return None
+            self._due_s = time.monotonic() + max(self._backoff_s, BACKOFF_FIRST_S)
+            self._backoff_s = min(max(2 * self._backoff_s, BACKOFF_FIRST_S), BACKOFF_MAX_S)
+            self._say(self._state.error)
             return None
 
     def _start_standby(self, load_s: float = LOAD_S) -> bool:
         try:
             self._standby.start(command(self._instance, self._state.words), load_s)
-        except OSError as error:
-            self._say(f"no standby can be started ({error.strerror})")
+        except (OSError, ZcacheError) as error:
+            self._say(f"no standby can be started ({_why(error)})")
         self._write()
         return self._standby.exists
 
@@ -399,6 +410,10 @@ class Supervisor:
 
 
 # ---- as a process -------------------------------------------------------------------------
+
+
+def _why(error: OSError | ZcacheError) -> str:
+    return (error.strerror or "") if isinstance(error, OSError) else str(error)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -235,7 +235,7 @@ def settle(config: Config) -> Before:
     log = LogPipe() if logpipe.is_wanted(where.verbose) else None
     memory = MemoryFile.expect(config.memory) if config.memory is not None else None
     store = make_store(config, memory) if memory is not None else None
-    has_below = config.disk is not None or config.peers
+    has_below = config.disk is not None or config.has_peers
     return Before(log, store, process.hold_memory(below_bytes(config)) if has_below else None)
 
 

@@ -7,6 +7,8 @@ import json
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +19,7 @@ import pytest
 from plugin import servestate, swapping
 from plugin.fitness import CAPABILITIES, has_capability
 from plugin.nbdnetlink import Timeouts
-from tests.plugin_helpers import ROOT, wait_for
+from tests.plugin_helpers import ROOT, environment, wait_for
 from tests.serve_helpers import Served, kill, served
 from zcache_core import memfile
 from zcache_core.errors import InUseError
@@ -274,3 +276,25 @@ def test_a_relative_path_is_the_callers(it: Served, tmp_path: Path) -> None:
     state = it.serve(*WORDS, f"disk={os.path.relpath(disk, ROOT)}", "disk_size=20M")
     assert f"disk={disk}" in state.words
     assert disk.exists()
+
+
+WITHOUT_NBDKIT = """
+import os, sys
+from plugin import supervisor
+def spawn(*words, **options):
+    raise FileNotFoundError(2, "No such file or directory")
+supervisor.spawn = spawn
+told, tell = os.pipe()
+code = supervisor.main(
+    ["--name", sys.argv[1], "--realtime", "no", "--tell-fd", str(tell), "size=16M", "pool=4M"]
+)
+print(code, os.read(told, 500).decode())
+"""
+
+
+def test_a_first_server_that_cannot_be_started_is_an_answer(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_NBDKIT, f"no{os.getpid()}"],
+        cwd=ROOT, env=environment(tmp_path), capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.stdout == "2 2 no server can be started (No such file or directory)\n\n"

@@ -246,14 +246,16 @@ cdef uint32_t gather_missing(Both *b, ColdPage *found, int64_t until_us) noexcep
     cdef Core *core = b.peer_tier.core
     cdef uint8_t *io = b.room + SWEEP_PAGES * PAGE_BYTES     # (aligned, as the room is)
     cdef uint32_t n = 0
+    cdef uint32_t read = 0
     cdef uint32_t looked
     for looked in range(SWEEP_ENTRIES):
-        if n == SWEEP_PAGES or looked >= core.index.pages or n and now_us() > until_us:
+        if n == SWEEP_PAGES or looked >= core.index.pages or read and now_us() > until_us:
             break
         if b.sweep_at >= core.index.pages:
             b.sweep_at = 0
         if lies_on_disk_alone(core, b.sweep_at, &found[n]):
             found[n].blob = b.room + n * PAGE_BYTES
+            read += 1
             if b.disk.get(b.disk, &found[n], io) == 0:
                 found[n].error = 0
                 n += 1

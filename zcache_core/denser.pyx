@@ -225,7 +225,7 @@ cdef bint dense_prepare(Core *core, int level) noexcept nogil:
     if core.marks == NULL:
         core.marks = backed(core.index.pages)
     if b == NULL or core.marks == NULL or not codec_expect_zstd(&core.slots) or (
-        b.choice.level != level and not codec_make(&b.own, choice)
+        (b.choice.level != level or b.own.zstd_compress == NULL) and not codec_make(&b.own, choice)
     ):
         pthread_mutex_unlock(&core.dense.turn)
         return False
@@ -320,6 +320,7 @@ cdef void *recompressing(void *argument) noexcept nogil:
             continue
         core.dense.cells[C_RECOMPRESS_LEVEL] = level
         core.dense.cells[C_RECOMPRESS_AGE_S] = age_s
+        step_us = min(step_us, now_us() + <int64_t>age_s * (1000000 // AGE_STEPS))     # it may be shorter now
         if now_us() >= step_us:
             grow_older(core.marks, core.index.pages)
             step_us = now_us() + <int64_t>age_s * (1000000 // AGE_STEPS)

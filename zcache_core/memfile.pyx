@@ -103,7 +103,7 @@ cdef class MemoryFile:
             self._lock.release()
             raise MemoryFileError(
                 f"a memory file named {name} exists already (segment {self._lock.shmid}); "
-                f"open it, or remove it with 'zcache check --remove-leftovers'"
+                f"open it, or remove it with 'zcache check --remove-leftovers {name}'"
             )
         geometry = geometry_of(device_bytes, pool_bytes, int.from_bytes(os.urandom(8), "little"))
         file_bytes = int.from_bytes(geometry[:8], "little")
@@ -269,12 +269,12 @@ cdef class MemoryFile:
         if zlib.crc32(words) != self.super.header_crc:
             raise MemoryFileError(
                 f"the geometry of segment {self.shmid} is damaged; its pages cannot be found: "
-                f"remove it with 'zcache check --remove-leftovers'"
+                f"remove it with 'zcache check --remove-leftovers {self.shmid}'"
             )
         if self.super.devices_crc != self._devices_crc():
             raise MemoryFileError(
                 f"the device table of segment {self.shmid} is damaged; its pages cannot be told "
-                f"apart: remove it with 'zcache check --remove-leftovers'"
+                f"apart: remove it with 'zcache check --remove-leftovers {self.shmid}'"
             )
 
     cdef uint64_t _devices_crc(self):
