@@ -113,7 +113,8 @@ def test_a_donor_and_the_server_are_killed(tmp_path: Path, rng: random.Random) -
             stats = server.stats()
             for name in ("lost_pages", "remote_corrupt_pages", "corrupt_loads"):
                 assert stats[name] == 0, name
-            assert stats["failed_requests"] == stats["remote_pers_pages_unsucc_get"] == 0
+            # (a get from a donor that was killed finds its copy on the disk)
+            assert stats["failed_requests"] == 0
             swap_off(guest)
             detach_ours(guest)
     finally:
