@@ -33,6 +33,7 @@ from tests.swaplab import (
     read_hog,
     trouble,
 )
+from tests.swaplab.guest import SHARE
 from tests.swaplab.zattach import kill_mender, start_zcache, state, zcache_in
 
 pytestmark = pytest.mark.skipif(
@@ -122,8 +123,8 @@ def test_up_a_workload_and_down(rng: random.Random) -> None:
 @pytest.mark.timeout(300)
 def test_up_and_down_are_cut_off_after_every_step(guest: Guest) -> None:
     """Either command goes on from wherever either was killed; the settings are a file's."""
-    guest.write("/run/swap.toml", TOML)
-    settings = ("--config", "/run/swap.toml")
+    (guest.share / "swap.toml").write_text(TOML)
+    settings = ("--config", f"{SHARE}/swap.toml")
     for up_step, down_step in zip_longest(UP_STEPS, DOWN_STEPS, fillvalue=DOWN_STEPS[0]):
         crash(guest, up_step, "up", *settings)
         zcache_in(guest, "down")

@@ -35,6 +35,7 @@ for source in pathlib.Path("zcache_core").glob("*.pyx"):
     target.write_text(text.upper())
     with open("compiled", "a") as log:
         print(source.stem, file=log)
+pathlib.Path("plugin/zcache-relay").write_text("")
 """
 
 
@@ -58,6 +59,7 @@ class Tree:
         self.write("setup.py", COMPILER)
         self.write("zcache_core/counters.py", "")
         self.write("zcache_core/native.h", "")
+        self.write("plugin/relay.c", "")
         self.write("zcache_core/one.pyx", "one")
         self.write("zcache_core/two.pyx", "two")
 
