@@ -116,8 +116,13 @@ def fail_and_recover(lab: Lab, server: HostServer, disk: FaultyDisk, job: Job) -
     writes_go_on()
     with disk.frozen():
         guest = job.guest
-        seen = len(guest.samples)
-        guest.link.wait_for(lambda: stands_still(guest, seen), None, "a guest that waits for it")
+        seen, refused = len(guest.samples), server.stats()["failed_stores"]
+
+        def has_met_it() -> bool:
+            """A read waits for the disk; or all that is read is in RAM, and a write found no room."""
+            return stands_still(guest, seen) or server.stats()["failed_stores"] > refused
+
+        guest.link.wait_for(has_met_it, None, "a guest that waits for it")
     writes_go_on()
     assert not job.done(), "all of it was to happen while the guest swaps"
 
