@@ -119,7 +119,7 @@ def fail_and_recover(lab: Lab, server: HostServer, disk: FaultyDisk, job: Job) -
         seen, refused = len(guest.samples), server.stats()["failed_stores"]
 
         def has_met_it() -> bool:
-            """A read waits for the disk; or all that is read is in RAM, and a write found no room."""
+            """A read waits for the disk; or all reads find RAM, and a write found no room."""
             return stands_still(guest, seen) or server.stats()["failed_stores"] > refused
 
         guest.link.wait_for(has_met_it, None, "a guest that waits for it")
