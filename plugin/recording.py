@@ -107,7 +107,7 @@ class Recorder:
         if sample.silent:
             line["silent"] = sample.silent
             self._until_full = 0
-        elif self._until_full == 0 or sample.about.get("ping") != self._server:
+        elif self._until_full == 0 or self._is_another(sample):
             line = {"zcache_record": FORMAT, **line, "full": sample.stats}
             line |= {"about": sample.about, "health": sample.health}
             if sample.peers:
@@ -136,6 +136,12 @@ class Recorder:
             raise ConfigError(
                 f"{self._path} cannot be written any more ({error.strerror}); what is there stays"
             ) from None
+
+    def _is_another(self, sample: Sample) -> bool:
+        """A server that began anew, if with the old number: something it counted is gone."""
+        return bool(
+            sample.about.get("ping") != self._server or self._last.keys() - sample.stats.keys()
+        )
 
     def _forget_older_half(self) -> None:
         rest = b""
