@@ -45,7 +45,7 @@ class Laned(Protocol):
 
 
 class LanePort(asyncio.Transport):
-    """The transport of a connected, blocking socket.  Raises OSError without a thread."""
+    """The transport of a connected, blocking socket; `start`, once."""
 
     def __init__(self, sock: socket.socket, lane: LaneEnd, protocol: asyncio.Protocol) -> None:
         super().__init__()
@@ -56,10 +56,18 @@ class LanePort(asyncio.Transport):
         self._flusher: asyncio.TimerHandle | None = None
         if sock.family != socket.AF_UNIX:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        protocol.connection_made(self)
-        if not self._closing:
-            self._loop.add_reader(lane.wake_fd, self._woken)
-            lane.start(sock.fileno())
+
+    def start(self) -> None:
+        """Tell the protocol, and begin to read.  Raises OSError, all closed, without a thread."""
+        self._protocol.connection_made(self)
+        if self._closing:
+            return
+        self._loop.add_reader(self._lane.wake_fd, self._woken)
+        try:
+            self._lane.start(self._sock.fileno())
+        except OSError as error:
+            self.abort(error)
+            raise
 
     # ---- what the lane tells ---------------------------------------------------------
 
@@ -196,15 +204,7 @@ def open_port(sock: socket.socket, protocol: asyncio.Protocol) -> None:
     sock.setblocking(True)
     lane = cast(Laned, protocol).make_lane()
     assert lane is not None
-    try:
-        LanePort(sock, lane, protocol)
-    except OSError as error:
-        asyncio.get_running_loop().remove_reader(lane.wake_fd)
-        lane.stop()
-        sock.close()
-        with contextlib.suppress(ValueError):  # its own abort finds no lane any more
-            protocol.connection_lost(error)
-        raise
+    LanePort(sock, lane, protocol).start()
 
 
 async def serve(

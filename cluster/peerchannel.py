@@ -149,17 +149,15 @@ class Channel(asyncio.Protocol):
         if self.closed_because:
             return
         self.closed_because = why
-        try:
-            if self._transport is not None:
-                self._watcher.cancel()
-                self._transport.abort()
-        finally:  # whoever counts connections hears of the end of this one
-            self._writable.set()  # who waits to write sees that it is closed
-            while self._waiting:
-                _, future = self._waiting.popitem()
-                if not future.done():
-                    future.set_exception(ChannelClosedError(why))
-            self.lost(why)
+        if self._transport is not None:
+            self._watcher.cancel()
+            self._transport.abort()
+        self._writable.set()  # who waits to write sees that it is closed
+        while self._waiting:
+            _, future = self._waiting.popitem()
+            if not future.done():
+                future.set_exception(ChannelClosedError(why))
+        self.lost(why)
 
     # ---- asyncio's side ----------------------------------------------------------------------
 
