@@ -205,11 +205,10 @@ class Supervisor:
         except (OSError, ZcacheError) as error:
             self._state.error = f"no server can be started ({_why(error)})"
             if not self._served:
-                self._tell(ZcacheError.exit_code, self._state.error)
-                self._exit_code, self._stopping = ZcacheError.exit_code, True
+                self._give_up(ZcacheError.exit_code, self._state.error)
                 return None
             self._due_s = time.monotonic() + max(self._backoff_s, BACKOFF_FIRST_S)
-            self._backoff_s = min(max(2 * self._backoff_s, BACKOFF_FIRST_S), BACKOFF_MAX_S)
+            self._back_off()
             self._say(self._state.error)
             return None
 
@@ -274,7 +273,8 @@ class Supervisor:
             return
         self._state.error = server.refused[1] if server.refused else f"the server ended ({how})"
         if not self._served and living_owner(self._instance.name) is None:
-            self._give_up(server)
+            code, sentence = server.refused or (ZcacheError.exit_code, "")
+            self._give_up(code, sentence or f"{self._state.error}; its log says why")
             return
         if now_s - server.began_s > CALM_S:
             self._backoff_s = 0.0
@@ -284,12 +284,15 @@ class Supervisor:
             self._due_s = now_s + LOADING_S
         self._phase(servestate.WAITING)
         self._say(f"{self._state.error}; starting it again in {self._backoff_s:.1f} s")
+        self._back_off()
+
+    def _back_off(self) -> None:
+        """The next wait is twice as long."""
         self._backoff_s = min(max(2 * self._backoff_s, BACKOFF_FIRST_S), BACKOFF_MAX_S)
 
-    def _give_up(self, server: Server) -> None:
-        """Our first server did not come up: what it said is our answer."""
-        code, sentence = server.refused or (ZcacheError.exit_code, "")
-        self._tell(code, sentence or f"{self._state.error}; its log says why")
+    def _give_up(self, code: int, sentence: str) -> None:
+        """Our first server did not come up: this is our answer."""
+        self._tell(code, sentence)
         self._exit_code, self._stopping = code, True
 
     def _stop(self) -> None:
