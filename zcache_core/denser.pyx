@@ -326,7 +326,7 @@ cdef void *recompressing(void *argument) noexcept nogil:
             step_us = now_us() + <int64_t>age_s * (1000000 // AGE_STEPS)
             if not one_pass(core, level):
                 continue
-        nap(core, min(step_us, now_us() + <int64_t>age_s * (1000000 // AGE_STEPS)), level)
+        nap(core, step_us, level)
     return NULL
 
 
