@@ -13,7 +13,7 @@ from cluster import laneport, peersocket
 from cluster.donor import Donor, DonorOptions
 from cluster.generosity import Generosity
 from cluster.peeraddress import PeerAddress
-from cluster.peerchannel import ChannelOptions
+from cluster.peerchannel import Channel, ChannelOptions
 from cluster.peerlink import LinkTimes, PeerLink
 from cluster.peerwire import Hello, LinkState, Page, sealed_bytes
 from zcache_core.donation import DEVICE, Donation, sizes
@@ -117,3 +117,13 @@ async def linked(
 def short_channel() -> ChannelOptions:
     """Deadlines that a test can wait for."""
     return ChannelOptions(frame_s=0.1, write_s=0.1, idle_s=30.0, watch_s=0.02)
+
+
+async def ask(address: PeerAddress, method: str, *params: Any) -> Any:
+    """The answer of one call by somebody who has not said hello; its error as an exception."""
+    channel = Channel()
+    await peersocket.connect(address, lambda: channel, None)
+    try:
+        return await channel.call(method, *params, deadline_s=10)
+    finally:
+        channel.close("done")

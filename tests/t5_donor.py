@@ -32,6 +32,7 @@ from cluster.peerwire import (
 from cluster.wire import Request, encode
 from tests.donor_helpers import (
     QUICK,
+    ask,
     linked,
     listening,
     make_pages,
@@ -246,16 +247,6 @@ def test_an_owner_not_heard_of_is_abandoned(rng: random.Random) -> None:
 
 async def dial(address: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     return await asyncio.open_connection(address.host, address.port, limit=1 << 20)
-
-
-async def ask(address: Any, method: str, *params: Any, first: bytes = b"") -> Any:
-    """The answer of one call by somebody who has not said hello; its error as an exception."""
-    channel = Channel()
-    await peersocket.connect(address, lambda: channel, None)
-    try:
-        return await channel.call(method, *params, deadline_s=10)
-    finally:
-        channel.close("done")
 
 
 @pytest.mark.parametrize(

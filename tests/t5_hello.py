@@ -26,6 +26,7 @@ from cluster.wire import Request, encode
 from tests.donor_helpers import (
     QUICK,
     Calm,
+    ask,
     linked,
     listening,
     make_sealed,
@@ -108,15 +109,6 @@ def test_what_comes_on_an_earlier_connection_changes_nothing(
                 await new.stop()
 
     run(test)
-
-
-async def ask(address: PeerAddress, method: str, *params: Any) -> Any:
-    channel = Channel()
-    await peersocket.connect(address, lambda: channel, None)
-    try:
-        return await channel.call(method, *params, deadline_s=10)
-    finally:
-        channel.close("done")
 
 
 def test_an_earlier_turn_is_refused_and_ends_nothing(rng: random.Random) -> None:
