@@ -10,8 +10,8 @@
  *
  *      helper -> relay    "C" certificates and key, 0, the CA's, 0     once, at the start
  *                         "J" server's name, 0; two descriptors        a job; the last one ends
- *      relay -> helper    "+"         certificates are good; the TLS handshake is done
- *                         "!" REASON  they are not; it failed
+ *      relay -> helper    "+"         the TLS handshake is done
+ *                         "!" REASON  it failed
  *                         "-" REASON  the job has ended
  *
  *      REASON   v NUMBER TEXT   the server's certificate was not accepted (X509_V_ERR_*)
@@ -78,6 +78,7 @@ static SSL *ssl;                /* NULL: no job */
 static int tcp = -1, kernel = -1, line = LINE;
 static struct flow up, down;    /* to the server, to the kernel */
 static char message[MESSAGE_BYTES];
+static bool usable;             /* the certificates */
 
 /* ---- telling ---------------------------------------------------------------------- */
 
@@ -165,6 +166,11 @@ static void begin_job(const char *name, int server_fd, int kernel_fd)
     end_job();
     tcp = server_fd;
     kernel = kernel_fd;
+    if (!usable) {
+        tell('!', "xthe certificates cannot be used");
+        end_job();
+        return;
+    }
     fcntl(tcp, F_SETFL, O_NONBLOCK);
     fcntl(kernel, F_SETFL, O_NONBLOCK);
     ssl = SSL_new(ctx);
@@ -289,12 +295,9 @@ static void hear_certificates(ssize_t length)
     const char *own = message + 1;
     size_t own_length = strnlen(own, (size_t)length - 1);
     bool whole = own_length + 3 <= (size_t)length;
-    bool good = whole && take_certificates(own, own + own_length + 1);
+    /* Nothing is answered: who takes a relay over could not know whether an answer was read. */
+    usable = whole && take_certificates(own, own + own_length + 1);
     OPENSSL_cleanse(message, sizeof message);
-    if (good)
-        tell('+', "");
-    else
-        tell('!', "xthe certificates cannot be used");
 }
 
 /* One message; false when the helper is gone. */

@@ -55,24 +55,20 @@ class TlsError(AttachError):
 class Relay:
     """One process.  `line`: ours to it."""
 
-    __slots__ = ("_greeted", "line", "pid")
+    __slots__ = ("line", "pid")
 
-    def __init__(self, pid: int, line: socket.socket, greeted: bool = False) -> None:
-        self.pid, self.line, self._greeted = pid, line, greeted
+    def __init__(self, pid: int, line: socket.socket) -> None:
+        self.pid, self.line = pid, line
 
     def begin(self, sock: socket.socket, its: socket.socket, name: str) -> str:
         """Hand a connection over; why it is not spoken TLS on, "" when it is.  Raises OSError."""
         rights = array.array("i", [sock.fileno(), its.fileno()])
         ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)]
-        if not self._greeted:
-            if said := self._answer():
-                return said
-            self._greeted = True
         self.line.sendmsg([b"J" + name.encode() + b"\0"], ancillary)
         return self._answer()
 
     def _answer(self) -> str:
-        """What it says to what it was asked; what it says of earlier links is passed over."""
+        """What it says to a job; what it says of earlier ones is passed over."""
         while True:
             data = self._hear(ANSWER_S)
             if data[:1] == b"+":
@@ -125,7 +121,7 @@ class Relays:
         """These, and no others; the first one has the link."""
         for relay in self._all:
             relay.line.close()
-        self._all = [Relay(pid, line, greeted=not row) for row, (pid, line) in enumerate(found)]
+        self._all = [Relay(pid, line) for pid, line in found]
         self._busy = self._all[0] if self._all else None
 
     def told(self) -> list[tuple[int, socket.socket]]:

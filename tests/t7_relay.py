@@ -6,6 +6,7 @@ played kernel ── relay ── TLS ── nbdkit        real relays, real cer
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import functools
 import os
 import random
@@ -13,6 +14,7 @@ import signal
 import socket
 import struct
 import subprocess
+import termios
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +27,7 @@ from cluster.peeraddress import PEM_CERTIFICATE
 from plugin import attach, statepage, tlsfiles
 from plugin.dialer import Generations, Link, Target, dial, explain
 from plugin.mender import DeviceGoneError, Mender
-from plugin.relays import PROGRAM, Relays, sentence
+from plugin.relays import PROGRAM, Relay, Relays, sentence
 from plugin.statepage import StatePage
 from tests.plugin_helpers import wait_for
 from tests.serve_helpers import kill, served
@@ -163,12 +165,18 @@ def status_kb(pid: int, name: str) -> int:
     return next(int(row.split()[1]) for row in text.splitlines() if row.startswith(name + ":"))
 
 
+def waits_for_a_job(relay: Relay) -> bool:
+    """It has taken its certificates, and sleeps."""
+    (unread,) = struct.unpack("=i", fcntl.ioctl(relay.line, termios.TIOCOUTQ, bytes(4)))
+    state = Path(f"/proc/{relay.pid}/stat").read_text().rpartition(")")[2].split()[0]
+    return not unread and state == "S"
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="without CAP_IPC_LOCK its memory is not locked")
 def test_it_needs_no_page(server: TlsServer, relays: Relays, rng: random.Random) -> None:
     """From its first handshake on: not one fault, not one page more, whatever goes through it."""
     for relay in relays:
-        assert relay._answer() == ""  # it has its certificates: the start is over
-        relay._greeted = True
+        wait_for("its start", functools.partial(waits_for_a_job, relay))
     before = {relay.pid: (faults(relay.pid), status_kb(relay.pid, "VmData")) for relay in relays}
     for turn in range(6):
         link = dial(server.target, Generations(), relays)
@@ -197,6 +205,20 @@ def test_one_that_is_killed_is_followed(server: TlsServer, relays: Relays) -> No
             with dial(server.target, generations, relays).sock:
                 relays.fill()
                 assert not relays.missing
+
+
+def test_who_takes_them_over_uses_both(server: TlsServer, relays: Relays) -> None:
+    """A spare goes on with the relays of the helper that was killed, whatever was said to them."""
+    link = dial(server.target, Generations(), relays)
+    relays.keep()
+    told = relays.told()
+    other = Relays(relays.certificates, [(pid, line.dup()) for pid, line in told])
+    with link.sock:
+        for _ in range(3):
+            with dial(server.target, Generations(), other).sock:
+                other.keep()
+            assert {pid for pid, _ in other.told()} == {pid for pid, _ in told}, "one was killed"
+    other.close()
 
 
 def test_a_link_outlives_the_helper(server: TlsServer, ca: Path, rng: random.Random) -> None:
