@@ -25,7 +25,7 @@ FLOORS = {
         0: "native pthread layout counter_ids errors counters commands owner process",
         1: "inventory geometry memfile headroom backing arena committer adoption stacks samefill "
         "slots codec crypt crew",
-        2: "allocator accounting zbud z3fold sizeclass zspage zsmalloc several index",
+        2: "allocator accounting budframe buds zbud z3fold sizeclass zspage zsmalloc several index",
         3: "cold ring ringside core ramtier cooling takeover moving tidying denser store probe "
         "foreign foreignfound donation",
         5: "diskfile diskobject diskio segments quota diskstate diskput disk diskrun orders "
