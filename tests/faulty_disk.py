@@ -28,6 +28,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from bench.servers import is_listening
 from tests.plugin_helpers import wait_for
 
 
@@ -69,7 +70,7 @@ class FaultyDisk:
         nbdkit = ["nbdkit", "-f", "-U", str(self._socket), "--filter=error", "file"]
         try:
             self._start([*nbdkit, str(self.backing), *words])
-            wait_for("the backing server", self._socket.exists)
+            wait_for("the backing server", lambda: is_listening(self._socket))
             self._start(["nbdfuse", str(self.path), "--unix", str(self._socket)])
             wait_for("the mount", self._mounted)
         except BaseException:

@@ -24,6 +24,7 @@ from typing import Any, Self
 
 import nbd
 
+from bench.servers import is_listening
 from cluster.link import BlockingClient
 from zcache_core import memfile
 from zcache_core.errors import ControlError
@@ -112,7 +113,7 @@ class Server:
 
     def _is_up(self) -> bool:
         assert self.process.poll() is None, f"the server ended: {self.log()}"
-        return self.socket.exists()
+        return is_listening(self.socket)
 
     def log(self) -> str:
         """What server and node have written so far."""

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from bench.servers import is_listening
 from plugin import attach, nbdnetlink, statepage, swaparea, swapping, upfile
 from plugin.dialer import Generations, Target, dial
 from plugin.mender import DeviceGoneError, Mender
@@ -257,7 +258,7 @@ class Helper:
     def start_server(self, size: str = "1M") -> None:
         self.socket.unlink(missing_ok=True)
         self.server = subprocess.Popen(["nbdkit", "-f", "-U", str(self.socket), "memory", size])
-        wait_for("nbdkit's socket", self.socket.exists)
+        wait_for("nbdkit's socket", lambda: is_listening(self.socket))
 
     def kill_server(self) -> None:
         assert self.server

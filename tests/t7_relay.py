@@ -22,6 +22,7 @@ from typing import Any
 
 import pytest
 
+from bench.servers import is_listening
 from cluster import certificates
 from cluster.peeraddress import PEM_CERTIFICATE
 from plugin import attach, statepage, tlsfiles
@@ -66,7 +67,7 @@ class TlsServer:
     def start(self) -> None:
         self.socket.unlink(missing_ok=True)
         self.process = subprocess.Popen(self._command, stderr=subprocess.DEVNULL)
-        wait_for("nbdkit's socket", self.socket.exists)
+        wait_for("nbdkit's socket", lambda: is_listening(self.socket))
 
     def kill(self) -> None:
         self.process.kill()
@@ -293,7 +294,7 @@ def test_tls_and_none_do_not_meet(server: TlsServer, ca: Path, tmp_path: Path) -
         dial(target, None)
     plain = tmp_path / "plain.sock"
     with subprocess.Popen(["nbdkit", "-f", "-U", str(plain), "memory", "1M"]) as process:
-        wait_for("nbdkit's socket", plain.exists)
+        wait_for("nbdkit's socket", lambda: is_listening(plain))
         assert "offers no TLS" in refusal(Target(str(plain), tls="host"), ca / "guest")
         process.kill()
 
