@@ -88,8 +88,8 @@ def is_listening(path: Path) -> bool:
 
     The file is there earlier, from bind(2) on.  Linux: /proc/net/unix, SO_ACCEPTCON.
     """
-    rows = [row.split() for row in Path("/proc/net/unix").read_text().splitlines()]
-    return any(row[3] == "00010000" and row[-1] == str(path) for row in rows)
+    rows = [row.split(maxsplit=7) for row in Path("/proc/net/unix").read_text().splitlines()]
+    return any(row[3] == "00010000" and row[7:] == [str(path)] for row in rows)
 
 
 class Server:
