@@ -46,7 +46,20 @@ from typing import Any
 
 import zcache_core
 from cluster.link import BlockingClient
-from plugin import attachcli, drain, estimate, fitness, fitswap, nodecli, serve, show, top, watching
+from plugin import (
+    attachcli,
+    drain,
+    estimate,
+    fitness,
+    fitswap,
+    lent,
+    nodecli,
+    reach,
+    serve,
+    show,
+    top,
+    watching,
+)
 from plugin.instance import DEFAULT_NAME, Instance
 from zcache_core.errors import ControlError, ZcacheError
 
@@ -124,7 +137,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     check.set_defaults(run=_check)
 
-    watching.add(commands, lambda: the_only_control())
+    watching.add(commands, lambda: the_only_control(or_node=True))
     estimate.add(commands)
     complete = commands.add_parser("completion", help="print a script that completes this command")
     complete.add_argument("shell", choices=("bash", "zsh"), help="source <(zcache completion bash)")
@@ -178,22 +191,21 @@ def _upgrade(args: argparse.Namespace) -> int:
 
 def _status(args: argparse.Namespace) -> int:
     control = args.control or the_only_control(or_node=True)
-    with BlockingClient(control) as client:
-        answers: dict[str, Any] = {
-            method: client.call(method) for method in ("ping", "stats", "config", "health")
-        }
-        lends = show.only_lends(answers["config"])
-        if lends:
-            answers["owners"] = client.call("owners")
-        elif len(answers["config"].get("devices", ())) > 1:
-            answers["devices"] = client.call("devices")
-        if answers["config"].get("peers"):
-            answers["peers"] = client.call("peers")
+    with contextlib.closing(reach.reach(control)) as call:
+        answers = reach.answers(call)
+        if len(answers["config"].get("devices", ())) > 1:
+            with contextlib.suppress(ControlError):  # not told over http
+                answers["devices"] = call("devices")
     if args.json:
         print(json.dumps({"control": str(control), **answers}, indent=2))
+    elif show.only_lends(answers["config"]):
+        show.print_lines(lent.status_lines(str(control), **answers))
     else:
-        lines = nodecli.status_lines if lends else show.lines
-        show.print_lines(lines(str(control), **answers))
+        owners = answers.pop("owners", None)
+        lines = show.lines(str(control), **answers)
+        if owners is not None:
+            lines += lent.server_lines(answers["stats"], answers["config"], owners)
+        show.print_lines(lines)
     return 0
 
 
