@@ -27,7 +27,8 @@ Exit codes:
     1  check: something has to be done first; health: degraded
     2  usage; health: critical
     3  an option's value is not possible
-    4  memory file, 5 in use (as zcache_core.errors)
+    4  a memory file is missing, of another format, or not to be had
+    5  something is in use
     6  no server answered, or it said no
     7  a device of the kernel's: its server, its connection, its swap area
     130  interrupted
@@ -92,7 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
     about, _, codes = (__doc__ or "").partition("\n\n")[2].rpartition("\n\nExit codes:\n")
     parser = argparse.ArgumentParser(
         prog="zcache",
-        description="Ask a zcache server, or check this machine.",
+        description="Swap onto compressed RAM, the RAM of others, and a disk: serve, watch, steer.",
         epilog=f"{about}\n\nexit codes:\n{codes}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
