@@ -118,7 +118,7 @@ def peer_copies_bad(stats: Stats, config: Config) -> Reason | None:
 def peers_missing(stats: Stats, config: Config) -> Reason | None:
     """Fewer donors than copies: nothing goes to peers."""
     named = len(config.get("peers") or ())
-    wanted = config.get("replicas", 0) if named or config.get("etcd") else 0
+    wanted = config.get("replicas", 0) if _has_peers(config) else 0
     if wanted and config.get("backup") == "disk":
         wanted = 1
     if stats["live_peers"] >= wanted:
@@ -256,16 +256,19 @@ def pool_full(stats: Stats, config: Config) -> Reason | None:
         return _pool_full_above_disk(stats) if limit and used >= FULL * limit else None
     if limit == 0 or used < NEARLY_FULL * limit:
         return None
-    percent = 100 * used // limit
-    if used < FULL * limit:
+    percent, is_full = 100 * used // limit, used >= FULL * limit
+    if _peers_take(stats, config):
+        return _pool_full_above_peers() if is_full else None
+    nowhere = "no peer takes pages" if _has_peers(config) else "there is no lower tier"
+    if not is_full:
         return Reason(
             DEGRADED,
-            f"The pool is {percent} % full, and there is no lower tier to move pages to.",
+            f"The pool is {percent} % full, and {nowhere}.",
             "End something that uses memory, or restart with a larger pool= before it is full.",
         )
     return Reason(
         CRITICAL,
-        f"The pool is full ({percent} %) and there is no lower tier: writes are being refused "
+        f"The pool is full ({percent} %) and {nowhere}: writes are being refused "
         f"with ENOSPC, the kernel keeps those pages in RAM.",
         "End something that uses memory, or add another swap device of lower priority now.",
     )
@@ -289,6 +292,25 @@ def _pool_full_above_disk(stats: Stats) -> Reason:
         "If it stays so, use a faster disk or a larger pool=; lower watermarks (set) make room "
         "earlier.",
     )
+
+
+def _pool_full_above_peers() -> Reason:
+    return Reason(
+        DEGRADED,
+        "The pool is full: pages come faster than the peers take them, so writes wait.",
+        "If it stays so, name more peers= or use a larger pool=; lower watermarks (set) make room "
+        "earlier.",
+    )
+
+
+def _has_peers(config: Config) -> bool:
+    return bool(config.get("peers") or config.get("etcd"))
+
+
+def _peers_take(stats: Stats, config: Config) -> bool:
+    """Whether pages can go to peers now."""
+    enough = _has_peers(config) and peers_missing(stats, config) is None
+    return enough and stats["remote_room_bytes"] > 0
 
 
 def writes_refused(stats: Stats, config: Config) -> Reason | None:
@@ -329,7 +351,8 @@ def pool_can_fill(stats: Stats, config: Config) -> Reason | None:
         )
     return Reason(
         DEGRADED,
-        f"The pool can fill: {device} pages of device, {pool} frames of pool, no lower tier. "
+        f"The pool can fill: {device} pages of device, {pool} frames of pool, "
+        f"{'no disk (peers may be full or away)' if _has_peers(config) else 'no lower tier'}. "
         f"{_when_refused(device, pool, config)}, writes will be refused.",
         "Give it a disk= of 1.05 times size= and 16M, keep swap of lower priority beside it, or "
         "choose size= nearer to pool=.",
@@ -373,7 +396,7 @@ def memory_short(stats: Stats, config: Config) -> Reason | None:
         )
     else:
         what = (
-            f"Memory is {now} on this machine; without a lower tier the pool can give back only "
+            f"Memory is {now} on this machine; without a disk the pool can give back only "
             f"what it does not use."
         )
     return Reason(

@@ -115,7 +115,7 @@ class Control:
         return {"status": "degraded", "reasons": [{"what": what, "do": do}]}
 
     async def owners(self) -> list[dict[str, Any]]:
-        """Whose pages are here: pages, the room they take, seconds since it was heard of."""
+        """Whose pages are here: pages, bytes they take, bytes offered now, when heard of."""
         return owners_of(self._donor)
 
     async def drain(self, params: list[Any]) -> dict[str, Any]:
@@ -132,11 +132,17 @@ class Control:
 
 
 def owners_of(donor: Donor) -> list[dict[str, Any]]:
-    """Whose pages are here: pages, the room they take, seconds since it was heard of."""
+    """Whose pages are here: pages, the room they take, what is offered, since when it is silent."""
     now_s = int(since_boot_s())
     return [
-        {"name": name, "pages": pages, "bytes": held, "heard_seconds": max(0, now_s - heard_s)}
-        for _, name, _, heard_s, pages, held, _ in donor.donation.owners()
+        {
+            "name": name,
+            "pages": pages,
+            "bytes": held,
+            "offered_bytes": donor.offer(row).room_bytes,
+            "heard_seconds": max(0, now_s - heard_s),
+        }
+        for row, name, _, heard_s, pages, held, _ in donor.donation.owners()
     ]
 
 

@@ -141,7 +141,7 @@ class Node:
         return self.peer_side.peers() if self.peer_side is not None else []
 
     async def owners(self) -> list[dict[str, Any]]:
-        """Each owner whose pages this machine holds, with listen=: pages, bytes, when heard of."""
+        """With listen=, whose pages are here: pages, bytes, bytes offered now, when heard of."""
         if self.lender is None:
             return []
         from cluster.lending import owners_of

@@ -48,7 +48,7 @@ else
     rm -rf build/core-* build/lib.* build/temp.*
 fi
 
-echo "zcache: compiling the core ($mode)"
+echo "zcache: compiling the core ($mode); all of it takes about two minutes on two cores"
 mkdir -p build
 touch $unfinished
 printf '%s\n' "$shared" >"build/core-$mode"

@@ -27,7 +27,8 @@ Exit codes:
     1  check: something has to be done first; health: degraded
     2  usage; health: critical
     3  an option's value is not possible
-    4  memory file, 5 in use (as zcache_core.errors)
+    4  a memory file is missing, of another format, or not to be had
+    5  something is in use
     6  no server answered, or it said no
     7  a device of the kernel's: its server, its connection, its swap area
     130  interrupted
@@ -46,7 +47,20 @@ from typing import Any
 
 import zcache_core
 from cluster.link import BlockingClient
-from plugin import attachcli, drain, estimate, fitness, fitswap, nodecli, serve, show, top, watching
+from plugin import (
+    attachcli,
+    drain,
+    estimate,
+    fitness,
+    fitswap,
+    lent,
+    nodecli,
+    reach,
+    serve,
+    show,
+    top,
+    watching,
+)
 from plugin.instance import DEFAULT_NAME, Instance
 from zcache_core.errors import ControlError, ZcacheError
 
@@ -79,7 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
     about, _, codes = (__doc__ or "").partition("\n\n")[2].rpartition("\n\nExit codes:\n")
     parser = argparse.ArgumentParser(
         prog="zcache",
-        description="Ask a zcache server, or check this machine.",
+        description="Swap onto compressed RAM, the RAM of others, and a disk: serve, watch, steer.",
         epilog=f"{about}\n\nexit codes:\n{codes}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -124,7 +138,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     check.set_defaults(run=_check)
 
-    watching.add(commands, lambda: the_only_control())
+    watching.add(commands, lambda: the_only_control(or_node=True))
     estimate.add(commands)
     complete = commands.add_parser("completion", help="print a script that completes this command")
     complete.add_argument("shell", choices=("bash", "zsh"), help="source <(zcache completion bash)")
@@ -178,22 +192,21 @@ def _upgrade(args: argparse.Namespace) -> int:
 
 def _status(args: argparse.Namespace) -> int:
     control = args.control or the_only_control(or_node=True)
-    with BlockingClient(control) as client:
-        answers: dict[str, Any] = {
-            method: client.call(method) for method in ("ping", "stats", "config", "health")
-        }
-        lends = show.only_lends(answers["config"])
-        if lends:
-            answers["owners"] = client.call("owners")
-        elif len(answers["config"].get("devices", ())) > 1:
-            answers["devices"] = client.call("devices")
-        if answers["config"].get("peers"):
-            answers["peers"] = client.call("peers")
+    with contextlib.closing(reach.reach(control)) as call:
+        answers = reach.answers(call)
+        if len(answers["config"].get("devices", ())) > 1:
+            with contextlib.suppress(ControlError):  # not told over http
+                answers["devices"] = call("devices")
     if args.json:
         print(json.dumps({"control": str(control), **answers}, indent=2))
+    elif show.only_lends(answers["config"]):
+        show.print_lines(lent.status_lines(str(control), **answers))
     else:
-        lines = nodecli.status_lines if lends else show.lines
-        show.print_lines(lines(str(control), **answers))
+        owners = answers.pop("owners", None)
+        lines = show.lines(str(control), **answers)
+        if owners is not None:
+            lines += lent.server_lines(answers["stats"], answers["config"], owners)
+        show.print_lines(lines)
     return 0
 
 

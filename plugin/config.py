@@ -353,7 +353,7 @@ KEYS: tuple[Key, ...] = (
         "commit",
         "commit",
         "ahead",
-        "ahead: keep a reserve of memory ready; all: take the whole pool at start",
+        "memory of the pool; ahead: a reserve is kept ready, all: the whole pool is taken at start",
         _choice("commit", "ahead", "all"),
     ),
     Key(
@@ -363,7 +363,13 @@ KEYS: tuple[Key, ...] = (
         "how pages lie in the pool: zbud (two in a frame at most), z3fold (three) or zsmalloc",
         _allocator,
     ),
-    Key("codec", "codec", "lz4", "lz4, zstd, zstd:LEVEL (1 to 19) or none", read_codec),
+    Key(
+        "codec",
+        "codec",
+        "lz4",
+        "how pages are compressed: lz4, zstd, zstd:LEVEL (1 to 19) or none",
+        read_codec,
+    ),
     Key(
         "recompress",
         "recompress",
@@ -403,7 +409,7 @@ KEYS: tuple[Key, ...] = (
         "encrypt",
         "encrypt",
         "no",
-        "yes: encrypt what is written to the disk, with a key that is only in the memory file",
+        "encrypt what goes to the disk, with a key that is only in the memory file: yes or no",
         _choice("encrypt", "yes", "no"),
     ),
     Key(

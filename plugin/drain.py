@@ -56,7 +56,8 @@ NODE = What(
     "The node holds nothing, and takes nothing until 'zcache node drain --off'.",
     "The node goes on draining; 'zcache node drain --off' ends it.",
     "Draining is off again; the node lends what it has.",
-    "owners that are away keep their pages here: 'zcache status --control SOCK' says whose",
+    "owners that are away, or have no other room for their pages, keep them here: 'zcache status "
+    "--control SOCK' says whose",
     "Draining is off; {} pages are here.",
     0,
 )

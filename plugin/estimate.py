@@ -21,7 +21,7 @@ import json
 import sys
 from bisect import bisect_left
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 from plugin import amounts, config, sampling, show
 from zcache_core import PAGES_PER_FRAME, counters
@@ -170,30 +170,28 @@ def run(args: argparse.Namespace) -> int:
     sizes = Sizes()
     sampling.drop_privileges()
     pids = args.pid or sampling.processes()
-    say = Progress()
-    held, unreadable = sampling.survey(
-        pids, lambda done: say(f"looking at process {done + 1} of {len(pids)}")
-    )
-    for done in sampling.sample(held, args.pages, SEED, sizes.take):
-        if done % AT_ONCE == 0:
-            say(f"{done} of at most {args.pages} pages are measured")
-    sizes.measure()
-    if sizes.pages < PAGES_LEAST:
-        say.end()
-        why = f": {unreadable[0].why} (process {unreadable[0].pid})" if unreadable else ""
-        raise ConfigError(
-            f"only {sizes.pages} pages could be read, which says nothing{why}; name larger "
-            f"processes, or run it as root"
+    with Progress() as say:
+        held, unreadable = sampling.survey(
+            pids, lambda done: say(f"looking at process {done + 1} of {len(pids)}")
         )
-    say("trying the allocators")
-    found = rows(sizes, pool_bytes)
-    say.end()
+        for done in sampling.sample(held, args.pages, SEED, sizes.take):
+            if done % AT_ONCE == 0:
+                say(f"{done} of at most {args.pages} pages are measured")
+        sizes.measure()
+        if sizes.pages < PAGES_LEAST:
+            why = f": {unreadable[0].why} (process {unreadable[0].pid})" if unreadable else ""
+            raise ConfigError(
+                f"only {sizes.pages} pages could be read, which says nothing{why}; name larger "
+                f"processes, or run it as root"
+            )
+        say("trying the allocators")
+        found = rows(sizes, pool_bytes)
     report(args.json, sizes, held, unreadable, found, pool_bytes)
     return 0
 
 
 class Progress:
-    """One line on the terminal, written over and over; nothing into a pipe."""
+    """One line on the terminal, written over and over, gone at the end; nothing into a pipe."""
 
     def __init__(self) -> None:
         self._wanted = sys.stderr.isatty()
@@ -202,7 +200,10 @@ class Progress:
         if self._wanted:
             print(f"\r\x1b[Kzcache: {text}", end="", file=sys.stderr, flush=True)
 
-    def end(self) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         if self._wanted:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 

@@ -169,11 +169,20 @@ def leftover_memory() -> list[Finding]:
             "leftover",
             f"memory file {row.name or 'without a name'} (segment {row.shmid}, user {row.uid}), "
             f"{row.resident_bytes >> 20} MiB of RAM, used by nobody",
-            f"start a server with memory={row.name} to go on with its pages, or remove it with "
-            f"'zcache check --remove-leftovers {row.shmid}'",
+            _go_on_with(row.name) + f"'zcache check --remove-leftovers {row.shmid}'",
         )
         for row in memfile.leftovers()
     ]
+
+
+def _go_on_with(name: str) -> str:
+    """What else can be done with a leftover than to remove it: nobody finds one without a name."""
+    if not name:
+        return "remove it with "
+    return (
+        f"start a server with memory={name} (or, if it lent, 'zcache node --memory {name}') to go "
+        f"on with its pages, or remove it with "
+    )
 
 
 def remove_leftovers(wanted: Sequence[str] = ()) -> list[Finding]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from cluster.link import BlockingClient
 from plugin import swaparea
 from plugin.attachcli import SWAP_PRIORITY
-from plugin.fitness import CAP_SYS_ADMIN, NOTE, OK, TODO, Finding, grant, has_capability
+from plugin.fitness import CAP_SYS_ADMIN, NOTE, OK, TODO, Finding, grant, has_capability, nbd_module
 from zcache_core.errors import AttachError, ControlError
 
 MODULE = Path("/sys/module/nbd")
@@ -27,7 +27,9 @@ def netlink_family() -> Finding:
     """What `attach` speaks with the kernel; without it a dead server cannot be replaced."""
     subject = "nbd netlink"
     if not MODULE.exists():
-        return Finding(NOTE, subject, "unknown: nbd is not loaded", "modprobe nbd; check again")
+        can_load = nbd_module().level == OK
+        do = "modprobe nbd; check again" if can_load else ""  # what to do is said of the module
+        return Finding(NOTE, subject, "unknown: nbd is not loaded", do)
     from plugin import nbdnetlink  # pyroute2 takes a third of a second
 
     try:

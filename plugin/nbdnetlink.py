@@ -40,7 +40,8 @@ CONNECT, DISCONNECT, RECONFIGURE, LINK_DEAD, STATUS = range(1, 6)
 FAMILY, GROUP, VERSION = "nbd", "nbd_mc_group", 1
 BLOCK_BYTES = 4096
 SYSFS = Path("/sys/block")
-MODPROBE_S = 30.0
+MODULE = Path("/sys/module/nbd")
+MODPROBE, MODPROBE_S = ("modprobe", "nbd"), 30.0
 FD_UNSET = 0x7FFFFFFF
 
 
@@ -110,11 +111,11 @@ def _kernel() -> Iterator[GenericNetlinkSocket]:
 
 def load_module() -> None:
     """Make sure that the kernel has nbd.  Raises AttachError."""
-    if Path("/sys/module/nbd").exists():
+    if MODULE.exists():
         return
     with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-        subprocess.run(["modprobe", "nbd"], capture_output=True, timeout=MODPROBE_S, check=False)
-    if not Path("/sys/module/nbd").exists():
+        subprocess.run(MODPROBE, capture_output=True, timeout=MODPROBE_S, check=False)
+    if not MODULE.exists():
         raise AttachError(
             "the kernel has no nbd module loaded, and 'modprobe nbd' does not find one; boot a "
             "kernel that has it (Debian's do), and be root"

@@ -13,14 +13,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from cluster.link import BlockingClient
-from plugin import drain, show
+from plugin import drain
 from plugin.amounts import size_bytes, total_ram_bytes
-from plugin.show import Line
 from zcache_core.errors import ConfigError
 from zcache_core.owner import runtime_dir
 
@@ -139,50 +137,3 @@ def _add(args: argparse.Namespace) -> int:
         f"there: tls=THAT_FOLDER"
     )
     return 0
-
-
-def status_lines(
-    control: str,
-    ping: Mapping[str, Any],
-    stats: Mapping[str, Any],
-    config: Mapping[str, Any],
-    health: Mapping[str, Any],
-    owners: Sequence[Mapping[str, Any]],
-) -> list[Line]:
-    """The status of a node that lends, as lines for a person."""
-    used, limit = stats["pers_pageframes"], stats["pool_set_frames"]
-    found = [
-        Line(
-            "zcache node",
-            f"{ping['version']}, {config['name']}, process {ping['pid']}, up "
-            f"{show.duration(ping['uptime_seconds'])}, control socket {control}",
-        ),
-        *show.health_lines(health),
-        Line(
-            "lends",
-            f"{show.bar(used / limit if limit else 0)} {show.size(used * show.PAGE_BYTES)} of "
-            f"{show.size(limit * show.PAGE_BYTES)} ({show.percent(used, limit)}) on "
-            f"{config['listen']}, {show.size(stats['ram_bytes'])} of RAM in all",
-        ),
-        Line(
-            "pages",
-            f"{show.count(stats['foreign_pers_pages'])} of {show.count(stats['foreign_owners'])} "
-            f"owners; {show.count(stats['foreign_puts'])} came, "
-            f"{show.count(stats['foreign_gets'])} were read, "
-            f"{show.count(stats['foreign_drops'])} dropped, "
-            f"{show.count(stats['foreign_refused_puts'])} refused",
-        ),
-    ]
-    for one in owners:
-        heard = show.duration(one["heard_seconds"])
-        found.append(
-            Line(
-                "",
-                f"{one['name']}: {show.count(one['pages'])} pages in {show.size(one['bytes'])}, "
-                f"heard of {heard} ago",
-            )
-        )
-    if stats["foreign_damaged_pages"]:
-        damaged = show.count(stats["foreign_damaged_pages"])
-        found.append(Line("", f"{damaged} pages were found damaged, and dropped", "degraded"))
-    return found

@@ -143,7 +143,7 @@ PEER_KEYS: tuple[tuple[str, str, str, str, Callable[[str, int], Any]], ...] = (
         "backup",
         "backup",
         "disk with peers= and disk=",
-        "disk: a page that leaves RAM has one copy at a peer and one on the disk, and as many as "
+        "copies of a page that leaves RAM; disk: one at a peer and one on the disk, and as many as "
         "replicas= at peers while the disk takes nothing; none (the default when replicas= is "
         "given): at peers or on the disk",
         read_backup,

@@ -32,6 +32,9 @@ KINDS = (".png", ".svg")
 Stats = Mapping[str, int]
 Line = tuple[str, Callable[[Stats], float]]
 NAN = float("nan")
+LEGEND_ROOM = (
+    1.4  # five lines of a legend take a quarter of a panel: they stand above what is drawn
+)
 
 PAGES: tuple[Line, ...] = (
     ("RAM only", lambda s: s["pers_zpages"]),
@@ -155,7 +158,8 @@ def _figure(drawn: Sequence[Sample]) -> Any:
         for label, name, factor in counters:
             axis.plot(when, rate(drawn, name, factor), label=label)
     for axis in axes[:6]:
-        axis.set_ylim(bottom=0)
+        top = axis.dataLim.y1
+        axis.set_ylim(0, LEGEND_ROOM * top if top > 0 else 1)
     for axis, title in zip(axes[6:], QUANTILES, strict=True):
         axis.set_title(title)
         axis.set_yscale("log")

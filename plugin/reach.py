@@ -4,8 +4,9 @@
     http://HOST:9469            looking only: what metrics= of a server on HOST says
 
 Both are called the same way, `call(method, *params)`, and are connected anew when the
-connection broke.  To change a server on another machine, bring its socket here:
-`ssh -N -L /tmp/host.ctl:/run/zcache/zcache.ctl HOST`, and name that one.
+connection broke; `answers` asks for all that there is to show.  To change a server on another
+machine, bring its socket here: `ssh -N -L /tmp/host.ctl:/run/zcache/zcache.ctl HOST`, and name
+that one.
 """
 
 from __future__ import annotations
@@ -14,13 +15,18 @@ import http.client
 import json
 import urllib.error
 import urllib.request
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from cluster.link import BlockingClient, RpcError
+from plugin import show
 from zcache_core.errors import ControlError
 
 ANSWER_S = 2.0  # who draws a picture waits that long when the node process does not answer
 STATE_BYTES_MAX = 1 << 20
+ALWAYS = ("ping", "stats", "config", "health")
+
+Call = Callable[..., Any]  # (method, *params) -> the answer
 
 
 class Asker:
@@ -89,3 +95,20 @@ class WebAsker:
 def reach(control: str) -> Asker | WebAsker:
     """What calls the server at a socket's path or an http:// address."""
     return WebAsker(control) if control.startswith("http://") else Asker(control)
+
+
+def answers(call: Call) -> dict[str, Any]:
+    """All that there is to show of a server or of a node that lends, by method.
+
+    Raises ControlError.
+    """
+    found = {method: call(method) for method in ALWAYS}
+    return found | {method: call(method) for method in further(found["config"])}
+
+
+def further(config: Mapping[str, Any]) -> list[str]:
+    """What else can be asked of whoever has this configuration: those it lends to, its peers."""
+    if show.only_lends(config):
+        return ["owners"]
+    asked = {"peers": ("peers", "etcd"), "owners": ("listen",)}
+    return [method for method, keys in asked.items() if any(config.get(key) for key in keys)]

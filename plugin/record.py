@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from plugin.reach import further
 from plugin.recording import ABOUT, Recorder, Sample, flat
 from plugin.terminal import ending_signals_as_ctrl_c
 from zcache_core.errors import ControlError
@@ -24,7 +25,7 @@ def look(call: Call) -> Sample:
         about = {method: call(method) for method in ABOUT}
         # Uptime changes at every look; what it says stands in server_started_seconds.
         about["ping"] = {k: v for k, v in about["ping"].items() if k != "uptime_seconds"}
-        named = about["config"].get("peers")
+        named = "peers" in further(about["config"])
         peers = tuple(peer_row(peer) for peer in call("peers")) if named else ()
         return Sample(time.time(), flat(call("stats")), call("health"), about, peers=peers)
     except ControlError as error:

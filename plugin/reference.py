@@ -116,7 +116,16 @@ def methods() -> dict[str, object]:
     """Name -> the function that answers."""
     own: dict[str, object] = {
         name: getattr(Node, name)
-        for name in ("ping", "stats", "devices", "config", "health", "peers")
+        for name in (
+            "ping",
+            "stats",
+            "devices",
+            "config",
+            "health",
+            "peers",
+            "owners",
+            "drain_lent",
+        )
     }
     return own | {name: getattr(Steering, name) for name in ("set", "drain")}
 

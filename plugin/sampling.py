@@ -139,7 +139,9 @@ def survey(
         try:
             found, looked = look(pid, left)
         except OSError as error:
-            unreadable.append(Unreadable(pid, error.strerror or str(error)))
+            gone = isinstance(error, FileNotFoundError | ProcessLookupError)
+            why = "there is no such process" if gone else error.strerror or str(error)
+            unreadable.append(Unreadable(pid, why))
             continue
         left -= looked
         held.append(found)

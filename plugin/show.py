@@ -220,17 +220,22 @@ def peer_text(peer: Mapping[str, Any]) -> str:
     return f"{who}: {how}; {count(peer['copies'])} copies{wrong}"
 
 
+def answering(stats: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    """'2 of 3 answer'; with etcd= nobody knows of how many."""
+    of_named = "" if config.get("etcd") else f" of {len(config['peers'])}"
+    return f"{stats['live_peers']}{of_named} answer"
+
+
 def peer_lines(
     stats: Mapping[str, Any], config: Mapping[str, Any], peers: Sequence[Mapping[str, Any]] = ()
 ) -> list[Line]:
     """What is with peers; nothing without peers=."""
     if not (config.get("peers") or config.get("etcd")):
         return []
-    of_named = "" if config.get("etcd") else f" of {len(config['peers'])}"
     found = [
         Line(
             "peers",
-            f"{stats['live_peers']}{of_named} answer; "
+            f"{answering(stats, config)}; "
             f"{count(stats['pers_pages_remoted'])} pages there in "
             f"{size(stats['remote_bytes'])}, room for {size(stats['remote_room_bytes'])} more",
         )

@@ -29,7 +29,7 @@ from plugin.attach import Attached, Wish
 from plugin.config import AHEAD, parse
 from plugin.instance import Instance
 from plugin.interrupts import as_ctrl_c
-from plugin.nbdnetlink import Timeouts
+from plugin.nbdnetlink import Timeouts, load_module
 from plugin.swaparea import Area
 from zcache_core.errors import AttachError, ConfigError, InUseError
 
@@ -58,6 +58,7 @@ def up(plan: Plan, say: Say) -> Attached:
             "nbd= is for other machines, and 'zcache up' swaps onto this one; leave it out, or use "
             "'zcache serve' here and 'zcache attach' there"
         )
+    load_module()  # before a server takes a pool's memory in vain
     _serve(plan, say)
     _reached("up:serve")
     wish = Wish(uri_of(plan.instance), plan.index, plan.timeouts)

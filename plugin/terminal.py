@@ -82,12 +82,12 @@ class Screen:
         return self._console.encoding.lower().startswith("utf")
 
     def draw(self, lines: Sequence[Text]) -> None:
-        """From the first line on; what does not fit is cut."""
+        """From the first line on; what does not fit is cut, and seen to be."""
         columns, rows = self.size
         with self._console.capture() as capture:
             for line in lines[:rows]:
                 line = line.copy()
-                line.truncate(columns)
+                line.truncate(columns, overflow="ellipsis")
                 self._console.print(line, end="\n", no_wrap=True, crop=True, overflow="crop")
         drawn = capture.get().rstrip("\n").replace("\n", f"{REST_OF_LINE}\r\n")
         self._write(HOME + drawn + REST_OF_LINE + REST_OF_SCREEN)

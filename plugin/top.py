@@ -1,6 +1,6 @@
 """`zcache top`: looks at a server again and again and draws it, until q.
 
-    every `interval`: ping, stats, config, health, peers -> View -> topview.frame -> Screen
+    every `interval`: all answers (reach) -> View -> topview.frame -> Screen
     a key in between changes the View, or asks first:
         e   change    "high=85 low=70" Enter -> "...? y" -> RPC set
         d   drain     "...? y"               -> RPC drain
@@ -14,24 +14,27 @@ Bound: one connection, one look at a time, HISTORY_LOOKS kept.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, TextIO
 
 from plugin import topview
 from plugin.amounts import total_ram_bytes
 from plugin.config import KEYS
+from plugin.reach import Call, answers
 from plugin.terminal import Screen
 from plugin.topview import View
 from zcache_core.errors import ConfigError, ControlError
 
 INTERVALS_S = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
 INTERVAL_MIN_S, INTERVAL_MAX_S = 0.1, 3600.0
-METHODS = ("ping", "stats", "config", "health")
 PROMPT_MAX = 200
+DRAIN = (
+    "move every page from RAM below, to peers or the disk?",
+    "end the drain and use RAM again?",
+)
+DRAIN_LENT = ("ask the owners to take every page back?", "end the drain and lend again?")
 UP, DOWN, PAGE_UP, PAGE_DOWN = "\x1b[A", "\x1b[B", "\x1b[5~", "\x1b[6~"
 ENTER, ERASE, ESCAPE = "\n", "\x7f\b", "\x1b"
-
-Call = Callable[..., Any]  # (method, *params) -> the answer
 
 
 class Top:
@@ -47,15 +50,13 @@ class Top:
     def look(self) -> None:
         """Ask for everything."""
         try:
-            answers = {method: self._call(method) for method in METHODS}
-            if answers["config"].get("peers"):
-                answers["peers"] = self._call("peers")
+            found = answers(self._call)
         except ControlError as error:
             self.view.silent = str(error)
             return
         self.view.silent = ""
-        self.view.answers = answers
-        self.view.history.add(time.monotonic(), answers["stats"])
+        self.view.answers = found
+        self.view.history.add(time.monotonic(), found["stats"])
 
     def key(self, key: str) -> bool:
         """What a key does; False for the end of it."""
@@ -86,7 +87,7 @@ class Top:
             case "-":
                 view.interval_s = max((i for i in INTERVALS_S if i < view.interval_s),
                                       default=view.interval_s)  # fmt: skip
-            case "e":
+            case "e" if not view.only_lends:
                 self._typed = ""
                 self._show_typed()
             case "d":
@@ -127,10 +128,9 @@ class Top:
             self._ask(f"set {words} on this server?", "set", wanted)
 
     def _ask_drain(self) -> None:
-        if self.view.stats.get("draining"):
-            self._ask("end the drain and use RAM again?", "drain", False)
-        else:
-            self._ask("move every page from RAM below, to peers or the disk?", "drain", True)
+        begin, end = DRAIN_LENT if self.view.only_lends else DRAIN
+        draining = bool(self.view.stats.get("draining"))
+        self._ask(end if draining else begin, "drain", not draining)
 
     def _ask(self, question: str, method: str, *params: Any) -> None:
         self._asked = (method, params)
@@ -148,8 +148,10 @@ class Top:
         except ControlError as error:
             self.view.message = f"no: {error}"
             return
-        said = answer.items() if isinstance(answer, Mapping) else ()
-        self.view.message = "done: " + ", ".join(f"{name} {value}" for name, value in said)
+        said = answer if isinstance(answer, Mapping) else {}
+        if method == "set":  # it answers with all that can be set
+            said = {name: value for name, value in said.items() if name in params[0]}
+        self.view.message = "done: " + ", ".join(f"{name} {said[name]}" for name in said)
 
     def run(self, screen: Screen) -> None:
         """Draw and listen until q; Ctrl-C raises KeyboardInterrupt."""

@@ -5,9 +5,12 @@
     traffic      rates, sparklines   when there is room, section after section;
     took         half, 99 % below    a section that does not fit is left out whole
     peers        state, copies
+    lends        whose pages are here
     behind it    background work
     why          reasons of health
     keys                             the last line
+
+A node that only lends (`zcache node`) has one tier, what it lends, and other traffic.
 
 `frame` makes lines from a View and asks nobody, so tests look at any state in any size.
 """
@@ -16,22 +19,27 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from rich.text import Text
 
-from plugin import rates, show
+from plugin import lent, rates, show
+from plugin.reach import further
 from zcache_core.counters import COUNTERS
 
 PAGE_BYTES = 4096
 LABEL_CELLS = 12
 BAR_MIN_CELLS, BAR_MAX_CELLS = 8, 40
+PERCENT_CELLS, TIER_TEXT_CELLS = 11, 22  # beside a bar: so much that pages and ratio are seen
+TRAFFIC_CELLS = (10, 11, 12, 16)
+TOOK_CELLS = (32, 26)
 SPARK_MIN_CELLS, SPARK_MAX_CELLS = 8, 60
-PEERS_SHOWN = 12
+PEERS_SHOWN = 12  # and as many owners
 NOTHING: Mapping[str, Any] = {"unit": "microseconds", "count": 0, "sum": 0, "buckets": []}
 KEYS = "q quit  p pause  c all counters  s sort  e change  d drain  + - interval"
+LENDER_KEYS = KEYS.replace("  e change", "")
 SORTS = ("table", "name", "value", "rate")
 TRAFFIC = (
     ("in", "succ_stores", PAGE_BYTES),
@@ -41,6 +49,8 @@ TRAFFIC = (
     ("written back", "written_back_pages", PAGE_BYTES),
     ("from below", "cold_loads", PAGE_BYTES),
 )
+LENT_TRAFFIC = tuple((words, name, PAGE_BYTES) for words, name in lent.MOVES)
+REFUSED = ("failed_stores", "foreign_refused_puts")
 
 
 @dataclass
@@ -65,6 +75,11 @@ class View:
         found: Mapping[str, Any] = self.answers.get("stats", {})
         return found
 
+    @property
+    def only_lends(self) -> bool:
+        """Whether it is a node without a swap device."""
+        return "config" in self.answers and show.only_lends(self.answers["config"])
+
 
 class Tier(NamedTuple):
     """One bar: `also_bytes` of `used_bytes` are copies that are safe below as well."""
@@ -86,7 +101,9 @@ def frame(view: View, width: int, height: int, clock: str | None = None) -> list
         body = [*head(view, width, clock)[:1], *counter_table(view, height - 2)]
     else:
         body = [*head(view, width, clock), *tier_lines(view, width)]
-        for section in (traffic_lines, latency_lines, peer_lines, behind_lines, reason_lines):
+        for section in (
+            *(traffic_lines, latency_lines, peer_lines, lent_lines, behind_lines, reason_lines),
+        ):
             found = section(view, width)
             if found and len(body) + 1 + len(found) < height:
                 body += [Text(), *found]
@@ -106,10 +123,11 @@ def head(view: View, width: int, clock: str) -> list[Text]:
     ping, health = view.answers.get("ping"), view.answers.get("health")
     if ping is None or health is None:
         return [Text(f"zcache  {clock}  {view.control}"), Text(view.silent or "asking ...")]
+    who = f"node {ping['pid']}" if view.only_lends else f"server {ping['server_pid']}"
     first = Text.assemble(
         ("zcache ", "bold"),
-        f"{ping['version']}  {clock}  server {ping['server_pid']}  up "
-        f"{show.duration(ping['uptime_seconds'])}  {view.control}",
+        f"{ping['version']}  {clock}  {who}  up {show.duration(ping['uptime_seconds'])}  "
+        f"{view.control}",
     )
     if view.paused:
         first.append("  PAUSED", "bold yellow")
@@ -137,6 +155,11 @@ def recompressing(stats: Mapping[str, int]) -> str:
 
 def tiers(stats: Mapping[str, int], config: Mapping[str, Any]) -> Iterator[Tier]:
     """From the top down."""
+    if show.only_lends(config):
+        used, limit = stats["pers_pageframes"], stats["pool_set_frames"]
+        text = f"{lent.holds(stats)}, on {config['listen']}"
+        yield Tier("lent", used * PAGE_BYTES, 0, limit * PAGE_BYTES, text, "magenta")
+        return
     ephemeral, only = stats["eph_pageframes"], stats["pers_pageframes"]
     used = (ephemeral + only) * PAGE_BYTES
     limit = stats["pool_limit_frames"] * PAGE_BYTES
@@ -147,13 +170,12 @@ def tiers(stats: Mapping[str, int], config: Mapping[str, Any]) -> Iterator[Tier]
         f"{config.get('allocator', '')} {config.get('codec', '')}{recompressing(stats)}",
         "green",
     )  # fmt: skip
-    if peers := config.get("peers"):
-        there = stats["remote_bytes"]
+    if has_peers(config):
+        there, named = stats["remote_bytes"], len(config.get("peers") or ())
         yield Tier(
             "peers", there, 0, there + stats["remote_room_bytes"],
-            f"{show.count(stats['pers_pages_remoted'])} pages, {stats['live_peers']} of "
-            f"{len(peers)} answer",
-            "red" if stats["live_peers"] < len(peers) else "magenta",
+            f"{show.count(stats['pers_pages_remoted'])} pages, {show.answering(stats, config)}",
+            "red" if stats["live_peers"] < named else "magenta",
         )  # fmt: skip
     if stats["disk_limit_bytes"]:
         failing = f", fails: {os.strerror(stats['disk_errno'])}" if stats["disk_degraded"] else ""
@@ -174,15 +196,19 @@ def tier_lines(view: View, width: int) -> list[Text]:
     """A bar for each tier."""
     if not view.stats:
         return []
-    cells = max(BAR_MIN_CELLS, min(BAR_MAX_CELLS, width // 4))
+    shown = list(tiers(view.stats, view.answers["config"]))
+    amounts = [f"{show.size(tier.used_bytes)} of {show.size(tier.limit_bytes)}" for tier in shown]
+    widest = max(map(len, amounts))
+    room = width - LABEL_CELLS - widest - PERCENT_CELLS - TIER_TEXT_CELLS
+    cells = max(BAR_MIN_CELLS, min(BAR_MAX_CELLS, width // 4, room))
     found = [Text()]
-    for tier in tiers(view.stats, view.answers["config"]):
-        amount = f"{show.size(tier.used_bytes)} of {show.size(tier.limit_bytes)}"
+    for tier, amount in zip(shown, amounts, strict=True):
+        percent = show.percent(tier.used_bytes, tier.limit_bytes)
         found.append(
             Text.assemble(
                 (f"{tier.label:{LABEL_CELLS}} ", "bold"),
                 *bar(tier, cells, view.utf8),
-                f" {show.percent(tier.used_bytes, tier.limit_bytes):>5}  {amount:24} {tier.text}",
+                f" {percent:>5}  {amount:{widest}}  {tier.text}",
             )
         )
     return found
@@ -209,20 +235,16 @@ def traffic_lines(view: View, width: int) -> list[Text]:
     if not view.stats:
         return []
     spark = min(SPARK_MAX_CELLS, width - 68)
-    title = (
-        f"{'pages/s':{LABEL_CELLS}} {'now':>10} {'bytes/s':>11} {'last minute':>12} {'total':>16}"
-    )
-    found = [Text(title, "bold")]
-    for label, name, unit_bytes in TRAFFIC:
+    titles = ("now", "bytes/s", "last minute", "total")
+    found = [Text(row("pages/s", titles, TRAFFIC_CELLS, width), "bold")]
+    for label, name, unit_bytes in LENT_TRAFFIC if view.only_lends else TRAFFIC:
         if name == "written_back_pages" and not has_below(view):
             break
         now, mean = view.history.per_second(name), view.history.mean(name, 60)
-        line = Text(
-            f"{label:{LABEL_CELLS}} {number(now):>10} "
-            f"{'-' if now is None else show.size(now * unit_bytes):>11} "
-            f"{number(mean):>12} {show.count(view.stats[name]):>16}"
-        )
-        if name == "failed_stores" and now:
+        bytes_now = "-" if now is None else show.size(now * unit_bytes)
+        told = (number(now), bytes_now, number(mean), show.count(view.stats[name]))
+        line = Text(row(label, told, TRAFFIC_CELLS, width))
+        if name in REFUSED and now:
             line.stylize("bold red")
         if spark >= SPARK_MIN_CELLS:
             blocks = rates.BLOCKS if view.utf8 else rates.ASCII_BLOCKS
@@ -231,9 +253,23 @@ def traffic_lines(view: View, width: int) -> list[Text]:
     return found
 
 
+def row(label: str, told: Sequence[str], cells: Sequence[int], width: int) -> str:
+    """A label and columns; what does not fit is left out whole: half a number is another one."""
+    found = f"{label:{LABEL_CELLS}}"
+    for text, wide in zip(told, cells, strict=True):
+        if len(found) + 1 + wide > width:
+            break
+        found += f" {text:>{wide}}"
+    return found
+
+
 def has_below(view: View) -> bool:
     """Whether there is a disk, or peers."""
-    return bool(view.stats["disk_limit_bytes"] or view.answers["config"].get("peers"))
+    return bool(view.stats["disk_limit_bytes"] or has_peers(view.answers["config"]))
+
+
+def has_peers(config: Mapping[str, Any]) -> bool:
+    return "peers" in further(config)
 
 
 def number(rate: float | None) -> str:
@@ -252,14 +288,11 @@ def latency_lines(view: View, width: int) -> list[Text]:
         histogram = histograms.get(name, NOTHING)
         if histogram["count"]:
             lately = rates.newer(before.get(name, NOTHING), histogram)
-            found.append(
-                Text(
-                    f"{words:{LABEL_CELLS}} {lately_text(lately):>32} {show.spread(histogram):>26}"
-                )
-            )
+            told = (lately_text(lately), show.spread(histogram))
+            found.append(Text(row(words, told, TOOK_CELLS, width)))
     if found:
-        title = f"{'took':{LABEL_CELLS}} {'last minute: half, 99 % below':>32} {'in all':>26}"
-        found.insert(0, Text(title, "bold"))
+        titles = ("last minute: half, 99 % below", "in all")
+        found.insert(0, Text(row("took", titles, TOOK_CELLS, width), "bold"))
     return found
 
 
@@ -284,14 +317,33 @@ def peer_lines(view: View, width: int) -> list[Text]:
         missing = f"{show.count(short)} copies are missing" if short else "no copy is missing"
         copies = view.answers["config"].get("replicas", 2)
         text = f"{copies} copies of a page, {missing}"
-        found.insert(0, Text.assemble((f"{'peers':{LABEL_CELLS}} ", "bold"), text))
-    return found
+        found.insert(0, pair("peers", text))
+    return under_label(found, width)
+
+
+def lent_lines(view: View, width: int) -> list[Text]:
+    """Whose pages are here, those with most first; of a server that lends, how much it is."""
+    if not (config := view.answers.get("config", {})).get("listen"):
+        return []
+    owners = sorted(view.answers["owners"], key=lambda owner: (-owner["bytes"], owner["name"]))
+    found = [pair("", lent.owner_text(owner)) for owner in owners[:PEERS_SHOWN]]
+    if len(owners) > PEERS_SHOWN:
+        found.append(pair("", f"and {len(owners) - PEERS_SHOWN} more ('zcache status')"))
+    if view.only_lends:
+        text = "" if owners else "nobody has been here yet"
+        return under_label([pair("owners", text), *found], width)
+    moves = ", ".join(
+        f"{number(view.history.per_second(name))}/s {words}" for words, name in lent.MOVES
+    )
+    lends = f"{show.size(view.stats['foreign_pers_bytes'])} of {show.size(config['donate'])}"
+    title = pair("lends", f"{lends}, {lent.holds(view.stats)}; {moves}")
+    return under_label([title, *found], width)
 
 
 def behind_lines(view: View, width: int) -> list[Text]:
     """What works in the background, and who waits for it."""
     stats = view.stats
-    if not stats:
+    if not stats or view.only_lends:
         return []
     found = [
         pair(
@@ -326,7 +378,7 @@ def behind_lines(view: View, width: int) -> list[Text]:
                 + (", DRAINING" if stats["draining"] else ""),
             )
         )
-    return found
+    return under_label(found, width)
 
 
 def waits(view: View) -> str:
@@ -345,23 +397,28 @@ def pair(label: str, text: str) -> Text:
     return Text.assemble((f"{label:{LABEL_CELLS}} ", "bold"), text)
 
 
+def under_label(found: Iterable[Text], width: int) -> list[Text]:
+    """What is too long goes on below, not below the label."""
+    return [line for text in found for line in wrapped(text, width, LABEL_CELLS + 1)]
+
+
 def reason_lines(view: View, width: int) -> list[Text]:
     """Every reason of health, and what to do."""
     found = []
     for reason in view.answers.get("health", {}).get("reasons", ()):
         found += [Text(f"! {reason['what']}", "yellow"), Text(f"  {reason['do']}")]
-    return [line for text in found for line in wrapped(text, width)]
+    return [line for text in found for line in wrapped(text, width, 2)]
 
 
-def wrapped(text: Text, width: int) -> list[Text]:
+def wrapped(text: Text, width: int, indent: int) -> list[Text]:
     """Broken between words, later lines indented."""
-    lines, rest = [], text.plain
-    while len(rest) > width > 20:
-        cut = rest.rfind(" ", 4, width + 1)
+    lines, rest = [], text
+    while len(rest) > width > 2 * indent + 8:
+        cut = rest.plain.rfind(" ", indent + 4, width + 1)
         cut = width if cut < 0 else cut
-        lines.append(Text(rest[:cut], text.style))
-        rest = "  " + rest[cut:].lstrip()
-    return [*lines, Text(rest, text.style)]
+        lines.append(rest[:cut])
+        rest = Text(" " * indent, text.style) + rest[cut + (rest.plain[cut] == " ") :]
+    return [*lines, rest]
 
 
 # ---- all counters ----------------------------------------------------------------------
@@ -372,9 +429,9 @@ def counter_table(view: View, rows: int) -> list[Text]:
     ordered = sorted_counters(view)
     view.first_row = max(0, min(view.first_row, len(ordered) - rows + 1))
     shown = ordered[view.first_row : view.first_row + rows - 1]
-    title = f"{'counter':30} {'value':>20} {'a second':>14}  sorted by {view.sort}"
+    title = f"{'counter':30} {'value':>17} {'a second':>12}  sorted by {view.sort}"
     return [Text(title, "bold")] + [
-        Text(f"{name:30} {show.count(value):>20} {number(rate) if rate else '':>14}  {unit}")
+        Text(f"{name:30} {show.count(value):>17} {number(rate) if rate else '':>12}  {unit}")
         for name, value, rate, unit in shown
     ]
 
@@ -400,4 +457,5 @@ def last_line(view: View) -> Text:
         return Text(view.prompt, "bold reverse")
     if view.message:
         return Text(view.message, "bold")
-    return Text(f"{KEYS}  ({view.interval_s:g} s)", "dim")
+    keys = LENDER_KEYS if view.only_lends else KEYS
+    return Text(f"{keys}  ({view.interval_s:g} s)", "dim")

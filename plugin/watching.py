@@ -27,8 +27,8 @@ from plugin.recording import Recorder
 from zcache_core.errors import ConfigError, ControlError
 
 LENDS = (
-    "this is a node that lends RAM, without a swap device to look at; 'zcache status --control "
-    "SOCK' shows whose pages are there"
+    "this is a node that lends RAM, without a swap device to record; 'zcache top' and 'zcache "
+    "status' show whose pages are there"
 )
 HEALTH_CODES = {rules.OK: 0, rules.DEGRADED: 1, rules.CRITICAL: 2}
 CONTROL = "its control socket (found if only one), or http://HOST:PORT as its metrics= says"
@@ -87,19 +87,11 @@ def _top(args: argparse.Namespace, find: Find) -> int:
     control = args.control or find()
     call = reach(control)
     try:
-        _require_server(call)
         if args.once or not terminal.is_terminal():
             return top.run_plain(call, control, interval_s, args.once, sys.stdout)
         return top.run_screen(call, control, interval_s)
     finally:
         call.close()
-
-
-def _require_server(call: Any) -> None:
-    """Whoever does not answer at first is an error, and so is a node that lends."""
-    call("ping")
-    if show.only_lends(call("config")):
-        raise ControlError(LENDS)
 
 
 def _health(args: argparse.Namespace, find: Find) -> int:
@@ -133,7 +125,8 @@ def _record(args: argparse.Namespace, find: Find) -> int:
     limit_bytes = size_bytes("--limit", args.limit, "--limit 16M")
     control = args.control or find()
     with contextlib.closing(reach(control)) as call:
-        _require_server(call)
+        if show.only_lends(call("config")):
+            raise ControlError(LENDS)
         return record.run(call, Recorder(args.file, limit_bytes), interval_s, args.count)
 
 

@@ -275,7 +275,8 @@ def check(config: Config, supervised: bool = False, before: Before | None = None
     if where.unix is not None:
         # A standby whose turn it is: the supervisor has seen its predecessor's end.
         dead = before is not None and before.store is not None
-        unixsock.claim(where.unix, "the NBD socket", "-U PATH", dead)
+        key = "--name NAME" if supervised else "-U PATH"
+        unixsock.claim(where.unix, "the NBD socket", key, dead)
     # A default with a process number in it is nobody's yet: the number is our child's.
     if not supervised and (config.control or where.unix or where.tcp_port):
         control = config.control or control_path(where, os.getpid())

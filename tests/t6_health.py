@@ -24,6 +24,8 @@ FULL_DISK = DISK | {"disk_bytes": 95 * MIB}
 FAILING = DISK | {"disk_degraded": 1, "disk_errno": errno.EIO, "disk_write_errors": 4}
 ALL = {"guaranteed": 1000 * 4096}
 ZBUD = {"allocator": "zbud"}
+PEERS = {"peers": ["a", "b"], "replicas": 2}
+TAKEN = {"live_peers": 2, "remote_room_bytes": 1}
 
 # What is the matter, how bad it is, and words of what to do.
 TROUBLE: list[tuple[dict[str, int], dict[str, Any], str, str, str]] = [
@@ -43,6 +45,13 @@ TROUBLE: list[tuple[dict[str, int], dict[str, Any], str, str, str]] = [
         "2 copies on the disk were found wrong",
         "smartctl",
     ),
+    (
+        {"pers_pageframes": 900, "live_peers": 2},
+        *(PEERS, "degraded", "90 % full, and no peer takes pages", "End"),
+    ),
+    ({"pers_pageframes": 900, **TAKEN}, PEERS, "ok", "", ""),
+    ({"pers_pageframes": 1000, **TAKEN}, PEERS, "degraded", "faster than the peers", "peers="),
+    ({"pers_pageframes": 1000, "live_peers": 2}, PEERS, "critical", "no peer takes pages", "End"),
     ({"remote_corrupt_pages": 2}, {}, "degraded", "2 copies of peers were found", "zcache status"),
     ({"live_peers": 1}, {"peers": ["a", "b"], "replicas": 2}, "degraded", "1 of 2", "says why"),
     (

@@ -17,11 +17,12 @@ import pytest
 from bench.servers import is_listening
 from plugin import attach, nbdnetlink, statepage, swaparea, swapping, upfile
 from plugin.dialer import Generations, Target, dial
+from plugin.instance import Instance
 from plugin.mender import DeviceGoneError, Mender
 from plugin.spare import Spare
 from plugin.statepage import StatePage
 from tests.plugin_helpers import wait_for
-from zcache_core.errors import ConfigError
+from zcache_core.errors import AttachError, ConfigError
 
 # ---- what people write ----------------------------------------------------------
 
@@ -342,3 +343,15 @@ def test_the_helper_imports_next_to_nothing() -> None:
     heavy = {"pyroute2", "asyncio", "subprocess", "typing", "dataclasses", "rich", "msgpack"}
     assert not heavy & set(modules)
     assert len(modules) < 100
+
+
+def test_up_without_nbd_starts_no_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that nobody can swap onto would keep a pool's memory."""
+    monkeypatch.setattr(nbdnetlink, "MODULE", tmp_path / "none")
+    monkeypatch.setattr(nbdnetlink, "MODPROBE", ("false",))
+    started: list[Any] = []
+    monkeypatch.setattr("plugin.serve.start", lambda *words: started.append(words))
+    plan = swapping.Plan(Instance("none"), ("pool=1M",), 100, None, nbdnetlink.Timeouts(3, 60))
+    with pytest.raises(AttachError, match="no nbd module"):
+        swapping.up(plan, print)
+    assert not started

@@ -91,7 +91,7 @@ def test_a_table_for_a_person(holder: int) -> None:
 
 def test_what_cannot_be() -> None:
     for words, sentence in (
-        (("--pid", 999999999), "only 0 pages could be read"),
+        (("--pid", 999999999), "says nothing: there is no such process (process 999999999)"),
         (("--all", "--pages", 5), "use 64 to 262144"),
         (("--all", "--pool", "3%%"), "write it like pool=20%"),
     ):

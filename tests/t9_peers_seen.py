@@ -13,6 +13,7 @@ import pytest
 
 from tests.lender_helpers import Lender, lent
 from tests.plugin_helpers import ROOT, Server, environment, wait_for
+from tests.tmux_helpers import Tmux
 
 PAGE = 4096
 
@@ -103,15 +104,49 @@ def test_a_peer_that_is_killed_is_seen_in_every_face(
     assert lines_of(told, "get, peer: half below")
 
 
-def test_top_of_a_node_that_lends_says_where_to_look(peers: list[Lender], tmp_path: Path) -> None:
-    """It has no swap device and no pool: its state is `status`."""
-    for command in ("top", "record"):
-        words = [command, "--control", str(peers[0].control)]
-        words += [str(tmp_path / "x")] if command == "record" else ["--once"]
-        done = subprocess.run(
-            [sys.executable, "-m", "plugin.cli", *words], cwd=ROOT, env=environment(tmp_path),
-            capture_output=True, text=True, timeout=100,
+@pytest.mark.timeout(200)
+def test_both_sides_in_a_terminal(server: Server, peers: list[Lender], tmp_path: Path) -> None:
+    """`zcache top` of the owner and of a lender, while another lender is killed and one drained."""
+    handle, rng = server.connect(), random.Random(1)
+    for page in range(1000):
+        handle.pwrite(rng.randbytes(3000).ljust(PAGE, b"x"), page * PAGE)
+    wait_for("pages at peers", lambda: server.rpc("stats")["pers_pages_remoted"] > 200)
+
+    def top(control: Path, width: int, height: int) -> Tmux:
+        words = [sys.executable, "-m", "plugin.cli", "top", "--interval", "0.3"]
+        env = environment(tmp_path) | {"PYTHONPATH": str(ROOT)}
+        return Tmux(tmp_path, [*words, "--control", str(control)], width, height, env)
+
+    lender, gone = peers[0], peers[2]
+    with top(server.control, 110, 50) as owners, top(lender.control, 100, 24) as lenders:
+        owners.wait_for("3 of 3 answer", "no copy is missing", "lender0 at", "to peers")
+        lenders.wait_for("lent ", "1 owner, on", "asked back", "room for", "heard of", "q quit")
+        assert "e change" not in lenders.screen()
+        gone.kill()
+        owners.wait_for("2 of 3 answer", "1 of 3 peers do not answer")
+        lenders.keys("d")
+        lenders.wait_for("ask the owners to take every page back?")
+        lenders.keys("y")
+        lenders.wait_for("health degraded: it is being drained", "room for 0 B")
+        owners.wait_for("draining, answers in")
+        for terminal in (owners, lenders):
+            terminal.keys("q")
+            terminal.wait_for("ended: 0")
+
+
+def test_a_node_that_lends_in_status_health_and_record(peers: list[Lender], tmp_path: Path) -> None:
+    """It has no swap device: nothing to record."""
+
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "plugin.cli", *words, "--control", str(peers[0].control)],
+            cwd=ROOT, env=environment(tmp_path), capture_output=True, text=True, timeout=100,
         )  # fmt: skip
-        assert done.returncode == 6, done.stderr
-        assert "zcache status" in done.stderr
-        assert "Traceback" not in done.stderr
+
+    assert "lends" in run("status").stdout
+    assert run("health").stdout == "health  ok\n"
+    assert "nobody has been here yet" in run("top", "--once", "--interval", "0.1").stdout
+    done = run("record", str(tmp_path / "x"))
+    assert done.returncode == 6, done.stderr
+    assert "zcache status" in done.stderr
+    assert "Traceback" not in done.stderr

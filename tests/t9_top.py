@@ -88,6 +88,85 @@ def test_only_a_wide_window_has_sparklines() -> None:
     assert not any(mark in out(70) for mark in "▁▂▃▄▅▆▇█")
 
 
+def test_a_narrow_window_has_whole_numbers() -> None:
+    """A column that does not fit is left out: cut in the middle it would be another number."""
+    live, server = looked(loads=123_456, **waits(0, 0, 98))
+    server.stats["loads"] += 500
+    live.look()
+    for width in range(30, 121):
+        lines = shown(live.view, width).splitlines()
+        for label in ("out", "room wait"):
+            (line,) = [line for line in lines if line.startswith(label)]
+            assert len(line) <= width or line.strip() == label
+        (out,) = [line for line in lines if line.startswith("out")]
+        assert ("123,956" in out) == (width >= 13 + 10 + 12 + 13 + 17)
+    at_80 = [line[:80] for line in shown(live.view, 80).splitlines()]
+    assert any("1.93:1" in line for line in at_80 if line.startswith("RAM"))
+    at_60 = shown(live.view, 60).splitlines()
+    (first,) = [at for at, line in enumerate(at_60) if line.startswith("reserve")]
+    assert at_60[first + 1].startswith(" " * 13), "wrapped, not cut"
+    assert at_60[first + 1].endswith("server beside it")
+
+
+def lender(**stats: Any) -> tuple[top.Top, FakeServer]:
+    server = FakeServer(**stats)
+    server.config = {"name": "rack-7", "listen": "10.0.0.7:7900", "donate": 1 << 30}
+    server.owners = [
+        {"name": f"me/{n}", "pages": n, "bytes": n << 12, "offered_bytes": 5 << 20,
+         "heard_seconds": 3} for n in range(20)
+    ]  # fmt: skip
+    live = top.Top(server, "/run/node.ctl", 2.0)
+    live.look()
+    return live, server
+
+
+def test_a_node_that_lends() -> None:
+    live, server = lender(foreign_pers_pages=190, foreign_owners=20, foreign_recalled_pages=7)
+    server.stats["foreign_puts"] += 500
+    live.look()
+    text = shown(live.view, 120, 70)
+    for words in (
+        "node 78", "lent", "39.1 MiB of 97.7 MiB", "190 pages of 20 owners, on 10.0.0.7:7900",
+        "came", "asked back", "me/19: 19 pages in 76.0 KiB, room for 5.0 MiB, heard of 3 s ago",
+        "and 8 more",
+    ):  # fmt: skip
+        assert words in text, words
+    for words in ("\ndevice", "reserve", "e change", "same-filled"):
+        assert words not in text, words
+    press(live, "e")
+    assert not live.view.prompt
+    press(live, "dy")
+    assert server.calls == [("drain", (True,))]
+    server.owners = []
+    live.look()
+    assert "nobody has been here yet" in shown(live.view)
+
+
+def test_a_server_that_lends_as_well() -> None:
+    live, server = looked(foreign_pers_pages=1, foreign_owners=1, foreign_pers_bytes=1 << 20)
+    server.config |= {"listen": "10.0.0.7:7900", "donate": 1 << 30}
+    server.owners = [
+        {"name": "me", "pages": 1, "bytes": 4096, "offered_bytes": 0, "heard_seconds": 90}
+    ]
+    live.look()
+    text = shown(live.view)
+    assert "device" in text
+    assert "1.0 MiB of 1.0 GiB, 1 pages of 1 owner;" in text
+    assert "me: 1 pages in 4.0 KiB, room for 0 B, heard of 1 min 30 s ago" in text
+
+
+def test_peers_that_etcd_names_are_seen() -> None:
+    peer = {"name": "p", "address": "/p", "state": "up", "why_down": "", "latency_us": 100,
+            "health": "ok", "room_bytes": 1 << 20, "wrong_copies": 0, "copies": 5}  # fmt: skip
+    live, server = looked(live_peers=1)
+    server.config |= {"etcd": "http://127.0.0.1:2379", "peers": []}
+    server.peers = [peer]
+    live.look()
+    text = shown(live.view)
+    assert "0 pages, 1 answer" in text
+    assert "p at /p: up, answers in 100 us" in text
+
+
 def test_bars() -> None:
     def drawn(used: int, also: int, limit: int, utf8: bool) -> str:
         tier = topview.Tier("x", used, also, limit, "", "green")
@@ -225,7 +304,7 @@ def test_counters_scroll_and_stop_at_the_ends() -> None:
 
 
 def test_long_reasons_are_broken_between_words() -> None:
-    lines = topview.wrapped(Text("a sentence of several words that is long"), 24)
+    lines = topview.wrapped(Text("a sentence of several words that is long"), 24, 2)
     assert [line.plain for line in lines] == ["a sentence of several", "  words that is long"]
 
 

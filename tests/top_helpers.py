@@ -18,8 +18,8 @@ STATS: dict[str, Any] = {counter.name: 0 for counter in COUNTERS} | {
     "logical_bytes": 50_000 * PAGE, "ram_bytes": 16_000 * PAGE, "high_percent": 90,
     "low_percent": 80, "pool_set_frames": 25_000, "pool_target_frames": 25_000,
 }  # fmt: skip
-CONFIG = {"allocator": "zbud", "codec": "lz4", "guaranteed": 1 << 40}
-PING = {"version": "1.2.3", "server_pid": 77, "uptime_seconds": 3700}
+CONFIG = {"size": 100_000 * PAGE, "allocator": "zbud", "codec": "lz4", "guaranteed": 1 << 40}
+PING = {"version": "1.2.3", "server_pid": 77, "pid": 78, "uptime_seconds": 3700}
 
 
 class FakeServer:
@@ -27,7 +27,9 @@ class FakeServer:
 
     def __init__(self, **stats: Any) -> None:
         self.stats = STATS | stats
+        self.config: dict[str, Any] = dict(CONFIG)
         self.peers: list[dict[str, Any]] = []
+        self.owners: list[dict[str, Any]] = []
         self.calls: list[tuple[str, tuple[Any, ...]]] = []
         self.error: ControlError | None = None
 
@@ -38,10 +40,10 @@ class FakeServer:
             self.calls.append((method, params))
             return {"high": 85} if method == "set" else {"draining": params[0]}
         peers = {"peers": [peer["address"] for peer in self.peers], "replicas": 2}
-        config = CONFIG | peers if self.peers else CONFIG
+        config = peers | self.config if self.peers else self.config
         return {
             "ping": PING, "stats": dict(self.stats), "config": config, "peers": self.peers,
-            "health": health(self.stats, config),
+            "health": health(self.stats, config), "owners": self.owners,
         }[method]  # fmt: skip
 
     def close(self) -> None:
