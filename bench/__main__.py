@@ -10,6 +10,7 @@ Parts:
     polling   latency while the control RPC is polled
     disk      writeback, reads and company of the disk tier, against the disk itself
     disk-full cleaning: bytes written for each new one while 80 % of the disk is alive
+    overflow  pages to other nodes' RAM, against nbdcopy to nbdkit memory over TCP; renewing
     remote    pages from another node's RAM, against a bare TCP exchange of the same sizes
     memory    resident size, index, density
     policy    who leaves RAM: reads from below on recorded swap traces, against LRU, SIEVE, ...
@@ -42,6 +43,7 @@ from bench import (
     footprint,
     nbd_goals,
     overcommit,
+    overflow,
     pages,
     plot,
     policy,
@@ -64,6 +66,7 @@ PARTS: dict[str, Callable[[Setup], Section]] = {
     "disk": disk.measure,
     "disk-full": disk_full.measure,
     "remote": remote.measure,
+    "overflow": overflow.measure,
     "memory": footprint.measure,
     "policy": policy.measure,
     "lab": overcommit.measure,
@@ -71,7 +74,7 @@ PARTS: dict[str, Callable[[Setup], Section]] = {
 ONLY_WHEN_ASKED: dict[str, Callable[[Setup], Section]] = {
     "lab-threads": overcommit.measure_threads,
 }
-STAND_ALONE = {"policy", "remote", *ONLY_WHEN_ASKED}
+STAND_ALONE = {"policy", "remote", "overflow", *ONLY_WHEN_ASKED}
 """Parts whose figures need no others of the same run beside them."""
 CORPUS_MIB = 64
 QUICK_MIB = 4

@@ -1,13 +1,15 @@
 """Pages from another node's RAM, against a bare TCP exchange of the same sizes written in C.
 
-    owner (this process, PeerLink) --get: 1 page, or 32 in a batch--> zcache node (a process)
+    owner's peer tier (here) --ring--> its node process --get: 1 page, or 32--> zcache node
+                             <--opened, checked-------- <-------------------- (two have a copy)
     asker (tcpecho.c)              --as many bytes each way--------> answerer (tcpecho.c)
     asyncio protocol               --as many bytes each way--------> asyncio protocol
 
 All over loopback, plain, and ours with TLS on both sides too; one exchange open at a time, in
-turn in every round.  The third says what the event loop alone costs: nothing built on it can be
-faster.  The pages have the lengths that real ones have with lz4, and 24 bytes of seal more; what
-sealing itself costs is the owner's (crypt).  Ratios are taken in each round.
+turn in every round.  Ours is all that a read from below waits for: one process more than the
+others have, and every page opened.  The third row is what an event loop alone would cost.
+The pages have the lengths that real ones have with lz4, and 24 bytes of seal more.  Ratios are
+taken in each round.
 """
 
 from __future__ import annotations
@@ -22,24 +24,21 @@ import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from bench.build import program
 from bench.report import Goal, Section, figure
+from bench.ringread import Reading, reading
 from bench.servers import ROOT
 from bench.setup import Setup
 from cluster import certificates
-from cluster.lending import HEAP_BYTES
 from cluster.peeraddress import PeerAddress
-from cluster.peerlink import PeerLink
-from cluster.peersocket import context
 from cluster.peerwire import (
     PEER_LIMITS,
     Code,
     Health,
-    Hello,
-    LinkState,
     Offer,
     Page,
     pack,
@@ -47,7 +46,6 @@ from cluster.peerwire import (
 )
 from cluster.wire import Request, Response, encode
 from zcache_core.codec import Codec
-from zcache_core.process import keep_heap
 
 PAGE_BYTES = 4096
 BATCHES = (1, 32)
@@ -78,12 +76,20 @@ asyncio.run(main())
 """
 
 
+@dataclass(frozen=True)
+class Lender:
+    """A `zcache node` that runs."""
+
+    address: PeerAddress
+    process: subprocess.Popen[str]
+
+
 @contextmanager
-def lending(folder: Path, tls: Path | None) -> Iterator[PeerAddress]:
+def lending(folder: Path, tls: Path | None, lent_bytes: int = LENT_BYTES) -> Iterator[Lender]:
     """`zcache node` on a free port of loopback."""
-    folder.mkdir()
+    folder.mkdir(parents=True)
     control = folder / "node.ctl"
-    words = ["--listen", "127.0.0.1:0", "--donate", str(LENT_BYTES), "--control", str(control)]
+    words = ["--listen", "127.0.0.1:0", "--donate", str(lent_bytes), "--control", str(control)]
     words += ["--tls", str(tls)] if tls else []
     with subprocess.Popen(
         [sys.executable, "-m", "cluster.lending", *words],
@@ -95,20 +101,19 @@ def lending(folder: Path, tls: Path | None) -> Iterator[PeerAddress]:
         try:
             assert process.stdout
             said = process.stdout.readline()
-            yield PeerAddress.read("peers", said.rsplit(" on ", 1)[1].strip())
+            yield Lender(PeerAddress.read("peers", said.rsplit(" on ", 1)[1].strip()), process)
         finally:
             process.send_signal(signal.SIGTERM)
 
 
-def sealed_pages(setup: Setup) -> list[Page]:
-    """As many pages as are held, with the lengths of the corpus' first ones."""
+def compressed_lengths(setup: Setup) -> list[int]:
+    """Of as many pages as are held: those of the corpus' first ones."""
     codec = Codec("lz4")
     found = []
     for number in range(HELD_PAGES):
         at = number * PAGE_BYTES % len(setup.pages)
         blob = codec.compress(bytes(setup.pages[at : at + PAGE_BYTES]))
-        length = len(blob) if blob else PAGE_BYTES
-        found.append(Page(0, number, 1, (length - 1) << 4))
+        found.append(len(blob) if blob else PAGE_BYTES)
     return found
 
 
@@ -166,16 +171,6 @@ async def looped(ask: int, answer: int, seconds: float) -> dict[str, float]:
             process.kill()
 
 
-async def gets(link: PeerLink, records: bytes, seconds: float) -> dict[str, float]:
-    """p50_us and p99_us of getting this batch again and again."""
-
-    async def exchange() -> None:
-        codes, _ = await link.get(records)
-        assert not any(codes)
-
-    return await timed(exchange, seconds)
-
-
 async def timed(exchange: Callable[[], Awaitable[None]], seconds: float) -> dict[str, float]:
     took = []
     before = time.perf_counter()
@@ -193,60 +188,41 @@ async def timed(exchange: Callable[[], Awaitable[None]], seconds: float) -> dict
     }
 
 
-async def linked(address: PeerAddress, tls: Path | None, pages: list[Page]) -> PeerLink:
-    """A link to a node that holds these pages."""
-    link = PeerLink(address, Hello("bench", 1), context(tls, False) if tls else None)
-    link.start()
-    deadline = time.monotonic() + START_S
-    while link.state is not LinkState.UP:
-        assert time.monotonic() < deadline, link.why_down
-        await asyncio.sleep(0.01)
-    for first in range(0, len(pages), max(BATCHES)):
-        records = pack(pages[first : first + max(BATCHES)])
-        codes = await link.put(records, os.urandom(payload_bytes(records)))
-        assert not any(codes)
-    return link
-
-
-async def rounds(setup: Setup, links: dict[str, PeerLink], pages: list[Page]) -> dict[str, Any]:
+def rounds(setup: Setup, owners: dict[str, Reading], lengths: list[int]) -> dict[str, Any]:
     raw: dict[str, list[dict[str, float]]] = {}
+    seconds = setup.plan.seconds
     for number in range(setup.plan.rounds):
         for n in BATCHES:
-            records = pack(pages[number * n : (number + 1) * n])
-            ask, answer = sizes(records)
-            raw.setdefault(f"bare, {n}", []).append(bare(ask, answer, setup.plan.seconds))
-            found = await looped(ask, answer, setup.plan.seconds)
+            first = number * n
+            pages = [Page(0, i, 1, (lengths[i] - 1) << 4) for i in range(first, first + n)]
+            ask, answer = sizes(pack(pages))
+            raw.setdefault(f"bare, {n}", []).append(bare(ask, answer, seconds))
+            found = asyncio.run(looped(ask, answer, seconds))
             raw.setdefault(f"asyncio alone, {n}", []).append(found)
-            for name, link in links.items():
-                found = await gets(link, records, setup.plan.seconds)
-                raw.setdefault(f"{name}, {n}", []).append(found)
+            for name, owner in owners.items():
+                raw.setdefault(f"{name}, {n}", []).append(owner.gets(first, n, seconds))
     return raw
 
 
 def measure(setup: Setup) -> Section:
     head = ["", "p50", "p99", "of bare p50", "of bare p99"]
     section = Section("remote", "A page from another node's RAM, over loopback", head)
-    keep_heap(HEAP_BYTES)  # as a node does
-    pages = sealed_pages(setup)
+    lengths = compressed_lengths(setup)
     ca = setup.folder / "cluster"
     certificates.init(ca)
-    folders = {name: certificates.add(ca, name).parent for name in ("lender", "bench")}
+    named = {name: certificates.add(ca, name).parent for name in ("node0", "node1", "owner")}
     with ExitStack() as stack:
-        plain = stack.enter_context(lending(setup.folder / "plain", None))
-        secure = stack.enter_context(lending(setup.folder / "secure", folders["lender"]))
-
-        async def run() -> dict[str, Any]:
-            links = {
-                "plain": await linked(plain, None, pages),
-                "TLS": await linked(secure, folders["bench"], pages),
-            }
-            try:
-                return await rounds(setup, links, pages)
-            finally:
-                for link in links.values():
-                    await link.stop()
-
-        section.raw = asyncio.run(run())
+        owners = {}
+        for kind, tls in (("plain", False), ("TLS", True)):
+            addresses = [
+                stack.enter_context(
+                    lending(setup.folder / f"{kind}{n}", named[f"node{n}"] if tls else None)
+                ).address
+                for n in range(2)
+            ]
+            own = named["owner"] if tls else None
+            owners[kind] = stack.enter_context(reading(setup.folder, addresses, own, lengths))
+        section.raw = rounds(setup, owners, lengths)
     for n in BATCHES:
         for name in ("bare", "asyncio alone", "plain", "TLS"):
             _row(section, name, n)

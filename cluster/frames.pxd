@@ -32,7 +32,7 @@ ctypedef struct Answer:         # a get's
 
 cdef int64_t read_asked(const uint8_t *bytes, uint64_t have, Asked *asked) noexcept nogil
 cdef int64_t read_answer(const uint8_t *bytes, uint64_t have, Answer *answer) noexcept nogil
-cdef bint begins_answer(const uint8_t *bytes, uint64_t have, uint32_t *msgid) noexcept nogil
+cdef int begins_answer(const uint8_t *bytes, uint64_t have, uint32_t *msgid) noexcept nogil
 cdef uint32_t write_get(uint8_t *to, uint32_t msgid, uint32_t n) noexcept nogil
 cdef uint32_t write_answer(
     uint8_t *to, uint32_t msgid, const uint64_t *offer, const uint8_t *codes, uint32_t n, int what,

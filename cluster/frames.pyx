@@ -193,12 +193,12 @@ cdef int64_t read_answer(const uint8_t *bytes, uint64_t have, Answer *answer) no
     return c.at - bytes if c.verdict == 1 else c.verdict
 
 
-cdef bint begins_answer(const uint8_t *bytes, uint64_t have, uint32_t *msgid) noexcept nogil:
-    """Whether these bytes begin a response, and to which request."""
+cdef int begins_answer(const uint8_t *bytes, uint64_t have, uint32_t *msgid) noexcept nogil:
+    """1 when these bytes begin a response, and to which request; FRAME_MORE, FRAME_ODD."""
     cdef Cursor c = Cursor(bytes, have, 1)
     literal(&c, b"\x94\x01", 2)
     msgid[0] = <uint32_t>number(&c, 4)
-    return c.verdict == 1
+    return c.verdict
 
 
 # ---- writing -------------------------------------------------------------------------

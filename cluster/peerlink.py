@@ -27,7 +27,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
-from cluster import peersocket, peerwire
+from cluster import laneport, peersocket, peerwire
+from cluster.courier import Courier, OwnerLane
 from cluster.link import RpcError
 from cluster.peeraddress import PeerAddress
 from cluster.peerchannel import Channel, ChannelClosedError, ChannelOptions
@@ -80,6 +81,14 @@ class _OwnersEnd(Channel):
     def __init__(self, link: PeerLink, options: ChannelOptions) -> None:
         super().__init__(options)
         self._link = link
+        self.owners_lane: OwnerLane | None = None
+
+    def make_lane(self) -> OwnerLane | None:
+        """The courier asks over the same connection (courier)."""
+        if self._link.courier is not None:
+            self.owners_lane = OwnerLane(self._link.courier)
+            self._session.settled_elsewhere = self.owners_lane.settled
+        return self.owners_lane
 
     def notified(self, method: str, params: list[Any]) -> None:
         if method == "recall":
@@ -98,6 +107,7 @@ class _OwnersEnd(Channel):
 class PeerLink:
     """The donor at `address`; `start` in a running loop, `stop` at the end.
 
+    With a `courier`, and without `tls`, the connection is a lane that it may ask over.
     Raises ConfigError for an address of a network without `tls`.
     """
 
@@ -108,10 +118,12 @@ class PeerLink:
         tls: ssl.SSLContext | None = None,
         times: LinkTimes | None = None,
         rng: random.Random | None = None,
+        courier: Courier | None = None,
     ) -> None:
         if tls is None:
             address.require_safe("peers", None)
         self.address, self.name = address, str(address)
+        self.courier = None if tls else courier
         self.state = LinkState.CONNECTING
         self.epoch = 0
         self.is_listed = True
@@ -132,6 +144,12 @@ class PeerLink:
         """Dial, and go on dialling, until `stop`."""
         assert self._task is None
         self._task = asyncio.get_running_loop().create_task(self._keep())
+
+    @property
+    def lane(self) -> OwnerLane | None:
+        """What a courier may ask over now."""
+        channel = self._channel
+        return channel.owners_lane if channel is not None and channel.is_open else None
 
     async def stop(self) -> None:
         """Close; calls under way fail."""
@@ -233,7 +251,10 @@ class PeerLink:
         try:
             async with asyncio.timeout(self._times.dial_s):
                 channel = _OwnersEnd(self, self._times.channel)
-                await peersocket.connect(self.address, lambda: channel, self._tls)
+                if self.courier is None:
+                    await peersocket.connect(self.address, lambda: channel, self._tls)
+                else:
+                    await laneport.connect(self.address, channel)
                 self._channel = channel
                 result = await channel.call(
                     "hello", *self._hello.params(), deadline_s=self._times.dial_s

@@ -1,7 +1,11 @@
 """The node's side of overflow: the server's ring on one end, links to donors on the other.
 
     server's peer tier <==ring==> RingPump --> Overflow --> PeerLink --TLS or plain--> donors
+                          ring <-> Courier ---- gets, plain connections ----^
     memory file, read-only ------> RingLedger ---^
+
+Where a connection is plain, pages that are read come back through the courier, without Python; the
+pump gets what it cannot do.
 
 Pages pass as they are, sealed: this process has no key and sees none in the clear.  It keeps
 nothing that a successor would need: what is where stands in the server's index.
@@ -22,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster import peersocket
+from cluster.courier import WHY_LATE, Courier
 from cluster.etcdurl import EtcdUrl
 from cluster.members import Member
 from cluster.overflow import LOOK_S, Overflow
@@ -93,28 +98,32 @@ class RingLedger:
 class RingPump:
     """Moves what is asked from the ring to the Overflow, and answers back."""
 
-    def __init__(self, ring: RingSide, overflow: Overflow) -> None:
-        self._ring, self._overflow = ring, overflow
+    def __init__(self, ring: RingSide, overflow: Overflow, courier: Courier | None = None) -> None:
+        self._ring, self._overflow, self._courier = ring, overflow, courier
+        self._wake_fd = ring.wake_fd if courier is None else courier.tell_fd
         self._missed = ring.drops_missed
         self._putting = False
+        self._routed: set[int] = set()
         self._task: asyncio.Task[None] | None = None
         self._spawn = overflow.replicas.spawn
 
     def start(self) -> None:
         loop = asyncio.get_running_loop()
-        loop.add_reader(self._ring.wake_fd, self._woken)
+        loop.add_reader(self._wake_fd, self._woken)
         self._task = loop.create_task(self._beat())
         self.pump()
+        if self._courier is not None:
+            self._courier.start()
 
     async def stop(self) -> None:
-        asyncio.get_running_loop().remove_reader(self._ring.wake_fd)
+        asyncio.get_running_loop().remove_reader(self._wake_fd)
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
 
     def _woken(self) -> None:
         try:
-            os.read(self._ring.wake_fd, 8)
+            os.read(self._wake_fd, 8)
         except BlockingIOError:
             return
         self.pump()
@@ -123,6 +132,7 @@ class RingPump:
         while True:
             self._ring.beat()
             self._publish()
+            self._route()
             self.pump()
             await asyncio.sleep(LOOK_S)
 
@@ -139,10 +149,50 @@ class RingPump:
             replicas.room_for(1),
         )
 
+    def _route(self) -> None:
+        """Tell the courier which donors to ask, and how patiently."""
+        if self._courier is None:
+            return
+        replicas = self._overflow.replicas
+        routed = set()
+        for seat in self._overflow.seats.all():
+            lane = seat.donor.lane if isinstance(seat.donor, PeerLink) else None
+            if lane is not None and replicas.is_trusted(seat) and seat.donor is not None:
+                patience_us = int(1e6 * replicas.patience_s(seat))
+                self._courier.route(seat.row, lane, int(seat.donor.latency_us), patience_us)
+                routed.add(seat.row)
+        for row in self._routed - routed:
+            self._courier.route(row, None)
+        self._routed = routed
+
+    def _fallen(self) -> list[Wanted]:
+        """What the courier could not do."""
+        if self._courier is None:
+            return self._ring.gets()
+        found, late = [], False
+        for (
+            cell,
+            turn,
+            page,
+            version,
+            where,
+            length_codec,
+            wrong,
+            why,
+            row,
+        ) in self._courier.fallen():
+            found.append(Wanted(cell, turn, page, version, where, length_codec, wrong))
+            if why == WHY_LATE:
+                late = True
+                self._overflow.replicas.was_late(row, 1)
+        if late:
+            self._route()
+        return found
+
     def pump(self) -> None:
         """Take out everything there is."""
         groups: dict[tuple[tuple[int, ...], bool, int], list[Wanted]] = {}
-        for wanted in self._ring.gets():
+        for wanted in self._fallen():
             alike = rows_of_where(wanted.where), is_backed(wanted.where), wanted.wrong
             groups.setdefault(alike, []).append(wanted)
         for group in groups.values():
@@ -209,6 +259,7 @@ class PeerSide:
         self._ring: RingSide | None = None
         self._overflow: Overflow | None = None
         self._pump: RingPump | None = None
+        self._courier: Courier | None = None
         self._rack: Rack | None = None
         self.own_epoch = 0  # of what this process lends, once it does
 
@@ -217,8 +268,10 @@ class PeerSide:
         self._ring = await self._attach()
         tls = self._tls
         hello = Hello(self._owner, self._memory.epoch, turn=first_turn())
+        self._courier = courier = Courier(self._ring) if tls is None else None
         self._links = [
-            PeerLink(PeerAddress.read("peers", text), hello, tls) for text in self._options.peers
+            PeerLink(PeerAddress.read("peers", text), hello, tls, courier=courier)
+            for text in self._options.peers
         ]
         ledger = RingLedger(self._ring, self._memory)
         options = Options(copies=self._options.replicas)
@@ -230,7 +283,7 @@ class PeerSide:
             options,
             lambda donor: donor.name if tls else f"{donor.name}@{address_of(donor)}",
         )
-        self._pump = RingPump(self._ring, self._overflow)
+        self._pump = RingPump(self._ring, self._overflow, self._courier)
         for link in self._links:
             link.start()
         if self._options.etcd is not None:
@@ -244,7 +297,10 @@ class PeerSide:
                 ),
                 # a later turn than any link before had with the same donor
                 lambda text: PeerLink(
-                    PeerAddress.read("etcd", text), replace(hello, turn=first_turn()), tls
+                    PeerAddress.read("etcd", text),
+                    replace(hello, turn=first_turn()),
+                    tls,
+                    courier=courier,
                 ),
                 *(self._overflow, self._options.noted),
             )
@@ -271,6 +327,8 @@ class PeerSide:
         for part in (self._rack, self._pump, self._overflow, *self._links):
             if part is not None:
                 await part.stop()
+        if self._courier is not None:
+            self._courier.stop()
         if self._ring is not None:
             self._ring.close()
         if self._options.noted is not None and self._memory.name is None:

@@ -244,6 +244,21 @@ class Replicas:
     def _is_slow(self, seat: Seat) -> bool:
         return seat.slow_until_s > asyncio.get_running_loop().time()
 
+    def is_trusted(self, seat: Seat) -> bool:
+        """Whether there is nothing against asking it first."""
+        return seat.is_up and seat.lies < LIES_MOST and not self._is_slow(seat)
+
+    def patience_s(self, seat: Seat) -> float:
+        """So long it may take to answer before another is asked as well: four usual exchanges."""
+        usual_us = seat.donor.latency_us if seat.donor is not None else 0.0
+        return min(self.options.hedge_most_s, max(self.options.hedge_least_s, 4e-6 * usual_us))
+
+    def was_late(self, row: int, pages: int) -> None:
+        """A get that was asked there by somebody else (courier) took too long: others are asked."""
+        self.numbers.hedged_gets += pages
+        if (seat := self.seats.get(row)) is not None:
+            self._note_slow(seat)
+
     def _note_slow(self, seat: Seat) -> None:
         seat.slow_until_s = asyncio.get_running_loop().time() + self.options.slow_s
 
@@ -380,12 +395,9 @@ class Replicas:
 
     def _hedge_s(self, running: dict[Any, tuple[int, list[int]]]) -> float:
         """So long the slowest that was asked may take: four of its usual exchanges."""
-        usual_us = 0.0
-        for row, _ in running.values():
-            seat = self.seats.get(row)
-            if seat is not None and seat.donor is not None:
-                usual_us = max(usual_us, seat.donor.latency_us)
-        return min(self.options.hedge_most_s, max(self.options.hedge_least_s, 4e-6 * usual_us))
+        found = [self.seats.get(row) for row, _ in running.values()]
+        patience = [self.patience_s(seat) for seat in found if seat is not None]
+        return max(patience, default=self.options.hedge_least_s)
 
     async def get_at(self, row: int, asked: Sequence[Asked]) -> list[bytes | None] | None:
         """Sealed bytes of each page, None where the donor has it not; None: it did not answer."""

@@ -26,11 +26,11 @@ Habit learned from h11: the protocol is testable whole because it does no I/O.
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
 from typing import Any, Final
 
 from cluster.wire import (
     DEFAULT_LIMITS,
-    MSGID_MAX,
     NEED_DATA,
     Decoder,
     Limits,
@@ -44,6 +44,10 @@ from cluster.wire import (
     encode,
 )
 from zcache_core.errors import ZcacheError
+
+OTHERS_MSGID: Final = (
+    2**31
+)  # from here on: compiled code that asks on the same connection (courier)
 
 
 class State(enum.Enum):
@@ -141,6 +145,7 @@ class Session:
         self._awaited: set[int] = set()
         self._abandoned: set[int] = set()
         self._owed: set[int] = set()
+        self.settled_elsewhere: Callable[[int], bool] | None = None  # an answer to who else asks
 
     @property
     def state(self) -> State:
@@ -249,6 +254,9 @@ class Session:
                 if msgid in self._abandoned:
                     self._abandoned.remove(msgid)
                     return False
+                elsewhere = self.settled_elsewhere if msgid >= OTHERS_MSGID else None
+                if elsewhere is not None and elsewhere(msgid):
+                    return False
                 if msgid not in self._awaited:
                     raise UnknownAnswerError(msgid)
                 self._awaited.remove(msgid)
@@ -268,8 +276,8 @@ class Session:
 
     def _free_msgid(self) -> int:
         while self._next_msgid in self._awaited or self._next_msgid in self._abandoned:
-            self._next_msgid = (self._next_msgid + 1) & MSGID_MAX
-        msgid, self._next_msgid = self._next_msgid, (self._next_msgid + 1) & MSGID_MAX
+            self._next_msgid = (self._next_msgid + 1) % OTHERS_MSGID
+        msgid, self._next_msgid = self._next_msgid, (self._next_msgid + 1) % OTHERS_MSGID
         return msgid
 
     def _require(self, did: Did) -> None:

@@ -38,8 +38,8 @@ FLOORS = {
         "certificates placement understudy",
         2: "lane session peerwire seats replicas peersocket",
         3: "link webserver laneport peerchannel members",
-        4: "donorlane health steering metrics webpages peerlink generosity donor renewal overflow "
-        "rack peerring",
+        4: "courier donorlane health steering metrics webpages peerlink generosity donor renewal "
+        "overflow rack peerring",
         5: "lending node",
     },
     "plugin": {

@@ -15,6 +15,7 @@ import pytest
 from cluster.donor import DonorOptions
 from cluster.peeraddress import PeerAddress
 from cluster.peerwire import (
+    BATCH_PAGES,
     PEER_LIMITS,
     Code,
     Hello,
@@ -298,6 +299,45 @@ def test_a_peer_that_is_slow_with_a_put_holds_nobody_up(rng: random.Random) -> N
                 assert not any(
                     await link.put(pack(script.pages[:1]), script.sealed[script.pages[0]])
                 )
+                writer.close()
+
+    run(test)
+
+
+def test_a_flood_of_odd_gets_is_answered_as_it_is_read(rng: random.Random) -> None:
+    """Each answer is as large as the high-water mark: the session is paused, and goes on."""
+
+    async def test() -> None:
+        with opened_donation() as donation:
+            async with listening(donation) as (donor, address), linked(address, "raw", 3) as link:
+                pages = [Page(0, i, 1, 4095 << 4) for i in range(BATCH_PAGES)]
+                sealed = b"".join(make_sealed(rng, page) for page in pages)
+                assert not any(await link.put(pack(pages), sealed))
+                hello = encode(Request(0, "hello", Hello("raw", 3).params()), PEER_LIMITS)
+                odd = b"".join(
+                    b"\x94\x00\xce"
+                    + n.to_bytes(4, "big")
+                    + b"\xa3get\x91\xc5\x08\x00"
+                    + pack(pages)
+                    for n in range(1, 31)
+                )
+                reader, writer = await asyncio.open_connection(
+                    address.host, address.port, limit=1 << 16
+                )
+                writer.write(hello + odd)
+                ends = [end for end in donor._connections if end.row >= 0]
+                await wait_until(
+                    "it is stuck", lambda: any(e._times()[2] for e in donor._connections)
+                )
+                assert len(ends) == 1
+                decoder, answers = Decoder(PEER_LIMITS), 0
+                while answers < 31:
+                    decoder.receive(await reader.read(1 << 16))
+                    while (message := decoder.next_message()) is not NEED_DATA:
+                        assert isinstance(message, Response)
+                        assert message.msgid == answers
+                        assert not answers or message.result[2] == sealed
+                        answers += 1
                 writer.close()
 
     run(test)

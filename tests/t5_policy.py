@@ -267,7 +267,7 @@ def test_page_overwritten_while_it_is_promoted(tmp_path: Path, rng: random.Rando
         pages = range(0, 80, 10)  # in no order that is read ahead
         cold.drain()
         assert_holds(cold, model)  # once: the next read earns a RAM copy
-        cold.faulty.set(get_delay_us=300_000)
+        cold.faulty.set(get_delay_us=60_000_000)
         found: dict[int, bytes] = {}
 
         def read(page: int) -> None:
@@ -281,9 +281,9 @@ def test_page_overwritten_while_it_is_promoted(tmp_path: Path, rng: random.Rando
         for page in pages[:4]:
             model[page] = noise(rng)
             cold.store.put(page, model[page])
+        cold.faulty.set()  # they go on now
         for reader in readers:
             reader.join()
-        cold.faulty.set()
         stats = cold.counters()
         assert stats["promoted_pages"] == 4
         assert stats["read_retries"] >= 4

@@ -234,7 +234,7 @@ def test_a_change_that_waits_for_its_page_from_below(tmp_path: Path, rng: random
         data = rng.randbytes(PAGE)
         device.pwrite(old, data, 7 * PAGE)
         cold.drain()
-        cold.faulty.set(get_delay_us=300_000)
+        cold.faulty.set(get_delay_us=1_500_000)
         parked, result = in_thread(device.pwrite, old, b"late" * 128, 7 * PAGE)
         wait_for(lambda: cold.counters()["cold_loads"] == 1)
         device.open(0, 2)

@@ -21,6 +21,7 @@ from bench import (
     footprint,
     load,
     nbd_goals,
+    overflow,
     pages,
     plot,
     polling,
@@ -155,6 +156,16 @@ def test_pages_from_another_node(setup: Setup) -> None:
     assert len(section.goals) == 2 * len(remote.BATCHES)
     for rounds in section.raw.values():
         assert all(one["requests"] > 0 and 0 < one["p50_us"] <= one["p99_us"] for one in rounds)
+
+
+def test_pages_to_other_nodes(setup: Setup) -> None:
+    """Without the renewing, which waits ten seconds for a dead node."""
+    image = setup.folder / "image"
+    overflow.make_image(image, setup.pages, 32 * MIB)
+    raw = overflow.rounds(setup, image, 32 * MIB)
+    for name in ("memory", "plain", "TLS"):
+        assert all(speed > 0 for speed in raw[name])
+    assert raw["remoted"]["plain"] > 0
 
 
 def test_figures_go_between_the_marks(tmp_path: Path) -> None:

@@ -6,9 +6,10 @@ GIL, so that threads may try what the contract allows them.
 """
 
 from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_New
-from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from posix.mman cimport MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, PROT_READ, PROT_WRITE, mmap, munmap
+from posix.time cimport timespec
 
 from zcache_core.cold cimport COLD_BATCH, COLD_CAPSULE, ColdPage, ColdTier, cold_page
 from zcache_core.crypt cimport Sealer
@@ -16,14 +17,25 @@ from zcache_core.disk cimport disk_discard, disk_make
 from zcache_core.diskstate cimport RESORT_BYTES, Disk
 from zcache_core.layout cimport COUNTER_CELLS, PAGE_BYTES, codec_of, length_of, place_word
 from zcache_core.memfile cimport MemoryFile
+from zcache_core.pthread cimport CLOCK_MONOTONIC, clock_gettime
 from zcache_core.slots cimport IO_ROOM, SLOTS
 
 import os
+from array import array
 
 cdef enum:
     OBJECTS_MOST = RESORT_BYTES // 32       # no object is smaller
 
+    TIMED_PAGES = 64
+    TIMED_MOST = 1 << 18
+
 BATCH_MOST = COLD_BATCH
+
+
+cdef inline int64_t now_ns() noexcept nogil:
+    cdef timespec t
+    clock_gettime(CLOCK_MONOTONIC, &t)
+    return <int64_t>t.tv_sec * 1000000000 + t.tv_nsec
 
 
 cdef class ColdProbe:
@@ -111,6 +123,48 @@ cdef class ColdProbe:
         if error:
             raise OSError(error, os.strerror(error))
         return (<char *>blob)[: length_of(length_codec)]
+
+    def time_gets(self, wanted, int64_t until_us):
+        """Fetch (page, version, where, length_codec) each together, again and again: [ns of each time].
+
+        Until the monotonic clock's `until_us`.  Raises OSError with the errno of what failed.
+        """
+        cdef uint32_t n = len(wanted)
+        cdef uint32_t i
+        cdef uint64_t times = 0
+        cdef int error = 0
+        cdef int64_t before, now
+        if not 0 < n <= TIMED_PAGES:
+            raise ValueError(f"1 to {TIMED_PAGES} pages")
+        spent = array("Q", bytes(8 * TIMED_MOST))
+        cdef uint64_t[::1] view = spent
+        cdef ColdPage *pages = <ColdPage *>calloc(n, sizeof(ColdPage))
+        cdef uint8_t *blobs = <uint8_t *>calloc(n, PAGE_BYTES)
+        try:
+            if pages == NULL or blobs == NULL:
+                raise MemoryError()
+            for i in range(n):
+                pages[i].page, pages[i].version, pages[i].where, pages[i].length_codec = wanted[i]
+                pages[i].blob = blobs + i * PAGE_BYTES
+            with nogil:
+                before = now_ns()
+                while before < 1000 * until_us and times < TIMED_MOST and not error:
+                    if n == 1:
+                        error = self.tier.get(self.tier, pages, self.room)
+                    else:
+                        self.tier.get_many(self.tier, pages, n, self.room, RESORT_BYTES)
+                        for i in range(n):
+                            error = error or pages[i].error
+                    now = now_ns()
+                    view[times] = <uint64_t>(now - before)
+                    before = now
+                    times += 1
+        finally:
+            free(pages)
+            free(blobs)
+        if error:
+            raise OSError(error, os.strerror(error))
+        return spent[:times].tolist()
 
     def drop(self, uint64_t where, uint32_t length_bytes, uint32_t page=0, uint64_t version=0):
         """This copy is not needed any more."""

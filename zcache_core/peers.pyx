@@ -46,8 +46,8 @@ from zcache_core.peernotes cimport count_page, hear_notes, tell_dropped
 from zcache_core.peerwhere cimport where_is_possible
 from zcache_core.pthread cimport lock_init, now_us, sched_yield
 from zcache_core.ring cimport (
-    PUT_ROOM, RING_ANSWERED, RING_ASKED, RING_CELLS, RING_MAGIC, RING_STATE, RING_VERSION, GetCell, PutRow, Ring, RingHead, zc_futex_wait, zc_is_locked, zc_kick,
-    zc_memory_fd,
+    PUT_ROOM, RING_ANSWERED, RING_ASKED, RING_CELLS, RING_FILLING, RING_MAGIC, RING_STATE, RING_VERSION, GetCell, PutRow, Ring,
+    RingHead, zc_futex_wait, zc_is_locked, zc_kick, zc_memory_fd,
 )
 from zcache_core.slots cimport observe_shared
 
@@ -63,6 +63,7 @@ cdef enum:
     # A node process that died is started after 0.1 s, and answers within a second or two
     GET_BOUND_US = 8000000
     PUT_BOUND_US = 4000000
+    FILL_US = 20000             # who fills a cell copies a page; it may have to wait for a CPU
     STEP_US = 10000             # how soon a put notices that the node died
     BEAT_LATE_US = 1000000      # a node that did not show itself for so long takes nothing new
     CIPHER_AT = 7               # of a seal: the highest byte of its counter, which none reaches
@@ -96,7 +97,8 @@ cdef void cell_release(Peers *p, GetCell *cell) noexcept nogil:
     zc_store32(&p.busy[cell - &p.ring.cell[0]], 0)
 
 
-cdef void ask(Peers *p, GetCell *cell, const ColdPage *page, uint32_t wrong) noexcept nogil:
+cdef void ask(GetCell *cell, const ColdPage *page, uint32_t wrong) noexcept nogil:
+    """It is asked for; the node looks when it is kicked."""
     cell.page = page.page
     cell.version = page.version
     cell.where = page.where
@@ -104,7 +106,6 @@ cdef void ask(Peers *p, GetCell *cell, const ColdPage *page, uint32_t wrong) noe
     cell.length_codec = page.length_codec & 0xFFFF
     zc_release_fence()
     zc_store32(&cell.word, (zc_load32(&cell.word) & ~<uint32_t>RING_STATE) + RING_STATE + 1 + RING_ASKED)
-    zc_kick(p.wake_fd)
 
 
 cdef bint answered(uint32_t *word, int64_t until_us) noexcept nogil:
@@ -117,6 +118,8 @@ cdef bint answered(uint32_t *word, int64_t until_us) noexcept nogil:
             zc_acquire_fence()
             return True
         left_us = until_us - now_us()
+        if seen & RING_STATE == RING_FILLING:
+            left_us += FILL_US      # the cell is written to: not ours to use again
         if left_us > 0:
             zc_futex_wait(word, seen, left_us)
         elif zc_cas32(word, seen, (seen & ~<uint32_t>RING_STATE) + RING_STATE + 1):
@@ -154,7 +157,8 @@ cdef int finish_get(Peers *p, GetCell *cell, ColdPage *page, int64_t until_us) n
         zc_add64(&p.cells[C_REMOTE_CORRUPT_PAGES], 1)
         error = EILSEQ
         wrong |= 1 << (cell.copy % COPIES_MOST)
-        ask(p, cell, page, wrong)       # (of the last one too: the node must hear who lies)
+        ask(cell, page, wrong)          # (of the last one too: the node must hear who lies)
+        zc_kick(p.wake_fd)
     zc_add64(&p.cells[C_REMOTE_PERS_PAGES_UNSUCC_GET if error else C_REMOTE_PERS_PAGES_SUCC_GET], 1)
     observe_shared(p.cells, H_REMOTE_GET, <uint64_t>(now_us() + p.get_bound_us - until_us))
     cell_release(p, cell)
@@ -176,7 +180,8 @@ cdef int peers_get_within(Peers *p, ColdPage *page, int64_t most_us) noexcept no
         cell = cell_take(p)
     if cell == NULL:
         return EIO
-    ask(p, cell, page, 0)
+    ask(cell, page, 0)
+    zc_kick(p.wake_fd)
     return finish_get(p, cell, page, until_us)
 
 
@@ -193,7 +198,8 @@ cdef void peers_get_many(ColdTier *tier, ColdPage *pages, uint32_t n, uint8_t *r
         for i in range(first, end):
             cell[i - first] = cell_take(p) if where_is_possible(p.super, pages[i].where) else NULL
             if cell[i - first] != NULL:
-                ask(p, cell[i - first], &pages[i], 0)
+                ask(cell[i - first], &pages[i], 0)
+        zc_kick(p.wake_fd)
         for i in range(first, end):
             if cell[i - first] != NULL:
                 pages[i].error = finish_get(p, cell[i - first], &pages[i], until_us)

@@ -14,9 +14,10 @@
 A memfd, locked in the server's memory.  It holds nothing that must outlive the server.
 Each get cell and the put area has a word: a turn and a state, changed by compare-and-swap.
 
-    FREE -> ASKED -> TAKEN -> ANSWERED        (a turn is over with FREE)
+    FREE -> ASKED -> TAKEN (-> FILLING) -> ANSWERED        (a turn is over with FREE)
 
-Whoever is late finds another turn there, and changes nothing.  The server sleeps on a word
+Whoever is late finds another turn there, and changes nothing.  A get that several may answer
+is answered by the one that makes it FILLING.  The server sleeps on a word
 as a futex; the node is woken through an eventfd.  That the node lives is told by a lock
 on the memfd, of an open file description that only the node has: the kernel takes it off
 when the node dies, however.
@@ -26,15 +27,17 @@ addresses are checked before use, and bytes are what they are only if their seal
 """
 
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
+from libc.string cimport memcpy
 
 from zcache_core.cold cimport COLD_BATCH
 from zcache_core.crypt cimport SEAL_BYTES
 from zcache_core.layout cimport DONOR_ID_BYTES, DONORS, PAGE_BYTES
+from zcache_core.native cimport zc_cas32, zc_release_fence
 
 cdef enum:
     RING_MAGIC = 0x5A435252
-    RING_VERSION = 2
-    RING_CELLS = 48             # every request slot, and a batch of those read ahead
+    RING_VERSION = 3
+    RING_CELLS = 96             # every request slot, and two batches of those read ahead
     SEALED_MOST = PAGE_BYTES + SEAL_BYTES
     PUT_ROOM = (1 << 21) + COLD_BATCH * SEAL_BYTES     # as much as leaves RAM at once, sealed
     DROPS = 1 << 14             # powers of two
@@ -45,6 +48,7 @@ cdef enum RingState:
     RING_ASKED = 1
     RING_TAKEN = 2
     RING_ANSWERED = 3
+    RING_FILLING = 4
     RING_STATE = 0xF            # the rest of a word is the turn
 
 cdef enum NoteKind:
@@ -181,3 +185,19 @@ cdef extern from *:
     bint zc_lock_it(int fd) nogil
     void zc_kick(int fd) nogil
     int zc_memory_fd() nogil
+
+
+cdef inline bint cell_answer(
+    GetCell *cell, uint32_t turn, int error, const uint8_t *sealed, uint32_t n, uint32_t copy
+) noexcept nogil:
+    """Answer what was taken in that turn; False when somebody else has, or nobody waits any more."""
+    cdef uint32_t taken = (turn << 4) + RING_TAKEN
+    if n > SEALED_MOST or not zc_cas32(&cell.word, taken, (turn << 4) + RING_FILLING):
+        return False
+    cell.error, cell.copy, cell.length_bytes = error, copy, n
+    memcpy(cell.sealed, sealed, n)
+    zc_release_fence()
+    if not zc_cas32(&cell.word, (turn << 4) + RING_FILLING, (turn << 4) + RING_ANSWERED):
+        return False
+    zc_futex_wake(&cell.word)
+    return True

@@ -30,8 +30,9 @@ from zcache_core.native cimport (
 )
 from zcache_core.pthread cimport now_us
 from zcache_core.ring cimport (
-    DROPS, NOTE_DONOR, NOTE_GONE, NOTE_MOVED, NOTES, PUT_ROOM, RING_ANSWERED, RING_ASKED, RING_CELLS, RING_MAGIC, RING_STATE,
-    RING_TAKEN, RING_VERSION, SEALED_MOST, Drop, GetCell, Note, PutRow, Ring, zc_futex_wake, zc_is_locked, zc_lock_it,
+    DROPS, NOTE_DONOR, NOTE_GONE, NOTE_MOVED, NOTES, PUT_ROOM, RING_ANSWERED, RING_ASKED, RING_CELLS, RING_FILLING, RING_MAGIC,
+    RING_STATE, RING_TAKEN, RING_VERSION, SEALED_MOST, Drop, GetCell, Note, PutRow, Ring, cell_answer, zc_is_locked, zc_lock_it,
+    zc_futex_wake,
 )
 
 import os
@@ -96,11 +97,6 @@ cdef class RingSide:
     Raises MemoryFileError when it is none, or when another living node has it.
     """
 
-    cdef Ring *ring
-    cdef int lock_fd
-    cdef readonly int wake_fd
-    cdef uint64_t attached
-
     def __cinit__(self, int fd, int wake_fd):
         cdef bytes path = f"/proc/self/fd/{fd}".encode()
         self.ring = NULL
@@ -128,8 +124,8 @@ cdef class RingSide:
         self.ring.head.attached += 1
         for i in range(RING_CELLS):
             word = zc_load32(&self.ring.cell[i].word)
-            if word & RING_STATE == RING_TAKEN:
-                zc_cas32(&self.ring.cell[i].word, word, word - RING_TAKEN + RING_ASKED)
+            if word & RING_STATE == RING_TAKEN or word & RING_STATE == RING_FILLING:
+                zc_cas32(&self.ring.cell[i].word, word, (word & ~<uint32_t>RING_STATE) + RING_ASKED)
         word = zc_load32(&self.ring.head.put_word)
         if word & RING_STATE == RING_TAKEN:
             for i in range(COLD_BATCH):     # it may have been killed while it wrote these
@@ -171,22 +167,10 @@ cdef class RingSide:
 
     def answer_get(self, wanted, int error, bytes sealed=b"", uint32_t copy=0):
         """Answer one; False when nobody waits for it any more."""
-        cdef GetCell *cell = &self.ring.cell[wanted.cell]
-        cdef uint32_t word = (<uint32_t>wanted.turn << 4) + RING_TAKEN
         cdef const uint8_t *data = sealed
         cdef uint32_t length = len(sealed)
         assert length <= SEALED_MOST
-        if zc_load32(&cell.word) != word:
-            return False
-        cell.error = error
-        cell.copy = copy
-        cell.length_bytes = length
-        memcpy(cell.sealed, data, length)
-        zc_release_fence()
-        if not zc_cas32(&cell.word, word, word - RING_TAKEN + RING_ANSWERED):
-            return False
-        zc_futex_wake(&cell.word)
-        return True
+        return bool(cell_answer(&self.ring.cell[wanted.cell], wanted.turn, error, data, length, copy))
 
     def batch(self):
         """The batch that is to be put, or None."""
