@@ -42,7 +42,12 @@ Key = ec.EllipticCurvePrivateKey
 def init(folder: Path) -> Path:
     """A new CA in `folder`, which is made; its certificate's path.  Raises ConfigError."""
     certificate = folder / CA_CERTIFICATE
-    if certificate.exists() or (folder / CA_KEY).exists():
+    if (folder / CA_KEY).exists() and not certificate.exists():
+        raise ConfigError(
+            f"{folder} has a CA's key without its certificate, of a 'cluster-init' that was "
+            f"interrupted; remove {folder / CA_KEY}, and do it again"
+        )
+    if certificate.exists():
         raise ConfigError(
             f"{folder} has a CA already; go on with 'zcache cluster-add NAME', or choose another "
             f"folder: a new CA would turn every node of this one away"

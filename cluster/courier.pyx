@@ -28,7 +28,7 @@ from cluster.lane cimport LANE_MORE, LANE_ODD, LANE_OVER, Lane, LaneEnd, lane_se
 from zcache_core.layout cimport COPIES_MOST, DONORS, donor_at
 from zcache_core.native cimport zc_acquire_fence, zc_cas32, zc_load32, zc_store32
 from zcache_core.pthread cimport (
-    lock_init, lock_take, now_us, pthread_join, pthread_mutex_t, pthread_mutex_unlock, pthread_t, thread_start,
+    lock_init, lock_take, now_us, pthread_join, pthread_mutex_t, pthread_mutex_unlock, pthread_t, thread_start_alike,
 )
 from zcache_core.ring cimport (
     RING_ASKED, RING_CELLS, RING_STATE, RING_TAKEN, GetCell, Ring, cell_answer, zc_kick,
@@ -378,7 +378,8 @@ cdef class Courier:
 
     def start(self):
         """Begin to serve the ring.  Raises OSError without a thread."""
-        if thread_start(&self.work.thread, work_run, &self.work, b"zc-courier"):
+        # Of the node's class, as the owner's lanes: a server that swaps waits for what they fetch.
+        if thread_start_alike(&self.work.thread, work_run, &self.work, b"zc-courier"):
             raise OSError("no thread could be started; raise the limit of processes")
         self.started = True
 
@@ -452,6 +453,7 @@ cdef class OwnerLane(LaneEnd):
 
     def __cinit__(self, Courier courier not None):
         self.courier = courier
+        self.alike = True
         memset(&self.fetch, 0, sizeof(Fetch))
         self.fetch.lane, self.fetch.work = &self.lane, &courier.work
         self.fetch.next_msgid = OTHERS_MSGID

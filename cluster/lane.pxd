@@ -46,4 +46,5 @@ cdef bint lane_send_or_keep(Lane *lane, const uint8_t *bytes, uint64_t n) noexce
 cdef class LaneEnd:
     cdef Lane lane
     cdef bint started
+    cdef bint alike             # its thread is of the class of who starts it
     cdef void give_back(self)

@@ -32,7 +32,7 @@ from cluster.frames cimport FRAME_MOST
 from zcache_core.native cimport zc_load32, zc_load64, zc_store32, zc_store64
 from zcache_core.pthread cimport (
     cond_init, lock_init, lock_take, now_us, pthread_cond_broadcast, pthread_cond_wait, pthread_join,
-    pthread_mutex_unlock, thread_start,
+    pthread_mutex_unlock, thread_start_as,
 )
 
 import os
@@ -65,6 +65,7 @@ cdef extern from "<sys/eventfd.h>" nogil:
 cdef enum:
     READ_BYTES = 1 << 16        # room there must be for the next read; a socket gives what it has
     ROOM_BYTES = FRAME_MOST + 4 * READ_BYTES
+    KEPT_BYTES = 128 << 10      # of it: more than a read-ahead's answer
     PIECES_MOST = 4
 
 
@@ -303,7 +304,9 @@ cdef class LaneEnd:
         assert not self.started and self.lane.handle != NULL and self.lane.room != NULL
         self.lane.fd = fd
         self.lane.heard_us = now_us()
-        if thread_start(&self.lane.thread, lane_run, &self.lane, b"zc-lane"):
+        if self.alike:
+            memset(self.lane.room, 0, KEPT_BYTES)   # there may be no memory when it is needed
+        if thread_start_as(&self.lane.thread, lane_run, &self.lane, b"zc-lane", not self.alike):
             raise OSError("no thread could be started; raise the limit of processes")
         self.started = True
 

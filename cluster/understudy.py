@@ -35,6 +35,7 @@ from zcache_core import process
 
 GO = b"g"
 QUICK_S, QUICK_MOST = 1.0, 5
+AGAIN_S = 1.0  # when no understudy could be made
 # While batches of 512 pages are under way to three donors with TLS, 12 MiB are taken.  With 16
 # there were 19 page faults in 12,000 pages written and 3,000 read, with 8 there were 1,100.
 HEAP_BYTES = 16 << 20
@@ -89,34 +90,54 @@ def act(play: Callable[[], int], watched: int, realtime: bool) -> int:
         signal.signal(number, lambda *_: None)
     actor = _fork(play, realtime, (wake, waker))
     actor.go()
-    understudy = _fork(play, realtime, (wake, waker))
+    understudy = _another(play, realtime, (wake, waker))
     quick = 0
     while True:
-        select.select([actor.pidfd, understudy.pidfd, wake], [], [])
+        watch = [actor.pidfd, wake, *([understudy.pidfd] if understudy else [])]
+        select.select(watch, [], [], None if understudy else AGAIN_S)
         if _was_told(wake):
-            understudy.signal(signal.SIGKILL)
-            understudy.reap()
+            _dismiss(understudy)
             return _end(actor)
         if actor.has_ended():
             code = actor.reap()
             quick = quick + 1 if time.monotonic() - actor.began_s < QUICK_S else 0
             if code >= 0 or quick >= QUICK_MOST or select.select([watched], [], [], 0)[0]:
-                understudy.signal(signal.SIGKILL)
-                understudy.reap()
+                _dismiss(understudy)
                 return code if code >= 0 else 1
+            if (
+                understudy is None
+                and (understudy := _another(play, realtime, (wake, waker))) is None
+            ):
+                return 1  # the server starts another node
             actor = understudy
             actor.go()
-            understudy = _fork(play, realtime, (wake, waker))
+            understudy = _another(play, realtime, (wake, waker))
+        elif understudy is None:
+            understudy = _another(play, realtime, (wake, waker))
         elif understudy.has_ended():
             understudy.reap()
             time.sleep(QUICK_S / 10)  # whatever kills it: not as fast as it can
-            understudy = _fork(play, realtime, (wake, waker))
+            understudy = _another(play, realtime, (wake, waker))
 
 
 def _was_told(wake: int) -> bool:
     with contextlib.suppress(BlockingIOError):
         return bool(os.read(wake, 64))
     return False
+
+
+def _dismiss(understudy: _Child | None) -> None:
+    if understudy is not None:
+        understudy.signal(signal.SIGKILL)
+        understudy.reap()
+
+
+def _another(play: Callable[[], int], realtime: bool, ours: tuple[int, ...]) -> _Child | None:
+    """An understudy; None when there is no memory for one just now: asked again in AGAIN_S."""
+    try:
+        return _fork(play, realtime, ours)
+    except OSError:
+        return None
 
 
 def _end(actor: _Child) -> int:

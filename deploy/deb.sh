@@ -44,7 +44,7 @@ if [ "$1" = remove ]; then
             echo "zcache: zcache-nbd@ serves another machine; end its swap there, then stop that service" >&2
             exit 1
         fi
-        systemctl stop 'zcache@*.service' || true
+        systemctl stop 'zcache@*.service' zcache-node.service || true
     fi
     for device in $(sed -n 's|^/dev/\(nbd[0-9]*\)[[:space:]].*|\1|p' "$swaps"); do
         case $(cat "${ZCACHE_SYS_BLOCK:-/sys/block}/$device/backend" 2>/dev/null) in

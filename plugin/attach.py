@@ -28,7 +28,7 @@ from typing import Any
 
 from plugin import nbdnetlink, servestate, statepage, tlsfiles
 from plugin.dialer import Generations, Target, dial, explain
-from plugin.instance import Instance, parse_export
+from plugin.instance import NBD_PORT, Instance, parse_export
 from plugin.nbdnetlink import Family, Timeouts
 from plugin.relays import Relays
 from plugin.statepage import StatePage
@@ -40,7 +40,6 @@ MENDER = Path(__file__).resolve().parent / "mender.py"
 PYTHON = "/usr/bin/python3"
 # systemd's last round of SIGTERM and SIGKILL at shutdown spares whose name begins so.
 MENDER_NAME = "@zcache-attach"
-NBD_PORT = 10809
 SECTOR_BYTES = 512
 READY_S = 30.0
 END_S = 5.0
@@ -177,6 +176,7 @@ def mender_pid(state: dict[str, Any]) -> int:
 def attach(instance: Instance, wish: Wish, say: Say) -> Attached:
     """Attach, or adopt what was attached.  Raises AttachError, ConfigError, InUseError."""
     target = parse_uri(wish.uri, wish.plain, wish.tls_name)
+    refuse_second(instance, target)
     relays = make_relays(wish, target)
     fd, found = _lock(instance)
     if fd is None:
@@ -193,6 +193,27 @@ def attach(instance: Instance, wish: Wish, say: Say) -> Attached:
             relays.close()  # the helper has them
         os.close(fd)  # the helper has it too
         servestate.tell_attached(instance, wish.uri)
+
+
+def refuse_second(instance: Instance, target: Target) -> None:
+    """InUseError when that device of that server is attached under another name.
+
+    The second link would fence the first, which stays up and fails every request.
+    """
+    for path in sorted(instance.attach.parent.glob("*.attach")):
+        if path == instance.attach:
+            continue
+        state, name = statepage.read(path), path.name.removesuffix(".attach")
+        with contextlib.suppress(ConfigError, AttachError, KeyError):
+            other = parse_uri(state["uri"], bool(state.get("plain")), state.get("tls_name"))
+            same = (other.unix, other.host, other.port, other.device) == (
+                target.unix, target.host, target.port, target.device,
+            )  # fmt: skip
+            if same and nbdnetlink.indexes_of(backend(Instance(name))):
+                raise InUseError(
+                    f"{state['uri']} is attached already, as {name} on {state.get('device')}; "
+                    f"detach that first, or take another of the server's devices"
+                )
 
 
 def _lock(instance: Instance) -> tuple[int | None, Attached | None]:
@@ -393,19 +414,32 @@ def start_mender(start: Start, page_fd: int, sock: socket.socket | None) -> int:
 
 def detach(instance: Instance, say: Say) -> None:
     """Take the device away, if there is one.  Raises AttachError, InUseError."""
-    found = look(instance)
-    if found is not None:
+    if found := look(instance):
         refuse_if_in_use(found)
-    end_mender(instance)
-    if found is not None:
-        nbdnetlink.disconnect(found.index)
-        _wait_until(lambda: not nbdnetlink.is_connected(found.index), f"{found.device} to end")
-        say(f"{found.device} is detached")
-    else:
-        say(f"nothing is attached as {instance.name}")
-    uri = str(statepage.read(instance.attach).get("uri", ""))
-    instance.attach.unlink(missing_ok=True)
+    fd = _locked_without_helper(instance)
+    try:
+        if found := look(instance):  # another one, if somebody has attached meanwhile
+            refuse_if_in_use(found)
+            index = found.index
+            nbdnetlink.disconnect(index)
+            _wait_until(lambda: not nbdnetlink.is_connected(index), f"{found.device} to end")
+            say(f"{found.device} is detached")
+        else:
+            say(f"nothing is attached as {instance.name}")
+        uri = str(statepage.read(instance.attach).get("uri", ""))
+        instance.attach.unlink(missing_ok=True)
+    finally:
+        os.close(fd)
     servestate.tell_attached(instance, uri)
+
+
+def _locked_without_helper(instance: Instance) -> int:
+    """The page's descriptor, locked: nobody attaches now.  Raises AttachError, InUseError."""
+    while True:
+        end_mender(instance)
+        fd, _ = _lock(instance)
+        if fd is not None:
+            return fd
 
 
 def refuse_if_in_use(found: Attached) -> None:

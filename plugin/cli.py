@@ -57,6 +57,7 @@ from plugin import (
     nodecli,
     reach,
     serve,
+    servestate,
     show,
     top,
     watching,
@@ -85,6 +86,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"zcache: {where}{error.strerror or error}", file=sys.stderr)
+        return ZcacheError.exit_code
     return code
 
 
@@ -228,7 +233,11 @@ def _check(args: argparse.Namespace) -> int:
     found = [look() for look in (*fitness.LOOKS, *fitswap.LOOKS)]
     if all(f.level == fitness.OK for f in found if f.subject == "compiled core"):
         wanted = args.remove_leftovers
-        found += fitness.leftover_memory() if wanted is None else fitness.remove_leftovers(wanted)
+        found += (
+            fitness.leftover_memory()
+            if wanted is None
+            else fitness.remove_leftovers(wanted, servestate.needed_by)
+        )
     rows = []
     for finding in found:
         rows.append(show.Line(finding.subject, f"{finding.level}: {finding.what}", finding.level))

@@ -185,10 +185,13 @@ def _go_on_with(name: str) -> str:
     )
 
 
-def remove_leftovers(wanted: Sequence[str] = ()) -> list[Finding]:
+def remove_leftovers(
+    wanted: Sequence[str] = (), needed_by: Callable[[str], str] = lambda name: ""
+) -> list[Finding]:
     """Remove those that we may; their pages are lost.  One Finding for each.
 
     `wanted`: only those of these names or segment numbers; each of these has a Finding, too.
+    `needed_by`: who needs the memory file of that name, "" if nobody does.
     """
     from zcache_core import memfile
     from zcache_core.errors import MemoryFileError
@@ -204,6 +207,11 @@ def remove_leftovers(wanted: Sequence[str] = ()) -> list[Finding]:
         if wanted and row.name not in wanted and str(row.shmid) not in wanted:
             continue
         name = f"memory file {row.name or 'without a name'} (segment {row.shmid})"
+        if row.name and (holder := needed_by(row.name)):
+            found.append(
+                Finding(TODO, "leftover", f"{name} is needed by {holder}", "end that first")
+            )
+            continue
         try:
             memfile.remove(row.shmid)
         except MemoryFileError as error:

@@ -35,6 +35,7 @@ DEFAULT_NAME = "zcache"
 NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,39}"
 DEVICE_PATTERN = r"[A-Za-z0-9][A-Za-z0-9_-]{0,15}"
 GENERATION_MAX = (1 << 64) - 1
+NBD_PORT = 10809  # where an address says none
 SOCKET_BYTES_MAX = 107  # sun_path holds 108 with the final zero (unix(7))
 
 

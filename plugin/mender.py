@@ -206,7 +206,8 @@ class Mender:
         if self._sock is not None:
             return self._sock.fileno() in ready
         if self._kernel.events.fileno() in ready:
-            return self._kernel.heard_of_death()
+            # Of a death that is long mended, perhaps; and a dial fences the link that lives.
+            return self._kernel.heard_of_death() and self.probe()
         return not ready and self.probe()
 
     def probe(self) -> bool:
@@ -215,9 +216,12 @@ class Mender:
         It takes our socket pair then, and a request sent there waits for its timeout: so this
         is only for who has no copy of the real one.
         """
-        ours, offered = socket.socketpair()
-        with ours, offered:
-            return self._kernel.offer(offered)
+        try:
+            ours, offered = socket.socketpair()
+            with ours, offered:
+                return self._kernel.offer(offered)
+        except OSError:  # no memory just now: the next look is in PROBE_EVERY_S
+            return False
 
     def _mend(self) -> None:
         """From a dead link to a living one, however long it takes."""

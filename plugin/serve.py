@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
+import select
 import shutil
 import signal
 import subprocess
@@ -19,16 +21,17 @@ import sys
 import time
 import tomllib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from cluster import unixsock
-from plugin import config, servestate, tlsfiles
+from plugin import config, lower, servestate, tlsfiles
 from plugin.instance import Instance
 from plugin.leave import LEAVE
 from plugin.servestate import State, attached, is_alive
 from zcache_core import memfile
-from zcache_core.errors import ConfigError, InUseError, ZcacheError
+from zcache_core.errors import ConfigError, InUseError, MemoryFileError, ZcacheError
 
 ROOT = Path(__file__).resolve().parent.parent
 START_S = 60.0  # a disk may have to be allocated first
@@ -37,6 +40,7 @@ NODE_S = 5.0  # it is a moment later than the server, and not needed for pages
 UPGRADE_S = 60.0
 LOOK_S = 0.01
 LOG_BYTES_MAX = 1 << 20
+PERCENT = re.compile(r"pool=.*%")
 PATHS = ("disk", "disk_force", "tls")  # keys whose relative paths are the caller's
 
 
@@ -48,7 +52,10 @@ def start(instance: Instance, words: Sequence[str], detach: bool = True) -> None
     Raises ZcacheError with the server's one sentence of why not.
     """
     words = [_absolute(word) for word in words] or _last_words(instance)
+    words = with_fixed_pool(instance, words)
     settings = config.parse([split(word) for word in words])
+    with contextlib.suppress(MemoryFileError):  # of another version: its server may live
+        lower.refuse_memory(replace(settings, memory=instance.name), None, sizes_only=True)
     given = {word.partition("=")[0] for word in words}
     if settings.nbd and settings.tls:
         tlsfiles.lay_out(settings.tls, instance.tls)  # who is wrong hears it now
@@ -67,6 +74,23 @@ def start(instance: Instance, words: Sequence[str], detach: bool = True) -> None
     _start_behind(instance, command, words)
 
 
+def with_fixed_pool(instance: Instance, words: Sequence[str]) -> list[str]:
+    """A pool that is a part of RAM, in bytes: RAM may have another size when a server dies, and
+    its memory file has not."""
+    return [_fixed(instance, word) if PERCENT.fullmatch(word) else word for word in words]
+
+
+def _fixed(instance: Instance, word: str) -> str:
+    shmid = memfile.find(instance.name)
+    if shmid is None:
+        return f"pool={config.parse([('size', '1G'), split(word)]).pool_bytes}"
+    memory = memfile.MemoryFile.attach(shmid)
+    try:
+        return f"pool={memory.pool_bytes}"
+    finally:
+        memory.close()
+
+
 def _start_behind(instance: Instance, command: list[str], words: list[str]) -> None:
     path = log_path(instance)
     fd, tell_fd = os.pipe()
@@ -79,6 +103,11 @@ def _start_behind(instance: Instance, command: list[str], words: list[str]) -> N
             start_new_session=True, pass_fds=[tell_fd],
         )  # fmt: skip
         os.close(tell_fd)
+        if not select.select([answer], [], [], START_S)[0]:
+            raise ZcacheError(
+                f"the server {instance.name} has not come up in {START_S:.0f} s, and goes on "
+                f"trying; see {path}"
+            )
         told = answer.readline().decode(errors="replace").strip()
     code, _, sentence = told.partition(" ")
     if code == "0":

@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from plugin.instance import Instance
+from plugin.instance import NBD_PORT, Instance
 from zcache_core.errors import ConfigError, InUseError
 from zcache_core.owner import start_ticks
 
@@ -107,6 +107,18 @@ def read(instance: Instance) -> State | None:
     return None
 
 
+def needed_by(name: str) -> str:
+    """Who waits for the next server of the memory file of that name; "" if nobody does."""
+    try:
+        instance = Instance(name)
+    except ConfigError:  # of a server without a supervisor, which may be called otherwise
+        return ""
+    if device := attached_device(instance):
+        return device
+    state = read(instance)
+    return "its supervisor" if state is not None and state.is_supervised else ""
+
+
 def attached_device(instance: Instance) -> str | None:
     """A device of the kernel's that this instance serves, as far as can be known; None if none."""
     return next((device for device, _ in attached(instance)), None)
@@ -134,9 +146,21 @@ def _is_served(told: dict[str, Any], instance: Instance, own_name: bool) -> bool
     """Whether what a page tells of is attached to this instance's socket."""
     if "uri" not in told:
         return own_name
-    words = urllib.parse.parse_qs(urllib.parse.urlsplit(told["uri"]).query)
-    socket = words.get("socket", [""])[0]
-    return bool(socket) and os.path.realpath(socket) == os.path.realpath(instance.socket)
+    parts = urllib.parse.urlsplit(str(told["uri"]))
+    socket = urllib.parse.parse_qs(parts.query).get("socket", [""])[0]
+    if socket:
+        return os.path.realpath(socket) == os.path.realpath(instance.socket)
+    return (str(parts.hostname), parts.port or NBD_PORT) in _addresses(instance)
+
+
+def _addresses(instance: Instance) -> list[tuple[str, int]]:
+    """(host, port) by which a program of this machine may have reached a server with nbd=."""
+    state = read(instance)
+    given = dict(word.partition("=")[::2] for word in state.words) if state is not None else {}
+    host, _, port = given.get("nbd", "").rpartition(":")
+    if not port.isdigit():
+        return []
+    return [(one, int(port)) for one in {host.strip("[]"), "localhost", "127.0.0.1", "::1"}]
 
 
 def _is_connected(name: str) -> bool:

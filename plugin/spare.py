@@ -22,6 +22,7 @@ import os
 import signal
 import socket
 import struct
+from contextlib import suppress
 
 from zcache_core import process
 
@@ -65,6 +66,7 @@ class Spare:
     def __init__(self) -> None:
         self.pid = 0
         self.line: socket.socket | None = None
+        self._pidfd = -1  # a number may be somebody else's by the time we kill
 
     def fork(self) -> Inheritance | None:
         """Make one.  None in the mender, once the spare is ready (or could not be made).
@@ -84,6 +86,10 @@ class Spare:
             return _wait(its)
         its.close()
         self.pid, self.line = pid, ours
+        try:
+            self._pidfd = os.pidfd_open(pid)
+        except OSError:  # it has ended already, which its line tells
+            self._pidfd = -1
         ours.settimeout(READY_S)
         try:
             ready = ours.recv(16)
@@ -117,15 +123,19 @@ class Spare:
         self.bury()
 
     def kill(self) -> None:
-        if self.pid:
-            os.kill(self.pid, signal.SIGKILL)
+        """It may have ended already."""
+        if self._pidfd >= 0:
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
         self.bury()
 
     def bury(self) -> None:
         """Forget a spare that has ended or is about to.  (SIGCHLD is ignored: nobody waits.)"""
         if self.line is not None:
             self.line.close()
-        self.line, self.pid = None, 0
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+        self.line, self.pid, self._pidfd = None, 0, -1
 
 
 def _wait(line: socket.socket) -> Inheritance:

@@ -129,8 +129,9 @@ class Standby:
         for one in (self._origin, self.server):
             if one is not None:
                 one.signal(signal.SIGKILL)
-                select.select([one.pidfd], [], [], END_S)
-                one.reap()
+                # One that waits for memory inside the kernel ends when it has got it.
+                ended = select.select([one.pidfd], [], [], END_S)[0]
+                one.reap(wait=bool(ended))
         self._origin, self._loaded, self._forking = None, False, False
         self.server, self.ready = None, False
 

@@ -75,12 +75,18 @@ class Server:
             self.line.close()
             self.line = None
 
-    def reap(self) -> str:
-        """How it ended, in a few words; after its pidfd is readable."""
+    def reap(self, wait: bool = True) -> str:
+        """How it ended, in a few words; after its pidfd is readable.
+
+        `wait` False: it is forgotten, whether it has ended or not.
+        """
         os.close(self.pidfd)
         self.hang_up()
         try:
-            code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+            pid, status = os.waitpid(self.pid, 0 if wait else os.WNOHANG)
+            if not pid:
+                return "it has not ended yet"
+            code = os.waitstatus_to_exitcode(status)
         except ChildProcessError:
             return "how is not known: it was no child of this supervisor"
         return f"exit code {code}" if code >= 0 else f"signal {-code}"

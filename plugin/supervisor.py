@@ -140,7 +140,9 @@ class Supervisor:
             calls[fd]()
 
     def _patience_ms(self) -> float | None:
-        times = self._kill_s, self._check_s, self._standby.due_s, self._standby.late_s
+        # A standby is started only beside a server.
+        due_s = self._standby.due_s if self._server is not None else None
+        times = self._kill_s, self._check_s, due_s, self._standby.late_s
         until = [time_s for time_s in times if time_s is not None]
         if self._server is None and not self._stopping:
             until.append(self._due_s)
@@ -313,7 +315,8 @@ class Supervisor:
 
     def _exec_anew(self) -> None:
         """Become the supervisor that lies on the disk now; the server goes on, still our child."""
-        if self._stopping or self._upgrading or self._server is None:
+        # Before the first answer somebody still waits on the pipe that exec would lose.
+        if self._stopping or self._upgrading or self._server is None or not self._served:
             self._upgrade_failed("the server is starting or ending just now; try again")
             return
         self._standby.dismiss()  # it is of the old version

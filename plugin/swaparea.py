@@ -159,8 +159,13 @@ def _tool(name: str) -> str:
 
 
 def _run(name: str, *words: str) -> None:
-    done = subprocess.run(
-        [_tool(name), *words], capture_output=True, text=True, timeout=TOOL_S, check=False
-    )
+    try:
+        done = subprocess.run(
+            [_tool(name), *words], capture_output=True, text=True, timeout=TOOL_S, check=False
+        )
+    except subprocess.TimeoutExpired as error:
+        raise AttachError(
+            f"{name} {' '.join(words)} has not ended in {TOOL_S} s; look whether the server answers"
+        ) from error
     if done.returncode:
         raise AttachError(f"{name} {' '.join(words)}: {done.stderr.strip()}")

@@ -23,6 +23,7 @@ from typing import Any, TextIO
 from urllib.parse import quote
 
 from cluster import unixsock
+from cluster.etcdurl import without_password
 from cluster.link import BlockingClient
 from plugin import attach, serve, servestate, show, statepage, swaparea
 from plugin.attach import Attached, Wish
@@ -35,7 +36,8 @@ from zcache_core.errors import AttachError, ConfigError, InUseError
 
 Say = Callable[[str], None]
 CONNECTED_S = 20.0
-NOT_COMPARED = ("realtime", "disk_size", "disk_force")  # the server answers how they turned out
+# The server answers how they turned out, and no password.
+NOT_COMPARED = ("realtime", "disk_size", "disk_force", "metrics", "listen", "etcd")
 SAY_S = 2.0
 FAULT = "ZCACHE_FAULT_AFTER"  # tests: die at this step, like "up:attach"
 
@@ -112,7 +114,8 @@ def _serve(plan: Plan, say: Say) -> None:
         words = plan.words or default_words(state.words if state else ())
         serve.start(instance, own_machine_words(words))
         now = servestate.read(instance)
-        say(f"the server {instance.name} is running: {' '.join(now.words if now else ())}")
+        shown = map(without_password, now.words if now else ())
+        say(f"the server {instance.name} is running: {' '.join(shown)}")
         return
     deadline = time.monotonic() + CONNECTED_S
     while not unixsock.is_alive(instance.control):

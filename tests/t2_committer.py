@@ -148,6 +148,20 @@ def test_who_waits_is_refused_soon_and_served_again_later(
     assert probe.check() == 0
 
 
+def test_what_is_not_wanted_any_more_is_not_short(memory: MemoryFile, tmp_path: Path) -> None:
+    """All is given back while memory is short, so nothing is tried again: until somebody asks."""
+    system = System(tmp_path / "zoneinfo")
+    probe = Probe(memory, "zbud", RESERVE, str(system.path))
+    probe.start()
+    taken = take_all(probe)
+    looked_again(memory)
+    for where in taken:
+        probe.release(where, PAGE)
+    wait_for("what was given back", lambda: probe.free_frames == RESERVE)
+    system.has(free=1_000_000)
+    take_exactly(probe, FRAMES)
+
+
 def test_without_zoneinfo_the_pool_grows(memory: MemoryFile, tmp_path: Path) -> None:
     probe = Probe(memory, "zbud", RESERVE, str(tmp_path / "none"))
     probe.start()

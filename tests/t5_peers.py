@@ -24,7 +24,7 @@ from zcache_core.device import Device
 from zcache_core.errors import MemoryFileError
 from zcache_core.memfile import MemoryFile
 from zcache_core.peertier import PeerTier
-from zcache_core.ringside import Batch, RingSide, rows_of_where, where_of_rows
+from zcache_core.ringside import Batch, RingSide, Wanted, rows_of_where, where_of_rows
 from zcache_core.store import Store
 from zcache_core.tiers import Cooling
 
@@ -201,6 +201,82 @@ def test_a_dead_node_takes_nothing_and_the_next_one_answers(
     assert probe.put([make_object(rng, 3, 3)])[0][1] == 0
     with pytest.raises(MemoryFileError, match="another node"):
         RingSide(tier.fd, tier.wake_fd)
+    again.die()
+
+
+class Asker:
+    """A thread that asks for one page."""
+
+    def __init__(self, probe: ColdProbe, thing: tuple[int, int, int, bytes], where: int) -> None:
+        self.said: list[bytes | int] = []
+        self.thread = threading.Thread(target=self._ask, args=(probe, thing, where))
+        self.thread.start()
+
+    def _ask(self, probe: ColdProbe, thing: tuple[int, int, int, bytes], where: int) -> None:
+        try:
+            self.said.append(probe.get(thing[0], thing[1], where, thing[2]))
+        except OSError as error:
+            self.said.append(error.errno or 0)
+
+    def end(self) -> bytes | int:
+        self.thread.join(20)
+        return self.said[0]
+
+
+def taken(node: FakeNode) -> Wanted:
+    """The one page that is asked for, taken by the node."""
+    found: list[Wanted] = []
+
+    def look() -> bool:
+        found.extend(node.ring.gets())
+        return bool(found)
+
+    wait_until(look, "it is asked for")
+    return found[0]
+
+
+def test_an_answer_that_is_still_written_is_not_the_next_askers(
+    probe: ColdProbe, tier: PeerTier, node: FakeNode, rng: random.Random
+) -> None:
+    """Who answers may lose its CPU in the middle: its cell is used again when it has ended."""
+    things = [make_object(rng, page, 1) for page in (1, 2, 3)]
+    wheres = [where for where, _ in probe.put(things)]
+    node.silent = True
+    tier.set_bounds(50_000, 50_000)
+    first = Asker(probe, things[0], wheres[0])
+    old = taken(node)
+    assert node.ring.begin_get(old)
+    assert first.end() == errno.EIO
+    tier.set_bounds(60_000_000, 50_000)
+    cells = []
+    for thing, where in zip(things[1:], wheres[1:], strict=True):
+        asker = Asker(probe, thing, where)
+        wanted = taken(node)
+        cells.append(wanted.cell)
+        if thing is things[1]:
+            assert node.ring.end_get(old, errno.ENODATA), "the old answer, late"
+        sealed = next(data for key, data in node.held.items() if key[1] == thing[0])
+        assert node.ring.answer_get(wanted, 0, sealed)
+        assert asker.end() == thing[3]
+    assert cells[0] != old.cell
+    assert cells[1] == old.cell, "it is used again"
+
+
+def test_a_node_killed_before_it_woke_the_asker(
+    probe: ColdProbe, tier: PeerTier, memory: MemoryFile, rng: random.Random
+) -> None:
+    node = FakeNode(tier, memory)
+    probe.tick()
+    [(where, _)] = probe.put([thing := make_object(rng, 1, 1)])
+    node.silent = True
+    tier.set_bounds(60_000_000, 50_000)
+    asker = Asker(probe, thing, where)
+    wanted = taken(node)
+    assert node.ring.begin_get(wanted)
+    assert node.ring.end_get(wanted, errno.ENODATA, wake=False)
+    node.die()
+    again = FakeNode(tier, memory, held=node.held)
+    assert asker.end() == errno.ENODATA
     again.die()
 
 

@@ -149,6 +149,10 @@ def test_files(ca: Path, tmp_path: Path) -> None:
     for private in (ca / "ca.key", ca / "owner" / "node.pem"):
         assert stat.S_IMODE(private.stat().st_mode) == 0o600
     assert certificates.name_in(ca / "owner") == "owner"
+    (ca / "ca.pem").rename(ca / "kept")
+    with pytest.raises(ConfigError, match=r"interrupted; remove .*ca\.key"):
+        certificates.init(ca)
+    (ca / "kept").rename(ca / "ca.pem")
     with pytest.raises(ConfigError, match="has a CA already"):
         certificates.init(ca)
     with pytest.raises(ConfigError, match="remove it first"):

@@ -22,7 +22,7 @@ from plugin.mender import DeviceGoneError, Mender
 from plugin.spare import Spare
 from plugin.statepage import StatePage
 from tests.plugin_helpers import wait_for
-from zcache_core.errors import AttachError, ConfigError
+from zcache_core.errors import AttachError, ConfigError, InUseError
 
 # ---- what people write ----------------------------------------------------------
 
@@ -184,6 +184,7 @@ class PlayedKernel:
         self._said, self.events = socket.socketpair()
         self.taken: socket.socket | None = None
         self.takes = 0
+        self.offers = 0
         self.gone = False
 
     def lives(self) -> bool:
@@ -195,6 +196,7 @@ class PlayedKernel:
         return not watch.poll(0)
 
     def offer(self, sock: socket.socket) -> bool:
+        self.offers += 1
         if self.gone:
             raise DeviceGoneError("Invalid argument")
         if self.lives():
@@ -230,7 +232,8 @@ class NoSpare(Spare):
 class Helper:
     """A Mender in a thread, between a played kernel and nbdkit."""
 
-    def __init__(self, folder: Path, adopted: bool) -> None:
+    def __init__(self, folder: Path, adopted: bool, living: bool = False) -> None:
+        """adopted: without a copy of the kernel's socket; living: which it has all the same."""
         self.socket = folder / "nbd.sock"
         self.kernel = PlayedKernel()
         fd = statepage.lock(folder / "x.attach")
@@ -241,9 +244,12 @@ class Helper:
         self.server: subprocess.Popen[bytes] | None = None
         self.start_server()
         sock = None
-        if not adopted:
+        if living or not adopted:
             sock = dial(target, self.generations).sock
             assert self.kernel.offer(sock)
+        if living and sock is not None:
+            sock.close()
+            sock = None
         self.gone = threading.Event()
         played: Any = self.kernel
         self.mender = Mender(played, target, self.generations, sock, self.page, 1 << 20, NoSpare())
@@ -286,6 +292,42 @@ def helper(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Helper]:
     made = Helper(tmp_path, adopted=request.param)
     yield made
     made.end()
+
+
+def test_a_late_word_of_death_does_not_end_a_living_link(tmp_path: Path) -> None:
+    """To dial would open a new generation, and the server would fence the link that lives."""
+    helper = Helper(tmp_path, adopted=True, living=True)
+    try:
+        last, offers = helper.generations.last, helper.kernel.offers
+        helper.kernel.say_link_dead()
+        wait_for("a look", lambda: helper.kernel.offers > offers)
+        assert helper.kernel.lives()
+        helper.kernel.say_link_dead()
+        wait_for("another", lambda: helper.kernel.offers > offers + 1)
+        assert (helper.generations.last, helper.kernel.takes) == (last, 1)
+        assert helper.page.values["state"] == "connected"
+    finally:
+        helper.end()
+
+
+def test_a_device_is_attached_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under another name the second link would fence the first, which nobody would mend."""
+    monkeypatch.setenv("ZCACHE_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.setattr(nbdnetlink, "SYSFS", tmp_path)
+    one, two = Instance("one"), Instance("two")
+    fd = statepage.lock(one.attach)
+    told = {"uri": "nbd://127.0.0.1:10809/a", "device": "/dev/nbd3"}
+    page = StatePage.create(fd, told)
+    page.close()
+    os.close(fd)
+    attach.refuse_second(two, attach.parse_uri(told["uri"]))  # it is connected no more
+    (tmp_path / "nbd3").mkdir()
+    (tmp_path / "nbd3/backend").write_text(attach.backend(one) + "\n")
+    (tmp_path / "nbd3/pid").write_text("1\n")
+    with pytest.raises(InUseError, match="as one on /dev/nbd3"):
+        attach.refuse_second(two, attach.parse_uri("nbd://127.0.0.1/a"))
+    attach.refuse_second(two, attach.parse_uri("nbd://127.0.0.1/b"))
+    attach.refuse_second(one, attach.parse_uri(told["uri"]))
 
 
 def test_the_helper_mends_what_a_killed_server_leaves(helper: Helper) -> None:

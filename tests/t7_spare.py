@@ -52,6 +52,15 @@ for number in range(1, tells + 1):
 if how == "dismiss":
     spare.dismiss()
     sys.exit(0)
+if how == "lose":  # it is killed while we do not look
+    os.kill(spare.pid, signal.SIGKILL)
+    while os.path.exists(f"/proc/{spare.pid}"):
+        time.sleep(0.01)
+    ours, its = socket.socketpair()
+    spare.tell(its, 2000, [])
+    say(f"has {spare.line} {spare.pid}")
+    spare.dismiss()
+    sys.exit(0)
 if how == "kill":
     os.kill(os.getpid(), signal.SIGKILL)
 while spare.line is not None:
@@ -101,3 +110,9 @@ def test_a_dead_spare_is_noticed(tmp_path: Path) -> None:
     os.kill(int(said(path)[0].split()[2]), signal.SIGKILL)
     assert process.wait(20) == 0
     assert said(path)[1].endswith("spare died")
+
+
+def test_a_spare_that_died_unseen_takes_nobody_with_it(tmp_path: Path) -> None:
+    path = tmp_path / "said"
+    assert run(path, 1, "lose").wait(20) == 0
+    assert said(path)[-1].endswith("has None 0")

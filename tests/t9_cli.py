@@ -256,6 +256,10 @@ def test_leftovers_of_killed_servers(
             _, out, _ = zcache(tmp_path, "check")
             assert f"memory file {name} (segment {shmid}" in out
             assert "--remove-leftovers" in out
+            with monkeypatch.context() as patch:
+                patch.setattr("plugin.servestate.attached_device", lambda instance: "/dev/nbd7")
+                cli.main(["check", "--remove-leftovers", name])
+            assert "is needed by /dev/nbd7" in capsys.readouterr().out
             cli.main(["check", "--remove-leftovers", f"{name}-another"])
             out = capsys.readouterr().out
             assert f"{name}-another is none" in out
@@ -304,3 +308,11 @@ def test_ctrl_c_in_a_long_command(
     monkeypatch.setattr(sampling, "drop_privileges", interrupted)
     assert cli.main(["estimate", "--all"]) == 130
     assert capsys.readouterr().err.endswith("zcache: interrupted\n")
+
+
+def test_what_the_system_refuses_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    code, _, said = zcache(tmp_path, "cluster-init", str(tmp_path / "file/ca"))
+    assert code
+    assert said.count("\n") == 1
+    assert "Not a directory" in said

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import os
@@ -16,13 +17,14 @@ from typing import Any
 
 import pytest
 
-from plugin import servestate, swapping
+from plugin import serve, servestate, swapping
 from plugin.fitness import CAPABILITIES, has_capability
+from plugin.instance import Instance
 from plugin.nbdnetlink import Timeouts
 from tests.plugin_helpers import ROOT, environment, wait_for
 from tests.serve_helpers import Served, kill, served
 from zcache_core import memfile
-from zcache_core.errors import InUseError
+from zcache_core.errors import ConfigError, InUseError
 
 PAGE = 4096
 MIB = 1 << 20
@@ -231,6 +233,25 @@ def test_supervisor_killed_before_it_knows_its_server(it: Served, rng: random.Ra
         it.zcache("stop", "--keep")
 
 
+def test_a_pool_that_is_a_part_of_ram_stays_as_large(it: Served) -> None:
+    """RAM may have another size when the server dies; its memory file has not."""
+    it.serve("size=16M", "pool=1%", "standby=no")
+    state = it.state()
+    (pool,) = (word for word in state.words if word.startswith("pool="))
+    assert pool.removeprefix("pool=").isdigit()
+    assert serve.with_fixed_pool(it.instance, ["size=16M", "pool=7%"]) == ["size=16M", pool]
+
+
+def test_a_supervisor_takes_no_other_sizes(it: Served) -> None:
+    """Its server would live, and the next one be refused."""
+    it.serve("size=16M", "pool=8M", "standby=no")
+    assert servestate.needed_by(it.instance.name) == "its supervisor"
+    it.connect().pwrite(bytes(range(256)) * 16, 0)
+    kill(it.state().supervisor_pid)
+    with pytest.raises(ConfigError, match="made with size=16M"):
+        serve.start(it.instance, ["size=32M", "pool=8M", "standby=no"])
+
+
 # ---- several devices, and what is attached --------------------------------------------------
 
 
@@ -251,6 +272,24 @@ def test_it_does_not_stop_under_any_of_its_devices(
     assert "/dev/nbd7 is attached" in refused.stderr
     assert "zcache down --name second" in refused.stderr
     assert servestate.attached(it.instance) == [("/dev/nbd7", "second")]
+    # by its address, too
+    state = servestate.read(it.instance)
+    assert state is not None
+    words = [*state.words, "nbd=127.0.0.1:12345"]
+    text = json.dumps({**dataclasses.asdict(state), "words": words})
+    it_is = servestate._is_served
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    monkeypatch.setenv("ZCACHE_RUNTIME_DIR", str(copy))
+    other = Instance(it.instance.name)
+    other.serve.write_text(text)
+    for uri, is_ours in (
+        ("nbd://127.0.0.1:12345/b", True),
+        ("nbd://localhost:12345", True),
+        ("nbd://127.0.0.1", False),
+        ("nbd://10.0.0.1:12345", False),
+    ):
+        assert it_is({"uri": uri}, other, False) == is_ours, uri
     # another server's is no matter of this one
     page.write_text(json.dumps(told | {"uri": f"nbd+unix:///b?socket={tmp_path}/other.sock"}))
     assert servestate.attached(it.instance) == []

@@ -219,6 +219,9 @@ cdef void *committer(void *argument) noexcept nogil:
             until = at_us(arena.punch_after_us)
             pthread_cond_timedwait(&arena.work, &arena.lock, &until)
         else:
+            # What was short is not wanted any more.  Nobody wakes a thread that failed (arena_take).
+            arena.failing = False
+            arena.short_since_us = 0
             arena.settling = False
             pthread_cond_wait(&arena.work, &arena.lock)
     pthread_mutex_unlock(&arena.lock)

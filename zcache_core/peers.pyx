@@ -64,6 +64,9 @@ cdef enum:
     GET_BOUND_US = 8000000
     PUT_BOUND_US = 4000000
     FILL_US = 20000             # who fills a cell copies a page; it may have to wait for a CPU
+    CELL_FREE = 0
+    CELL_BUSY = 1
+    CELL_LEFT = 2               # its asker has gone, an answer was still being written
     STEP_US = 10000             # how soon a put notices that the node died
     BEAT_LATE_US = 1000000      # a node that did not show itself for so long takes nothing new
     CIPHER_AT = 7               # of a seal: the highest byte of its counter, which none reaches
@@ -87,14 +90,23 @@ cdef GetCell *cell_take(Peers *p) noexcept nogil:
     """A cell of ours; NULL when all are taken."""
     cdef uint32_t i
     for i in range(RING_CELLS):
-        if zc_load32(&p.busy[i]) == 0 and zc_cas32(&p.busy[i], 0, 1):
+        if zc_load32(&p.busy[i]) == CELL_LEFT and zc_cas32(&p.busy[i], CELL_LEFT, CELL_BUSY):
+            cell_release(p, &p.ring.cell[i])
+        if zc_load32(&p.busy[i]) == CELL_FREE and zc_cas32(&p.busy[i], CELL_FREE, CELL_BUSY):
             return &p.ring.cell[i]
     return NULL
 
 
 cdef void cell_release(Peers *p, GetCell *cell) noexcept nogil:
-    zc_store32(&cell.word, (zc_load32(&cell.word) & ~<uint32_t>RING_STATE) + RING_STATE + 1)
-    zc_store32(&p.busy[cell - &p.ring.cell[0]], 0)
+    """Free, unless somebody still writes to it: an old answer must not be the next asker's."""
+    cdef uint32_t *busy = &p.busy[cell - &p.ring.cell[0]]
+    cdef uint32_t seen = zc_load32(&cell.word)
+    if seen & RING_STATE != RING_FILLING and zc_cas32(
+        &cell.word, seen, (seen & ~<uint32_t>RING_STATE) + RING_STATE + 1
+    ):
+        zc_store32(busy, CELL_FREE)
+    else:
+        zc_store32(busy, CELL_LEFT)
 
 
 cdef void ask(GetCell *cell, const ColdPage *page, uint32_t wrong) noexcept nogil:
@@ -109,7 +121,7 @@ cdef void ask(GetCell *cell, const ColdPage *page, uint32_t wrong) noexcept nogi
 
 
 cdef bint answered(uint32_t *word, int64_t until_us) noexcept nogil:
-    """Wait for the answer; False when it is too late, and none can come any more."""
+    """Wait for the answer; False when it is too late: none can come any more, or is being written."""
     cdef uint32_t seen
     cdef int64_t left_us
     while True:
@@ -119,9 +131,11 @@ cdef bint answered(uint32_t *word, int64_t until_us) noexcept nogil:
             return True
         left_us = until_us - now_us()
         if seen & RING_STATE == RING_FILLING:
-            left_us += FILL_US      # the cell is written to: not ours to use again
+            left_us += FILL_US
         if left_us > 0:
             zc_futex_wait(word, seen, left_us)
+        elif seen & RING_STATE == RING_FILLING:
+            return False
         elif zc_cas32(word, seen, (seen & ~<uint32_t>RING_STATE) + RING_STATE + 1):
             return False
 

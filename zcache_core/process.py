@@ -143,9 +143,12 @@ def load_files(copy: bool = True) -> int:
 
     copy: those that are ours to write too are copied now, not when they are written.
     With `lock_memory` they stay.  Nothing that is only reserved (zeros, heap) is touched.
-    Before Linux 5.14 nothing happens.
+    Before Linux 5.14 nothing happens, and nothing for an ordinary user with secrets in memory
+    (PR_SET_DUMPABLE is off), who may not look at his own pages.
     """
     total = 0
+    if not os.access("/proc/self/pagemap", os.R_OK):
+        return 0
     with open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
         rows = [line.split(maxsplit=5) for line in maps]
     for row in rows:

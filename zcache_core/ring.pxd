@@ -187,13 +187,14 @@ cdef extern from *:
     int zc_memory_fd() nogil
 
 
-cdef inline bint cell_answer(
+cdef inline bint cell_begin(GetCell *cell, uint32_t turn) noexcept nogil:
+    """From here on the cell is the answerer's alone."""
+    return zc_cas32(&cell.word, (turn << 4) + RING_TAKEN, (turn << 4) + RING_FILLING)
+
+
+cdef inline bint cell_end(
     GetCell *cell, uint32_t turn, int error, const uint8_t *sealed, uint32_t n, uint32_t copy
 ) noexcept nogil:
-    """Answer what was taken in that turn; False when somebody else has, or nobody waits any more."""
-    cdef uint32_t taken = (turn << 4) + RING_TAKEN
-    if n > SEALED_MOST or not zc_cas32(&cell.word, taken, (turn << 4) + RING_FILLING):
-        return False
     cell.error, cell.copy, cell.length_bytes = error, copy, n
     memcpy(cell.sealed, sealed, n)
     zc_release_fence()
@@ -201,3 +202,10 @@ cdef inline bint cell_answer(
         return False
     zc_futex_wake(&cell.word)
     return True
+
+
+cdef inline bint cell_answer(
+    GetCell *cell, uint32_t turn, int error, const uint8_t *sealed, uint32_t n, uint32_t copy
+) noexcept nogil:
+    """Answer what was taken in that turn; False when somebody else has, or nobody waits any more."""
+    return n <= SEALED_MOST and cell_begin(cell, turn) and cell_end(cell, turn, error, sealed, n, copy)

@@ -31,7 +31,7 @@ from zcache_core.native cimport (
 from zcache_core.pthread cimport now_us
 from zcache_core.ring cimport (
     DROPS, NOTE_DONOR, NOTE_GONE, NOTE_MOVED, NOTES, PUT_ROOM, RING_ANSWERED, RING_ASKED, RING_CELLS, RING_FILLING, RING_MAGIC,
-    RING_STATE, RING_TAKEN, RING_VERSION, SEALED_MOST, Drop, GetCell, Note, PutRow, Ring, cell_answer, zc_is_locked, zc_lock_it,
+    RING_STATE, RING_TAKEN, RING_VERSION, SEALED_MOST, Drop, GetCell, Note, PutRow, Ring, cell_answer, cell_begin, cell_end, zc_is_locked, zc_lock_it,
     zc_futex_wake,
 )
 
@@ -126,6 +126,8 @@ cdef class RingSide:
             word = zc_load32(&self.ring.cell[i].word)
             if word & RING_STATE == RING_TAKEN or word & RING_STATE == RING_FILLING:
                 zc_cas32(&self.ring.cell[i].word, word, (word & ~<uint32_t>RING_STATE) + RING_ASKED)
+            elif word & RING_STATE == RING_ANSWERED:    # it may have been killed before it woke the asker
+                zc_futex_wake(&self.ring.cell[i].word)
         word = zc_load32(&self.ring.head.put_word)
         if word & RING_STATE == RING_TAKEN:
             for i in range(COLD_BATCH):     # it may have been killed while it wrote these
@@ -171,6 +173,20 @@ cdef class RingSide:
         cdef uint32_t length = len(sealed)
         assert length <= SEALED_MOST
         return bool(cell_answer(&self.ring.cell[wanted.cell], wanted.turn, error, data, length, copy))
+
+    def begin_get(self, wanted):
+        """For tests: as answer_get, which gets no further than to take the cell."""
+        return bool(cell_begin(&self.ring.cell[wanted.cell], wanted.turn))
+
+    def end_get(self, wanted, int error, bytes sealed=b"", wake=True):
+        """For tests: the rest of it."""
+        cdef GetCell *cell = &self.ring.cell[wanted.cell]
+        cdef const uint8_t *data = sealed
+        if wake:
+            return bool(cell_end(cell, wanted.turn, error, data, len(sealed), 0))
+        cell.error = error
+        zc_release_fence()
+        return bool(zc_cas32(&cell.word, (wanted.turn << 4) + RING_FILLING, (wanted.turn << 4) + RING_ANSWERED))
 
     def batch(self):
         """The batch that is to be put, or None."""
