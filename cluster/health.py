@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from cluster.expiry import WARN_DAYS
 from zcache_core import PAGES_PER_FRAME
 
 OK, DEGRADED, CRITICAL = "ok", "degraded", "critical"
@@ -154,6 +155,20 @@ def peers_twins(stats: Stats, config: Config) -> Reason | None:
         " ".join(twins),
         "Name each donor once in peers=, and give each machine a node.pem of its own "
         "('zcache cluster-add NAME').",
+    )
+
+
+def certificate_ends(stats: Stats, config: Config) -> Reason | None:
+    """Our certificate, or the CA's: afterwards nobody lets us in, and nobody comes in to us."""
+    days = config.get("certificate_days", WARN_DAYS)
+    if days >= WARN_DAYS:
+        return None
+    when = f"ends in {days} days" if days >= 0 else f"ended {-days} days ago"
+    return Reason(
+        DEGRADED if days >= 0 else CRITICAL,
+        f"A certificate in {config['tls']} {when}: then no new connection is accepted.",
+        "Make a new node.pem ('zcache cluster-add'; a new CA when that is what ends), copy it "
+        "there, and run 'zcache upgrade', which loses nothing.",
     )
 
 
@@ -451,6 +466,7 @@ RULES: tuple[Rule, ...] = (
     peers_twins,
     peer_away,
     peers_short,
+    certificate_ends,
     backup_missing,
     copies_mended,
     pool_full,

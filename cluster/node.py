@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Any
 
 import zcache_core
-from cluster import addresses, unixsock
+from cluster import addresses, expiry, unixsock
 from cluster.etcdurl import without_password
 from cluster.health import health
 from cluster.link import RpcError, Server
@@ -76,6 +76,8 @@ class Node:
         self._node_started_s = server_start_s(os.getpid())
         self.metrics: str | None = None  # HOST:PORT once it is listened on
         self.peer_side: Any = None  # peerring.PeerSide, with peers=
+        # Of those that are in use: a new file is for the next node.
+        self._certificate_end_s = expiry.first_end_s(tls) if (tls := config.get("tls")) else None
         self.lender: Any = None  # lending.Lender, with listen=, once it listens
         self._steering = Steering(command_fd, lambda: counters.read(memory), config)
         self._methods: dict[str, Callable[[], Awaitable[Any]]] = {
@@ -169,7 +171,10 @@ class Node:
     async def health(self) -> dict[str, Any]:
         """status: ok, degraded or critical; reasons: what is the matter and what to do."""
         twins = {"twin_peers": self.peer_side.twins() if self.peer_side is not None else []}
-        return health(counters.read(self._memory), await self.config() | twins)
+        ends: dict[str, Any] = {}
+        if self._certificate_end_s is not None:
+            ends["certificate_days"] = expiry.days_left(self._certificate_end_s)
+        return health(counters.read(self._memory), await self.config() | twins | ends)
 
     async def look(self) -> dict[str, Any]:
         """Everything at once, by method: what the web pages are made from."""

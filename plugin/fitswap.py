@@ -10,8 +10,9 @@ import contextlib
 import shutil
 from pathlib import Path
 
+from cluster import expiry
 from cluster.link import BlockingClient
-from plugin import swaparea
+from plugin import swaparea, tlsfiles
 from plugin.attachcli import SWAP_PRIORITY
 from plugin.fitness import CAP_SYS_ADMIN, NOTE, OK, TODO, Finding, grant, has_capability, nbd_module
 from zcache_core.errors import AttachError, ControlError
@@ -19,6 +20,7 @@ from zcache_core.errors import AttachError, ControlError
 MODULE = Path("/sys/module/nbd")
 SYS_BLOCK = Path("/sys/block")
 ZSWAP = Path("/sys/module/zswap/parameters/enabled")
+CERTIFICATE_FOLDERS = tlsfiles.DEFAULT_FOLDER, "/etc/zcache/cluster"
 DISK_FOLDER = "/var/lib"  # where the documents put `disk=`
 DISK_BYTES_MIN = 1 << 30
 
@@ -45,6 +47,24 @@ def may_swapon() -> Finding:
     return Finding(
         NOTE, "swapon", "not permitted here", grant("CAP_SYS_ADMIN", "zcache up, attach and swapon")
     )
+
+
+def certificates() -> Finding:
+    """Those of `attach nbds://`, and of the place that the documents name for tls=."""
+    found = {
+        folder: expiry.days_left(end_s)
+        for folder in CERTIFICATE_FOLDERS
+        if (end_s := expiry.first_end_s(folder)) is not None
+    }
+    if not found:
+        return Finding(OK, "certificates", f"none in {' or '.join(CERTIFICATE_FOLDERS)}")
+    folder = min(found, key=lambda folder: found[folder])
+    days = found[folder]
+    if days >= expiry.WARN_DAYS:
+        return Finding(OK, "certificates", f"{folder}: {days} days left")
+    what = f"{folder}: {f'{days} days left' if days >= 0 else 'ended'}"
+    do = "make a new node.pem ('zcache cluster-add') and put it there; see the guide on failures"
+    return Finding(NOTE if days >= 0 else TODO, "certificates", what, do)
 
 
 def disk_space() -> Finding:

@@ -58,6 +58,8 @@ class Liaison:
             pid = os.fork()
             if pid == 0:
                 break
+            with contextlib.suppress(OSError):  # ended already
+                os.setpgid(pid, pid)  # before the supervisor hears of it: see Server
             its.close()
             with ours:
                 socket.send_fds(self._sock, [b"forked %d\n" % pid], [ours.fileno()])

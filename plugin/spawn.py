@@ -21,7 +21,8 @@ import os
 import signal
 from collections.abc import Mapping, Sequence
 
-POSIX_SPAWN_SETSIGDEF, POSIX_SPAWN_SETSIGMASK, POSIX_SPAWN_SETSCHEDULER = 0x04, 0x08, 0x20
+POSIX_SPAWN_SETPGROUP, POSIX_SPAWN_SETSIGDEF = 0x02, 0x04
+POSIX_SPAWN_SETSIGMASK, POSIX_SPAWN_SETSCHEDULER = 0x08, 0x20
 ROOM_BYTES = 1024  # for each of the C library's opaque structures
 ENDING_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGCHLD)
 
@@ -32,7 +33,8 @@ class Program:
     """A command that can be started again and again.
 
     `fds` maps a descriptor of the child to the one of ours that it gets there.
-    `our_class`: it keeps the scheduling class of the thread that spawns it.
+    `our_class`: it keeps the scheduling class of the thread that spawns it.  `own_group`: it leads
+    a process group of its own, by which its children are found when it is gone.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class Program:
         env: Mapping[str, str],
         fds: Mapping[int, int],
         our_class: bool = False,
+        own_group: bool = False,
     ) -> None:
         self.path = argv[0]
         self._argv = _strings(argv)
@@ -53,9 +56,9 @@ class Program:
         # A client's socket kept open by the child would hide the server's death from it.
         above = max([2, *fds]) + 1
         _check(_libc.posix_spawn_file_actions_addclosefrom_np(self._actions, above))
-        self._set_attributes(our_class)
+        self._set_attributes(our_class, own_group)
 
-    def _set_attributes(self, our_class: bool) -> None:
+    def _set_attributes(self, our_class: bool, own_group: bool) -> None:
         defaults, nothing = (ctypes.create_string_buffer(ROOM_BYTES) for _ in range(2))
         priority = ctypes.c_int(0)  # all of struct sched_param
         _libc.sigemptyset(defaults)
@@ -66,6 +69,8 @@ class Program:
         flags = POSIX_SPAWN_SETSIGDEF | POSIX_SPAWN_SETSIGMASK
         if not our_class:
             flags |= POSIX_SPAWN_SETSCHEDULER
+        if own_group:
+            flags |= POSIX_SPAWN_SETPGROUP  # number 0, which is the default: its own
         _check(_libc.posix_spawnattr_init(a))
         _check(_libc.posix_spawnattr_setflags(a, ctypes.c_short(flags)))
         _check(_libc.posix_spawnattr_setsigdefault(a, defaults))

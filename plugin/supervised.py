@@ -35,10 +35,12 @@ class Server:
     """One server process: started by us, or found running (`line` is None then)."""
 
     def __init__(self, pid: int, line: socket.socket | None) -> None:
-        self.pid, self.line = pid, line
+        self.pid, self.line, self.leads_group = pid, line, False
         self.ticks = start_ticks(pid)
         self.pidfd = os.pidfd_open(pid)
         self.began_s = time.monotonic()
+        with contextlib.suppress(ProcessLookupError):  # an older version's has the supervisor's
+            self.leads_group = os.getpgid(pid) == pid
         self.said = b""
         self.refused: tuple[int, str] | None = None
 
@@ -90,6 +92,16 @@ class Server:
         except ChildProcessError:
             return "how is not known: it was no child of this supervisor"
         return f"exit code {code}" if code >= 0 else f"signal {-code}"
+
+    def end_children(self) -> None:
+        """By force: those of a server that is gone (reaped, if it was ours).
+
+        While one of them lives, nobody else gets the group's number; another process that has it
+        tells that none does.
+        """
+        if self.leads_group and start_ticks(self.pid) in (0, self.ticks):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.pid, signal.SIGKILL)
 
 
 def living_owner(name: str) -> int | None:
@@ -157,7 +169,8 @@ def spawn(words: Sequence[str], standby: bool) -> Server:
     try:
         # In a real-time class from its first instruction: on a machine that waits for its
         # swap an ordinary process starts late.  It leaves the class if realtime= says so.
-        program = Program(words, env, {LIAISON_FD: its.fileno()}, our_class=not standby)
+        fds = {LIAISON_FD: its.fileno()}
+        program = Program(words, env, fds, our_class=not standby, own_group=True)
         return Server(program.spawn(), ours)
     except OSError:
         ours.close()

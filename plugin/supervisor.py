@@ -60,6 +60,10 @@ UPGRADE_S = 30.0  # for the new version to load
 # For a standby that is on its way when its server dies; then another is started, which takes longer
 # than a fork anywhere.
 LOADING_S = 10.0
+# For the node of a dead server to end by itself, and to pass on what its server said last.  It may
+# be swapped out, or still be loading: with memory exhausted, twenty kills left nineteen of them,
+# their pages filled the swap, and the OOM killer came.
+NODE_S = 2.0
 RESUME = "ZCACHE_RESUME"  # what a supervisor tells itself through exec
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, LOOK)
 
@@ -99,6 +103,7 @@ class Supervisor:
             signal.signal(number, lambda *_: None)
         self._exit_code = 0
         self._wanted = False  # a standby beside the server
+        self._ended: list[tuple[float, Server]] = []  # when its children are ended by force
 
     # ---- the loop -------------------------------------------------------------------
 
@@ -120,6 +125,8 @@ class Supervisor:
                 self._standby.give_up()
             if self._check_s is not None and time.monotonic() >= self._check_s:
                 self._check_adopted()
+            if self._ended and time.monotonic() >= self._ended[0][0]:
+                self._ended.pop(0)[1].end_children()
         self._keep_in_memory(False)
         self._phase(servestate.STOPPED)
         return self._exit_code
@@ -144,6 +151,7 @@ class Supervisor:
         due_s = self._standby.due_s if self._server is not None else None
         times = self._kill_s, self._check_s, due_s, self._standby.late_s
         until = [time_s for time_s in times if time_s is not None]
+        until += [time_s for time_s, _ in self._ended[:1]]
         if self._server is None and not self._stopping:
             until.append(self._due_s)
         return max(0.0, (min(until) - time.monotonic()) * 1000 + 1) if until else None
@@ -266,6 +274,7 @@ class Supervisor:
             server.heard()
         how = server.reap()
         now_s = time.monotonic()
+        self._ended.append((now_s + NODE_S, server))
         self._kill_s = self._check_s = None
         if self._stopping:
             return

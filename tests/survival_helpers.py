@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import random
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -75,7 +76,8 @@ class Kills:
         """One line about the stalls, for whoever reads the test's output."""
         found = sorted(self.stalls_s())
         said = ", ".join(f"{stall:.2f}" for stall in found)
-        return f"{what}: stalls of {said} s; longest {found[-1]:.2f} s"
+        middle = statistics.median(found)
+        return f"{what}: stalls of {said} s; median {middle:.2f} s, longest {found[-1]:.2f} s"
 
 
 def stall_s(samples: Sequence[Sample], at_s: float, well_s: float) -> float:

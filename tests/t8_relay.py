@@ -91,8 +91,15 @@ class Secured:
         )
 
     def kill_helper(self) -> None:
+        """Its spare goes on, and gets one of its own; who kills that before ends both."""
         self.exhausted()
+        spare = int(state(self.guest)["spare_pid"])
         kill_mender(self.guest)
+        self.guest.link.wait_for(lambda: self.has_another(spare), 60, "a new helper and spare")
+
+    def has_another(self, spare: int) -> bool:
+        found = state(self.guest)
+        return found["pid"] == spare and int(found["spare_pid"]) not in (0, spare)
 
     def cut(self) -> None:
         self.lab.network.cut(self.guest.tap)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -201,9 +202,17 @@ def test_a_node_that_does_not_end_is_no_obstacle(it: Served, rng: random.Random)
         wait_for("a node that answers", lambda: answers(it))
         assert it.rpc("ping")["pid"] != node
     finally:
-        os.kill(node, signal.SIGCONT)
+        with contextlib.suppress(ProcessLookupError):  # ended by force already
+            os.kill(node, signal.SIGCONT)
     only_these(it)
     assert it.rpc("ping")["pid"] != node, "the old one's end has not removed the new one's socket"
+
+    node = only_these(it)["node"]
+    os.kill(node, signal.SIGSTOP)
+    kill(it.state().server_pid)
+    wait_for("its end, by force", lambda: node not in it.processes())
+    wait_for("a node that answers", lambda: answers(it))
+    only_these(it)
 
 
 def another_server(it: Served, old: int) -> bool:

@@ -49,7 +49,6 @@ ctypedef struct Dense:
     uint32_t age_s              # wanted: pages that nobody asked for in so long are cold
     pthread_t thread
     bint running
-    bint idle_class             # the thread may go to SCHED_IDLE and come back
     bint readers_counted        # memory for reading zstd is in private_table_bytes
     void *batch                 # contexts and buffers, or NULL: nothing was recompressed yet
     uint64_t *cells             # counter shard, written by who has the turn

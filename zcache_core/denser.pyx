@@ -17,9 +17,11 @@ What is won is what the allocator gives back: a smaller size class, not fewer by
 wins none is not tried again before it is written again.  The new room comes before the old one
 goes, so in a pool that is taken to the last frame it begins when a few frames are free.
 
-One thread (zc-dense), and it takes what is left over: it compresses in the class SCHED_IDLE, where
-it may return from there, holding no lock and no slot meanwhile; and while requests are served it
-rests nineteen times as long as it worked.  What readers need for a page of zstd has memory before
+One thread (zc-dense), and it takes what is left over: while requests are served, or no CPU is spare,
+it rests nineteen times as long as it worked.  It compresses holding no lock and no slot, but not in
+the class SCHED_IDLE: a killed server ends only after each of its threads has run once more, and the
+last one gives the memory back.  Beside four busy loops on two cores that took 1.3 to 14.7 s, and a
+standby waits for it.  What readers need for a page of zstd has memory before
 the first such page is there; what this thread needs it asks for itself, in nobody's way.
 
 Bounds: 16 pages at a time; one byte a page of the device, 130 KiB of buffers and a context.
@@ -30,10 +32,10 @@ from libc.errno cimport EAGAIN
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memset
 from posix.mman cimport MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, PROT_READ, PROT_WRITE, mmap, munmap
-from posix.time cimport timespec
+from posix.time cimport CLOCK_THREAD_CPUTIME_ID, clock_gettime, timespec
 
 from zcache_core.allocator cimport object_bytes, object_fill, object_header
-from zcache_core.backing cimport back_range, change_class
+from zcache_core.backing cimport back_range
 from zcache_core.codec cimport (
     CodecChoice, codec_compress, codec_context_bytes, codec_expect_zstd, codec_make, codec_unmake,
 )
@@ -49,8 +51,8 @@ from zcache_core.layout cimport (
 )
 from zcache_core.native cimport zc_add64, zc_load32, zc_release_fence
 from zcache_core.pthread cimport (
-    SCHED_IDLE, SCHED_OTHER, at_us, cond_init, lock_init, lock_take, now_us, pthread_cond_signal,
-    pthread_cond_timedwait, pthread_cond_wait, pthread_join, pthread_mutex_unlock, thread_start,
+    at_us, cond_init, lock_init, lock_take, now_us, pthread_cond_signal, pthread_cond_timedwait,
+    pthread_cond_wait, pthread_join, pthread_mutex_unlock, thread_start,
 )
 from zcache_core.ramtier cimport load_blob, store_wait_ready
 from zcache_core.slots cimport BLOB_ROOM, SLOTS, Slot, slot_release, slot_take_own
@@ -62,6 +64,9 @@ cdef enum:
     # Rest per work while requests are served: at most 5 % of one CPU.
     REST = 19
     MOST_REST_US = 200000
+    # Whether a CPU is spare: of so much time without a rest this thread had less than 4/5 of one.
+    WINDOW_US = 20000
+    CROWDED_BATCHES = 1000      # if not, it rests after each of so many: 10 s or more
     NOT_READY_US = 100000
     PIECE = 1 << 16             # marks, between two looks at whether to end
 
@@ -114,15 +119,11 @@ cdef void compress(Core *core, Batch *b) noexcept nogil:
     """Outside of locks and slots: here the time goes."""
     cdef uint32_t most = core.allocator.largest_bytes - HEADER_BYTES
     cdef uint32_t i, length
-    if core.dense.idle_class:
-        change_class(SCHED_IDLE, 0)
     for i in range(b.n):
         length = length_of(b.found[i].entry.location)
         b.found[i].length_bytes = codec_compress(
             &b.own, b.choice, b.pages + i * PAGE_BYTES, b.blobs + i * BLOB_ROOM, min(length - 1, most)
         )
-    if core.dense.idle_class:
-        change_class(SCHED_OTHER, 0)
 
 
 cdef bint lay_down(Core *core, const Found *f, const uint8_t *blob, uint32_t codec) noexcept nogil:
@@ -268,22 +269,38 @@ cdef void grow_older(uint8_t *marks, uint64_t n) noexcept nogil:
             marks[i] += 1
 
 
+cdef int64_t thread_us() noexcept nogil:
+    """CPU time of this thread."""
+    cdef timespec used
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &used)
+    return <int64_t>used.tv_sec * 1000000 + used.tv_nsec // 1000
+
+
 cdef bint one_pass(Core *core, int level) noexcept nogil:
     """All pages once; False when something else is wanted by now."""
     cdef uint64_t page = 0
     cdef uint64_t turns, end
     cdef uint32_t pages
-    cdef int64_t start, spent
+    cdef uint32_t crowded = 0
+    cdef int64_t start, spent, worked
+    cdef int64_t all_spent = 0, all_worked = 0      # since the last rest
     while page < core.index.pages:
         end = min(page + PIECE, core.index.pages)
         while page < end:
             turns = requests_done(core)
-            start = now_us()
+            start, worked = now_us(), thread_us()
             page = one_batch(core, page, end, MARK_COLD, &pages)
-            spent = now_us() - start
+            spent, worked = now_us() - start, thread_us() - worked
             if core.dense.stopping or core.dense.level != level:
                 return False
-            if pages and requests_done(core) > turns + 1:       # more than this thread's own
+            all_spent, all_worked = all_spent + spent, all_worked + worked
+            if all_spent > WINDOW_US:
+                if all_worked * 5 < all_spent * 4:
+                    crowded = CROWDED_BATCHES
+                all_spent = all_worked = 0
+            if pages and (crowded or requests_done(core) > turns + 1):      # more than this thread's own
+                crowded = max(crowded, 1) - 1
+                all_spent = all_worked = 0
                 if not nap(core, now_us() + min(spent * REST, <int64_t>MOST_REST_US), level):
                     return False
     return True

@@ -36,8 +36,6 @@ PR_SET_IO_FLUSHER = 57
 MADV_POPULATE_READ, MADV_POPULATE_WRITE = 22, 23
 M_ARENA_MAX, M_MMAP_THRESHOLD, M_TOP_PAD, M_TRIM_THRESHOLD = -8, -3, -2, -1
 CAP_IPC_LOCK = 14
-CAP_SYS_NICE = 23
-NICE_OF_ALL = 20  # as RLIMIT_NICE counts: an ordinary thread
 PAGE_BYTES = 4096
 # In the highest bytes of pagemap's words, pages in memory; so many at once, a millisecond or two
 # on the slowest machine at hand, as serving threads of the same real-time class can wait.
@@ -70,13 +68,6 @@ def _has_capability(number: int) -> bool:
     with open("/proc/self/status", encoding="ascii", errors="replace") as file:
         effective = next((line.split()[1] for line in file if line.startswith("CapEff")), "0")
     return bool(int(effective, 16) >> number & 1)
-
-
-def may_leave_idle() -> bool:
-    """Whether a thread of ours that goes to SCHED_IDLE may come back: sched(7)."""
-    return (
-        _has_capability(CAP_SYS_NICE) or resource.getrlimit(resource.RLIMIT_NICE)[0] >= NICE_OF_ALL
-    )
 
 
 def _limited() -> bool:

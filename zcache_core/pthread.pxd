@@ -9,7 +9,7 @@ from posix.time cimport timespec
 
 
 cdef extern from "<sched.h>" nogil:
-    enum: SCHED_OTHER, SCHED_IDLE
+    enum: SCHED_OTHER
     struct sched_param:
         int sched_priority
 

@@ -181,7 +181,6 @@ cdef class Store:
         ):
             raise MemoryFileError("no thread could be started; raise the limit of processes")
         core.slots.background[C_PRIVATE_TABLE_BYTES] += crew_memory_bytes(&core.crew)
-        core.dense.idle_class = process.may_leave_idle()
         if self.tidy and (tidy_start(core) or dense_start(core)):
             raise MemoryFileError("no thread could be started; raise the limit of processes")
         self.memory.fresh = False       # the next store on this file takes it over
