@@ -11,13 +11,15 @@ who is known goes on.
 The client is etcd3gw, which waits for its answers, so each of the two runs on a thread of its
 own, and tells the loop.  The watch is a hint: what ends silently is noticed at the next poll.
 
-Bounds: CALL_S for each call, one read a second at most, MEMBERS_MOST rows, LINKS_MOST chosen.
+Bounds: CALL_S for each call, POLL_S for a watch, one read a second at most, STOP_S for the end,
+MEMBERS_MOST rows, LINKS_MOST chosen.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import hashlib
 import json
 import logging
@@ -32,10 +34,13 @@ from cluster.peeraddress import NODE, PeerAddress
 from zcache_core.errors import ConfigError, ZcacheError
 
 TTL_S = 10
-POLL_S = 10.0
+# A quiet round is 8 s; one whose watch is never answered ends, with another host, within 11.5 s:
+# before the 12 s after which nobody is given new pages (rack.py).
+POLL_S = 7.0
 CALL_S = 3.0
 SETTLE_S = 1.0  # between two reads: a thousand donors that start are not a thousand reads
 RETRY_FIRST_S, RETRY_MOST_S = 0.5, 8.0
+STOP_S = 0.5  # a lease is given back in milliseconds; who ends a process waits 2 s for all of it
 MEMBERS_MOST = 16384
 LINKS_MOST = 64  # of the 96 rows of the donor table; the others are for those of yesterday
 log = logging.getLogger("zcache.members")
@@ -110,7 +115,7 @@ class _Talker(threading.Thread):
     def leave(self) -> None:
         """At the end, bounded."""
 
-    def stop(self, wait_s: float = CALL_S) -> None:
+    def stop(self, wait_s: float = STOP_S) -> None:
         """End; who waits for etcd is not waited for longer than that."""
         self._stopping.set()
         if self.is_alive():
@@ -124,6 +129,8 @@ class _Talker(threading.Thread):
         host, port = self._url.hosts[self._host % len(self._url.hosts)]
         session = requests.Session()
         session.trust_env = False  # no proxies
+        # The library gives its own calls a timeout, but not the watch.
+        session.post = functools.partial(session.post, timeout=POLL_S)  # type: ignore[method-assign]
         if self._url.protocol == "https" and self._tls is not None:
             # One file: our key and certificate, and the cluster's CA.
             session.cert = session.verify = str(Path(self._tls) / NODE)
@@ -194,7 +201,7 @@ class Watching(_Talker):
             timer.cancel()
             cancel()
 
-    def stop(self, wait_s: float = CALL_S) -> None:
+    def stop(self, wait_s: float = STOP_S) -> None:
         self._stopping.set()
         self._cancel()
         super().stop(wait_s)

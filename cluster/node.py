@@ -168,8 +168,10 @@ class Node:
 
     async def health(self) -> dict[str, Any]:
         """status: ok, degraded or critical; reasons: what is the matter and what to do."""
-        twins = {"twin_peers": self.peer_side.twins() if self.peer_side is not None else []}
-        return health(counters.read(self._memory), await self.config() | twins)
+        now: dict[str, Any] = {}
+        if (side := self.peer_side) is not None:
+            now = {"twin_peers": side.twins(), "etcd_silent_s": side.etcd_silent_s}
+        return health(counters.read(self._memory), await self.config() | now)
 
     async def look(self) -> dict[str, Any]:
         """Everything at once, by method: what the web pages are made from."""

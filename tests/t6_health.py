@@ -69,6 +69,8 @@ TROUBLE: list[tuple[dict[str, int], dict[str, Any], str, str, str]] = [
         "a and b are the same donor",
         "node.pem of its own",
     ),
+    ({}, {"etcd_silent_s": 0}, "ok", "", ""),
+    ({}, {"etcd_silent_s": 40}, "degraded", "not answered for 40 s", "what etcd= says"),
     ({"remote_short_pages": 7}, {}, "degraded", "7 copies of pages are with", "renewed elsewhere"),
     ({"backup_missing_pages": 5}, {"backup": "disk"}, "degraded", "on the disk alone", "has room"),
     ({"mended_loads": 2}, {}, "degraded", "answered from the disk instead", "memtest"),
