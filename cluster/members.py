@@ -21,6 +21,7 @@ import asyncio
 import contextlib
 import functools
 import hashlib
+import importlib
 import json
 import logging
 import threading
@@ -87,6 +88,17 @@ def chosen(owner: str, members: Mapping[str, Member], most: int = LINKS_MOST) ->
     return sorted(members.values(), key=weight, reverse=True)[:most]
 
 
+def library() -> tuple[Any, Any]:
+    """requests, and etcd3gw's client; what these import when they are used is there, too."""
+    # Only here: a node without etcd is 20 MiB smaller.
+    import requests
+    from etcd3gw.client import Etcd3Client
+
+    for name in ("concurrent.futures.thread", "encodings.idna"):
+        importlib.import_module(name)
+    return requests, Etcd3Client
+
+
 class _Talker(threading.Thread):
     """A thread that talks to etcd until `stop`; when a call fails, anew and to the next host."""
 
@@ -122,19 +134,16 @@ class _Talker(threading.Thread):
             self.join(wait_s)
 
     def _client(self) -> Any:
-        # Only here: a node without etcd is 20 MiB smaller.
-        import requests
-        from etcd3gw.client import Etcd3Client
-
+        requests, make = library()
         host, port = self._url.hosts[self._host % len(self._url.hosts)]
         session = requests.Session()
         session.trust_env = False  # no proxies
         # The library gives its own calls a timeout, but not the watch.
-        session.post = functools.partial(session.post, timeout=POLL_S)  # type: ignore[method-assign]
+        session.post = functools.partial(session.post, timeout=POLL_S)
         if self._url.protocol == "https" and self._tls is not None:
             # One file: our key and certificate, and the cluster's CA.
             session.cert = session.verify = str(Path(self._tls) / NODE)
-        client = Etcd3Client(host, port, self._url.protocol, timeout=CALL_S, session=session)
+        client = make(host, port, self._url.protocol, timeout=CALL_S, session=session)
         if self._url.user:
             asked = {"name": self._url.user, "password": self._url.password}
             token = client.post(client.get_url("/auth/authenticate"), json=asked)["token"]
