@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import http.server
 import os
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster import members
+from cluster import certificates, members
 from cluster.etcdurl import EtcdUrl
 from cluster.members import Member, chosen
 from tests.lender_helpers import PAGES, Lender, Model, live, stats
@@ -35,13 +36,22 @@ def free_port() -> int:
 
 
 class Etcd:
-    """One member, one cluster; killed, it comes back with what it had."""
+    """One member, one cluster; killed, it comes back with what it had.
 
-    def __init__(self, folder: Path) -> None:
+    `ca`: a folder of certificates, of which `etcd` is its own; `wants`: one of the other side, too.
+    """
+
+    def __init__(self, folder: Path, ca: Path | None = None, wants: bool = False) -> None:
         self.folder = folder / "etcd"
         self.folder.mkdir()
+        self.wants = wants
         self.port, self.peer_port = free_port(), free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.url = f"http{'s' if ca else ''}://127.0.0.1:{self.port}"
+        self._more: list[str] = []
+        if ca:
+            own = str(ca / "etcd" / "node.pem")
+            self._more = ["--cert-file", own, "--key-file", own, "--trusted-ca-file"]
+            self._more += [str(ca / "ca.pem"), *(["--client-cert-auth"] if wants else [])]
         self.process: subprocess.Popen[bytes] | None = None
         self.start()
 
@@ -50,6 +60,7 @@ class Etcd:
         words = ["--data-dir", str(self.folder / "data"), "--listen-client-urls", self.url]
         words += ["--advertise-client-urls", self.url, "--listen-peer-urls", peer]
         words += ["--initial-advertise-peer-urls", peer, "--initial-cluster", f"default={peer}"]
+        words += self._more
         with open(self.folder / "log", "ab") as log:
             self.process = subprocess.Popen([str(ETCD), *words], stdout=log, stderr=log)
         wait_for("etcd", self.answers)
@@ -86,6 +97,22 @@ class Registered(Lender):
                 stderr=log,
             )
         wait_for("the donor's socket", Path(self.address).exists)
+
+
+@pytest.fixture(params=["users", "certificates"])
+def guarded(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Etcd]:
+    """One with certificates, in `ca`; `owner` is who asks.  It has users, or wants certificates.
+
+    (Not both: etcd's gateway takes the name in etcd's own certificate for the user then.)
+    """
+    if not ETCD.exists():
+        pytest.skip("make test unpacks etcd")
+    certificates.init(tmp_path / "ca")
+    certificates.add(tmp_path / "ca", "etcd", addresses=["127.0.0.1"])
+    certificates.add(tmp_path / "ca", "owner")
+    made = Etcd(tmp_path, tmp_path / "ca", request.param == "certificates")
+    yield made
+    made.kill()
 
 
 @pytest.fixture
@@ -147,6 +174,55 @@ def test_etcd_is_killed_and_comes_back(tmp_path: Path, etcd: Etcd, rng: random.R
     finally:
         for donor in donors:
             donor.kill()
+
+
+def read_by(url: str, tls: str | None) -> set[str] | None:
+    """The donors that an owner finds there; None: it was refused."""
+    talker = members.Watching(EtcdUrl.read(url), tls, asyncio.new_event_loop(), lambda _: None)
+    try:
+        return set(talker._read(talker._client()))
+    except Exception:  # whatever the library raises
+        return None
+    finally:
+        talker._loop.close()
+
+
+def make_users(url: str, tls: str) -> None:
+    """`rack`, with p@ss, who may only touch what begins with /mine/."""
+    nobody = Member("", "h:1", 0, 0)
+    client = members.Registration(EtcdUrl.read(url), tls, nobody)._client()
+    first, end = (base64.b64encode(key).decode() for key in (b"/mine/", b"/mine0"))
+    perm = {"permType": "READWRITE", "key": first, "range_end": end}
+    asked: list[tuple[str, dict[str, object]]] = [
+        ("user/add", {"name": "root", "password": "r"}),
+        ("role/add", {"name": "root"}),
+        ("user/grant", {"user": "root", "role": "root"}),
+        ("user/add", {"name": "rack", "password": "p@ss"}),
+        ("role/add", {"name": "rack"}),
+        ("role/grant", {"name": "rack", "perm": perm}),
+        ("user/grant", {"user": "rack", "role": "rack"}),
+        ("enable", {}),
+    ]
+    for path, what in asked:
+        client.post(client.get_url(f"/auth/{path}"), json=what)
+
+
+def test_certificates_and_users(tmp_path: Path, guarded: Etcd) -> None:
+    """Over https: with both sides' certificates, or as a user who may only touch one prefix."""
+    tls, url = str(tmp_path / "ca" / "owner"), f"{guarded.url}/mine"
+    if not guarded.wants:
+        make_users(url, tls)
+        url = url.replace("://", "://rack:p%40ss@")
+    registration = members.Registration(EtcdUrl.read(url), tls, Member("d", "h:1", 5, 7))
+    registration.start()
+    wait_for("it is registered", lambda: read_by(url, tls) == {"d"})
+    assert read_by(url, None) is None
+    if not guarded.wants:
+        assert read_by(url.replace("p%40ss", "wrong"), tls) is None
+        assert read_by(url.replace("/mine", "/other"), tls) is None
+        assert read_by(guarded.url, tls) is None
+    registration.stop()
+    wait_for("it is gone", lambda: read_by(url, tls) == set())
 
 
 class Frozen(http.server.BaseHTTPRequestHandler):
