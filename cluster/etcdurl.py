@@ -37,14 +37,14 @@ class EtcdUrl:
             r"(https?)://(?:([^:@/]+):([^@/]*)@)?([^@/]+)(?:/([\w.-]*))?", text, re.ASCII
         )
         if match is None:
-            raise ConfigError(
-                f"etcd={without_password(text)} is no address of etcd; write "
-                f"etcd=http://HOST:2379, with several hosts HOST:PORT,HOST:PORT"
-            )
+            raise _bad(text)
         protocol, user, password, hosts, prefix = match.groups()
-        found = [PeerAddress.read("etcd", host) for host in hosts.split(",")]
+        try:
+            found = [PeerAddress.read("etcd", host) for host in hosts.split(",")]
+        except ConfigError:
+            raise _bad(text) from None
         if any(address.path or not address.host for address in found):
-            raise ConfigError(f"etcd={without_password(text)} has a host that is none")
+            raise _bad(text)
         return cls(
             protocol,
             tuple((address.host, address.port) for address in found),
@@ -71,3 +71,11 @@ class EtcdUrl:
 def without_password(text: str) -> str:
     """The URL as it may be shown."""
     return re.sub(r"(?<=://)([^:@/]*):[^@/]*@", r"\1:***@", text)
+
+
+def _bad(text: str) -> ConfigError:
+    """Whatever is wrong with it: the one sentence that says what to write."""
+    return ConfigError(
+        f"etcd={without_password(text)} is no address of etcd; write etcd=http://HOST:2379, with "
+        f"several hosts etcd=http://HOST:2379,HOST:2379"
+    )

@@ -172,6 +172,18 @@ def certificate_ends(stats: Stats, config: Config) -> Reason | None:
     )
 
 
+def etcd_silent(stats: Stats, config: Config) -> Reason | None:
+    """Who lends is not known any more; who has pages goes on."""
+    if not (silent_s := config.get("etcd_silent_s", 0)):
+        return None
+    return Reason(
+        DEGRADED,
+        f"etcd has not answered for {silent_s} s: donors that it names are given no new pages, "
+        f"those at them stay.",
+        "See that etcd runs, that this machine reaches it, and what etcd= says ('zcache status').",
+    )
+
+
 def peers_short(stats: Stats, config: Config) -> Reason | None:
     """Copies are missing, and are being renewed if there is a donor for them."""
     if not (short := stats["remote_short_pages"]):
@@ -464,6 +476,7 @@ RULES: tuple[Rule, ...] = (
     peer_copies_bad,
     peers_missing,
     peers_twins,
+    etcd_silent,
     peer_away,
     peers_short,
     certificate_ends,

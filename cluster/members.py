@@ -11,14 +11,17 @@ who is known goes on.
 The client is etcd3gw, which waits for its answers, so each of the two runs on a thread of its
 own, and tells the loop.  The watch is a hint: what ends silently is noticed at the next poll.
 
-Bounds: CALL_S for each call, one read a second at most, MEMBERS_MOST rows, LINKS_MOST chosen.
+Bounds: CALL_S for each call, POLL_S for a watch, one read a second at most, STOP_S for the end,
+MEMBERS_MOST rows, LINKS_MOST chosen.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import hashlib
+import importlib
 import json
 import logging
 import threading
@@ -32,10 +35,13 @@ from cluster.peeraddress import NODE, PeerAddress
 from zcache_core.errors import ConfigError, ZcacheError
 
 TTL_S = 10
-POLL_S = 10.0
+# A quiet round is 8 s; one whose watch is never answered ends, with another host, within 11.5 s:
+# before the 12 s after which nobody is given new pages (rack.py).
+POLL_S = 7.0
 CALL_S = 3.0
 SETTLE_S = 1.0  # between two reads: a thousand donors that start are not a thousand reads
 RETRY_FIRST_S, RETRY_MOST_S = 0.5, 8.0
+STOP_S = 0.5  # a lease is given back in milliseconds; who ends a process waits 2 s for all of it
 MEMBERS_MOST = 16384
 LINKS_MOST = 64  # of the 96 rows of the donor table; the others are for those of yesterday
 log = logging.getLogger("zcache.members")
@@ -82,6 +88,17 @@ def chosen(owner: str, members: Mapping[str, Member], most: int = LINKS_MOST) ->
     return sorted(members.values(), key=weight, reverse=True)[:most]
 
 
+def library() -> tuple[Any, Any]:
+    """requests, and etcd3gw's client; what these import when they are used is there, too."""
+    # Only here: a node without etcd is 20 MiB smaller.
+    import requests
+    from etcd3gw.client import Etcd3Client
+
+    for name in ("concurrent.futures.thread", "encodings.idna"):
+        importlib.import_module(name)
+    return requests, Etcd3Client
+
+
 class _Talker(threading.Thread):
     """A thread that talks to etcd until `stop`; when a call fails, anew and to the next host."""
 
@@ -110,24 +127,23 @@ class _Talker(threading.Thread):
     def leave(self) -> None:
         """At the end, bounded."""
 
-    def stop(self, wait_s: float = CALL_S) -> None:
+    def stop(self, wait_s: float = STOP_S) -> None:
         """End; who waits for etcd is not waited for longer than that."""
         self._stopping.set()
         if self.is_alive():
             self.join(wait_s)
 
     def _client(self) -> Any:
-        # Only here: a node without etcd is 20 MiB smaller.
-        import requests
-        from etcd3gw.client import Etcd3Client
-
+        requests, make = library()
         host, port = self._url.hosts[self._host % len(self._url.hosts)]
         session = requests.Session()
         session.trust_env = False  # no proxies
+        # The library gives its own calls a timeout, but not the watch.
+        session.post = functools.partial(session.post, timeout=POLL_S)
         if self._url.protocol == "https" and self._tls is not None:
             # One file: our key and certificate, and the cluster's CA.
             session.cert = session.verify = str(Path(self._tls) / NODE)
-        client = Etcd3Client(host, port, self._url.protocol, timeout=CALL_S, session=session)
+        client = make(host, port, self._url.protocol, timeout=CALL_S, session=session)
         if self._url.user:
             asked = {"name": self._url.user, "password": self._url.password}
             token = client.post(client.get_url("/auth/authenticate"), json=asked)["token"]
@@ -194,7 +210,7 @@ class Watching(_Talker):
             timer.cancel()
             cancel()
 
-    def stop(self, wait_s: float = CALL_S) -> None:
+    def stop(self, wait_s: float = STOP_S) -> None:
         self._stopping.set()
         self._cancel()
         super().stop(wait_s)

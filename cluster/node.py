@@ -170,11 +170,12 @@ class Node:
 
     async def health(self) -> dict[str, Any]:
         """status: ok, degraded or critical; reasons: what is the matter and what to do."""
-        twins = {"twin_peers": self.peer_side.twins() if self.peer_side is not None else []}
-        ends: dict[str, Any] = {}
+        now: dict[str, Any] = {}
+        if (side := self.peer_side) is not None:
+            now = {"twin_peers": side.twins(), "etcd_silent_s": side.etcd_silent_s}
         if self._certificate_end_s is not None:
-            ends["certificate_days"] = expiry.days_left(self._certificate_end_s)
-        return health(counters.read(self._memory), await self.config() | twins | ends)
+            now["certificate_days"] = expiry.days_left(self._certificate_end_s)
+        return health(counters.read(self._memory), await self.config() | now)
 
     async def look(self) -> dict[str, Any]:
         """Everything at once, by method: what the web pages are made from."""
@@ -385,6 +386,19 @@ def fit_for_pages() -> None:
     keep_heap(PEER_HEAP_BYTES)
 
 
+def load(args: argparse.Namespace) -> None:
+    """Import what is imported only when it is used: an understudy may find no memory for it."""
+    if args.config.get("listen"):
+        import cluster.lending
+    if args.config.get("etcd"):
+        from cluster.members import library
+
+        library()
+    if args.metrics:
+        import cluster.webpages
+        import cluster.webserver  # noqa: F401
+
+
 def lend_options(args: argparse.Namespace) -> Any:
     """What the server's listen= and donate= ask for; None without them.
 
@@ -435,12 +449,14 @@ def main(argv: list[str] | None = None) -> int:
             if args.config.get("listen") or args.ring_fd is not None:
                 fit_for_pages()
             peers = peer_side(args, memory) if args.ring_fd is not None else None
+            lending = lend_options(args)
             if not args.understudy:
-                return run(args, memory, pidfd, peers)
+                return run(args, memory, pidfd, peers, lending)
             from cluster.understudy import act
 
+            load(args)
             realtime = args.config["realtime"] == "yes"
-            return act(lambda: run(args, memory, pidfd, peers), pidfd, realtime)
+            return act(lambda: run(args, memory, pidfd, peers, lending), pidfd, realtime)
         finally:
             memory.close()
     except ZcacheError as error:
@@ -448,7 +464,9 @@ def main(argv: list[str] | None = None) -> int:
         return error.exit_code
 
 
-def run(args: argparse.Namespace, memory: MemoryFile, pidfd: int, peers: Any) -> int:
+def run(
+    args: argparse.Namespace, memory: MemoryFile, pidfd: int, peers: Any, lending: Any = None
+) -> int:
     """The node process itself, to its end; its exit code."""
     node = Node(memory, args.config, args.server_pid, args.command_fd)
     node.peer_side = peers
@@ -456,7 +474,7 @@ def run(args: argparse.Namespace, memory: MemoryFile, pidfd: int, peers: Any) ->
         asyncio.run(
             serve(
                 *(node, args.control, pidfd, args.log_fd, args.metrics, args.take_control),
-                lend_options(args),
+                lending,
             )
         )
     except ZcacheError as error:

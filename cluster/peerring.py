@@ -347,6 +347,11 @@ class PeerSide:
             )
         return found
 
+    @property
+    def etcd_silent_s(self) -> int:
+        """Seconds that etcd has been silent for, once that is too long; else 0."""
+        return self._rack.silent_s if self._rack is not None else 0
+
     def _address(self, donor: Donor) -> str:
         return address_of(donor) if isinstance(donor, PeerLink) else donor.name
 

@@ -27,6 +27,7 @@ from cluster.peerlink import PeerLink
 from zcache_core.errors import ConfigError
 
 LOOK_S = 1.0
+SILENT_S = TTL_S + 2 * LOOK_S
 log = logging.getLogger("zcache.rack")
 
 
@@ -49,13 +50,20 @@ class Rack:
         self._chosen: set[str] = set()
         self._refused: set[str] = set()
         self._heard_s = -2.0 * TTL_S
+        self._began_s = asyncio.get_running_loop().time()
         self._watching = Watching(url, tls, asyncio.get_running_loop(), self.heard)
         self._task: asyncio.Task[None] | None = None
 
     @property
     def is_current(self) -> bool:
         """Whether etcd was heard of lately."""
-        return asyncio.get_running_loop().time() - self._heard_s <= TTL_S + 2 * LOOK_S
+        return asyncio.get_running_loop().time() - self._heard_s <= SILENT_S
+
+    @property
+    def silent_s(self) -> int:
+        """Seconds that etcd has been silent for, once that is too long; else 0."""
+        since_s = asyncio.get_running_loop().time() - max(self._heard_s, self._began_s)
+        return int(since_s) if since_s > SILENT_S else 0
 
     def start(self) -> None:
         for address in self._remembered():

@@ -9,6 +9,8 @@ from __future__ import annotations
 import errno
 import os
 import random
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -185,6 +187,61 @@ def test_a_damaged_copy_on_the_disk_is_given_up(backed: Backed, rng: random.Rand
             break
     assert backed.now()["disk_corrupt_pages"] == backed.node.ring.alone > 0
     backed.disk.set()
+    check(backed, model)
+    backed.assert_sound()
+
+
+class Stuck:
+    """A reader of pages, one after the other, until one is inside of a disk that stands."""
+
+    def __init__(self, backed: Backed, pages: list[int]) -> None:
+        self._backed, self._pages, self.page = backed, pages, -1
+        backed.disk.set(get_delay_us=60_000_000)
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+        wait_until(lambda: backed.disk.counts()["delays"] > 0, "a read is inside of the disk")
+
+    def _read(self) -> None:
+        while self._pages and not self._backed.disk.counts()["delays"]:
+            self.page = self._pages.pop()
+            self.data = self._backed.store.get(self.page)
+
+    def end(self, **faults: int) -> None:
+        """The disk goes on, as it is told; the read is over."""
+        self._backed.disk.set(**faults)
+        self._thread.join()
+
+
+def test_a_disk_that_stands_holds_no_further_read(backed: Backed, rng: random.Random) -> None:
+    """Now and then the slower one is tried, and so a read is in there: later ones notice."""
+    model = fill(backed, rng)
+    pages = backed.only_below()
+    reader = Stuck(backed, pages)
+    time.sleep(0.3)  # so long it may take
+    inside = backed.disk.counts()["delays"]
+    rest = sorted(pages, reverse=True)  # (as nobody reads ahead)
+    assert len(rest) > 128, "the slower one's turn comes, twice"
+    for page in rest:
+        assert backed.store.get(page) == model[page]
+    assert backed.disk.counts()["delays"] == inside
+    reader.end()
+    assert reader.data == model[reader.page]
+    check(backed, model)
+
+
+def test_a_page_that_changes_while_it_is_read_is_no_damage(
+    backed: Backed, rng: random.Random
+) -> None:
+    model = fill(backed, rng)
+    reader = Stuck(backed, backed.only_below())
+    with backed.node.lock:  # its donors have not heard yet that the old one is to be dropped
+        model[reader.page] = b"n" * PAGE
+        backed.store.put(reader.page, model[reader.page])
+        backed.disk.set(spoil=1000)
+        time.sleep(0.2)  # it finds that wrong, and asks them
+    reader.end()
+    assert reader.data == model[reader.page]
+    assert backed.now()["disk_corrupt_pages"] == 0
     check(backed, model)
     backed.assert_sound()
 

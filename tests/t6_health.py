@@ -72,6 +72,8 @@ TROUBLE: list[tuple[dict[str, int], dict[str, Any], str, str, str]] = [
     ({}, {"tls": "/etc/t", "certificate_days": 30}, "ok", "", ""),
     ({}, {"tls": "/etc/t", "certificate_days": 29}, "degraded", "in /etc/t ends in 29", "upgrade"),
     ({}, {"tls": "/etc/t", "certificate_days": -2}, "critical", "ended 2 days ago", "cluster-add"),
+    ({}, {"etcd_silent_s": 0}, "ok", "", ""),
+    ({}, {"etcd_silent_s": 40}, "degraded", "not answered for 40 s", "what etcd= says"),
     ({"remote_short_pages": 7}, {}, "degraded", "7 copies of pages are with", "renewed elsewhere"),
     ({"backup_missing_pages": 5}, {"backup": "disk"}, "degraded", "on the disk alone", "has room"),
     ({"mended_loads": 2}, {}, "degraded", "answered from the disk instead", "memtest"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -94,6 +95,26 @@ def test_what_waits_is_locked_and_does_nothing(server: Server) -> None:
     private = next(row for row in mine.splitlines() if row.startswith("Private_Dirty:"))
     assert int(private.split()[1]) > 0.9 * int(status(waits)["RssAnon"].split()[0])
     assert actor in node_processes(server.pid)
+
+
+def files(pid: int) -> set[str]:
+    """What it has mapped."""
+    rows = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    return {row.split(maxsplit=5)[5] for row in rows if "/" in row}
+
+
+def test_it_has_every_library_beforehand(tmp_path: Path) -> None:
+    """Also of what is loaded only when a key asks for it."""
+    at = tmp_path / "lent"
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # no etcd
+        words = [f"listen={at}", "donate=24M", "metrics=127.0.0.1:0"]
+        words += [f"etcd=http://127.0.0.1:{silent.getsockname()[1]}"]
+        with Server(tmp_path, *WORDS, *words) as server:
+            wait_for("it lends", at.exists)
+            wait_for("metrics", lambda: ":0" not in server.rpc("config")["metrics"])
+            _, actor, waits = players(server)
+            libraries = {name for name in files(actor) if ".so" in name}
+            assert libraries <= files(waits)
 
 
 @pytest.mark.parametrize("who", ["the understudy", "the origin"])

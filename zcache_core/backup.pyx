@@ -4,6 +4,7 @@
           what the disk does not take: as many peers as `replicas` says
           what no peer takes: stays on the disk alone, and is missing a copy
     get   whoever answers faster; the other one when that is late, wrong or gone
+          a read that is inside of the disk waits for it, later ones notice and ask the peer
     tick  copies at peers that are missing, made from the disk
 
     47  46  45 ..... 39  38 .................................. 0
@@ -41,7 +42,7 @@ from zcache_core.layout cimport (
     BACKED_BITS, COPIES_MOST, PAGE_BYTES, ST_DISK, ST_RAM_EPHEMERAL, Entry, backed_where, disk_part, donor_at,
     entry_is_sound, is_backed, length_of, lower_state, state_of, version_of, where_of,
 )
-from zcache_core.native cimport zc_add64, zc_load64, zc_store32
+from zcache_core.native cimport zc_add64, zc_load64, zc_store32, zc_store64
 from zcache_core.peernotes cimport count_alone, count_backed
 from zcache_core.peers cimport peers_get_within
 from zcache_core.pthread cimport now_us
@@ -55,6 +56,8 @@ cdef enum:
     HEDGE_MOST_US = 250000
     HEDGE_UNKNOWN_US = 50000
     FOR_EVER_US = 1 << 30           # the peer tier's own bound then
+    # No read of the disk is over for so long, though there are some: as patient as with a peer
+    STANDS_US = HEDGE_MOST_US
     # Of each 0.1 s; a read of a disk takes 0.1 ms and up, so some 12 MB/s at least
     SWEEP_US = 30000
     SWEEP_ENTRIES = 1 << 17         # looked at in a tick: 0.5 ms
@@ -140,18 +143,36 @@ cdef int from_disk(Both *b, ColdPage *page, uint8_t *io) noexcept nogil:
     cdef int64_t start = now_us()
     cdef int error
     there.where = disk_part(page.where)
+    if zc_load64(&b.disk_begun) == zc_load64(&b.disk_ended):
+        zc_store64(&b.disk_moved_us, <uint64_t>start)
+    zc_add64(&b.disk_begun, 1)
     error = b.disk.get(b.disk, &there, io)
+    zc_store64(&b.disk_moved_us, <uint64_t>now_us())
+    zc_add64(&b.disk_ended, 1)
     observe_get(b, 1, now_us() - start, error)
     return error
+
+
+cdef bint disk_stands(Both *b) noexcept nogil:
+    """Whether reads are inside of the disk, and none has come out for long."""
+    return (
+        zc_load64(&b.disk_begun) != zc_load64(&b.disk_ended)
+        and now_us() - <int64_t>zc_load64(&b.disk_moved_us) > STANDS_US
+    )
+
+
+cdef bint peers_live(Both *b) noexcept nogil:
+    return zc_load64(&b.peer_tier.ring.head.live_peers) != 0
 
 
 cdef void give_up_disk_copy(Both *b, const ColdPage *page) noexcept nogil:
     """It is damaged, and the peer's is right: that one counts alone, until the node makes another."""
     cdef ColdPage there = page[0]
     cdef uint64_t alone = (<uint64_t>1 << 47) | donor_at(page.where, 0)
-    zc_add64(&b.peer_tier.cells[C_DISK_CORRUPT_PAGES], 1)
+    # (a page that has changed meanwhile was dropped there: what is read then is no damage)
     if b.peer_tier.core == NULL or not copy_moved(b.peer_tier.core, page, alone):
         return
+    zc_add64(&b.peer_tier.cells[C_DISK_CORRUPT_PAGES], 1)
     count_backed(b.peer_tier, -1)
     count_alone(b.peer_tier, 1)
     there.where = disk_part(page.where)
@@ -161,6 +182,7 @@ cdef void give_up_disk_copy(Both *b, const ColdPage *page) noexcept nogil:
 cdef int backup_get(Both *b, ColdPage *page, uint8_t *io) noexcept nogil:
     """From whoever answers faster; ENODATA only when neither has it any more."""
     cdef bint peers_first = peers_are_faster(b)
+    cdef bint stands
     cdef int disk_error
     cdef int error = EIO
     if b.disk == NULL:
@@ -168,8 +190,9 @@ cdef int backup_get(Both *b, ColdPage *page, uint8_t *io) noexcept nogil:
     b.reads += 1
     if b.reads % TRY_EVERY == 0:
         peers_first = not peers_first
-    if peers_first and zc_load64(&b.peer_tier.ring.head.live_peers):
-        error = from_peer(b, page, hedge_us(b))
+    stands = disk_stands(b)
+    if (peers_first or stands) and peers_live(b):
+        error = from_peer(b, page, FOR_EVER_US if stands else hedge_us(b))
         if error == 0:
             return 0
         zc_add64(&b.peer_tier.cells[C_BACKUP_LOADS], 1)
@@ -187,7 +210,7 @@ cdef int backup_get(Both *b, ColdPage *page, uint8_t *io) noexcept nogil:
 
 cdef void backup_get_many(Both *b, ColdPage *pages, uint32_t n, uint8_t *room, uint64_t room_bytes) noexcept nogil:
     """All at once from whoever is faster, if all have both; what that one has not, alone."""
-    cdef ColdTier *first = b.peers if peers_are_faster(b) and zc_load64(&b.peer_tier.ring.head.live_peers) else b.disk
+    cdef ColdTier *first = b.peers if peers_live(b) and (peers_are_faster(b) or disk_stands(b)) else b.disk
     cdef uint32_t i
     cdef bint alike = first != NULL and first.get_many != NULL
     for i in range(n):

@@ -37,6 +37,9 @@ ctypedef struct Both:
     uint64_t *disk_cells        # the disk's counters
     uint8_t *room               # SWEEP_ROOM: what else is done with it, is not done in a tick
     uint64_t reads
+    uint64_t disk_begun         # reads of the disk for these pages, and how many of them are over
+    uint64_t disk_ended
+    uint64_t disk_moved_us      # when one of them was over, or the first of them began
     uint64_t sweep_at           # the page where the search for missing copies goes on
 
 
