@@ -17,8 +17,11 @@ from plugin.recording import Sample, histogram
 from plugin.show import Line
 from zcache_core.counters import HISTOGRAMS, Histogram, quantile_s
 
-# 99 % of what it is are below so much on any machine that is well, in seconds: a disk read takes
-# 0.1 to 15 ms, a peer's answer 0.2 to 3, a batch of 1 MiB 2 to 100.  Above, programs feel it.
+# 99 % of what it is are below so much on any machine that is well, in seconds.  Measured over 100 s
+# on two cores with a load of 8 (so that whoever stands above has more against it than company),
+# disk and TLS peers on the same machine: put 41 us, get from RAM 8, same-filled 1.8, from the disk
+# 32 (its file cached; a device adds 0.1 to 15 ms), from a peer 2.9 ms, a peer asked 16, a batch to
+# the disk 91, to peers 222.
 USUAL_S = {
     "put": 0.001, "get_ram": 0.001, "get_same": 0.001, "get_disk": 0.05, "get_peer": 0.02,
     "writeback": 0.5, "remote_put": 0.25, "remote_get": 0.02, "pool_wait": 0.1,
