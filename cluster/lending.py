@@ -2,6 +2,7 @@
 
     owners --TCP, TLS or Unix--> donor --> donation (pages, in a memory file of their own)
     control socket ------------> ping stats config health owners drain
+    --metrics (HTTP) ----------> the same, for reading
     each second                  donor.tick
 
 With a named memory file a node that is started again finds every page it held; owners dial
@@ -58,7 +59,7 @@ class Control:
     def __init__(self, donor: Donor, config: dict[str, Any]) -> None:
         self._donor, self._config = donor, config
         self._memory = donor.donation.memory
-        self._began_s = time.monotonic()
+        self._began_s, self._started_s = time.monotonic(), int(time.time())
         self._methods: dict[str, Callable[[], Awaitable[Any]]] = {
             "ping": self.ping,
             "stats": self.stats,
@@ -85,7 +86,12 @@ class Control:
             "version": zcache_core.__version__,
             "pid": os.getpid(),
             "uptime_seconds": int(time.monotonic() - self._began_s),
+            "node_started_seconds": self._started_s,
         }
+
+    async def look(self) -> dict[str, Any]:
+        """Everything at once, by method: what the web pages are made from."""
+        return {name: await call() for name, call in self._methods.items()}
 
     async def stats(self) -> dict[str, Any]:
         """Every counter by name, and `histograms`: as a server's."""
@@ -281,16 +287,27 @@ async def serve(args: argparse.Namespace, lender: Lender) -> None:
     try:
         await lender.start()
         assert lender.donor is not None
-        control = Server(
-            Control(lender.donor, lender.config() | {"control": args.control}).dispatch
-        )
+        config = lender.config() | {"control": args.control, "metrics": None}
+        answers = Control(lender.donor, config)
+        control = Server(answers.dispatch)
         await control.start(control_sock)
+        web = loop.create_task(serve_web(answers, config, args.metrics)) if args.metrics else None
         print(f"zcache node: {args.name} lends {args.donate} bytes on {lender.bound}", flush=True)
         await ended.wait()
+        if web is not None:
+            web.cancel()
+            await asyncio.gather(web, return_exceptions=True)
         await control.stop()
     finally:
         unixsock.remove(args.control, inode)
         lender.close()
+
+
+async def serve_web(answers: Control, config: dict[str, Any], address: str) -> None:
+    """Metrics and web page at HOST:PORT until cancelled; `config` says where."""
+    from cluster import webpages  # 4 MiB that a node without it does not need
+
+    await webpages.serve(address, answers.look, lambda bound: config.update(metrics=bound))
 
 
 async def _tick(donor: Donor) -> None:
@@ -348,6 +365,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--memory")
     made.add_argument("--tls")
     made.add_argument("--etcd")
+    made.add_argument("--metrics")
     made.add_argument("--quota", type=int)
     made.add_argument("--abandon", type=int, default=ABANDON_S)
     return made

@@ -128,6 +128,8 @@ class Look(Collector):
             PREFIX + "health_reasons", "Reasons it gives for that", value=len(health["reasons"])
         )
         for what in ("server", "node"):
+            if f"{what}_started_seconds" not in ping:
+                continue  # a node that only lends has no server
             yield GaugeMetricFamily(
                 f"{PREFIX}{what}_start_time_seconds",
                 f"When the {what} process was started, in seconds since 1970",

@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Any
 
 import zcache_core
-from cluster import addresses, expiry, unixsock
+from cluster import expiry, unixsock
 from cluster.etcdurl import without_password
 from cluster.health import health
 from cluster.link import RpcError, Server
@@ -55,8 +55,8 @@ PAGE_BYTES = 4096
 PEER_HEAP_BYTES = 4 << 20
 LEND_RETRY_S = 0.1
 NAME_MOST = 50  # of a memory file's name, and what is put behind it
-WEB_RETRY_FIRST_S, WEB_RETRY_MAX_S = 1.0, 60.0
-LOOKS = ("ping", "stats", "config", "health", "peers")
+LEND_RETRY_MAX_S = 60.0
+LOOKS = ("ping", "stats", "config", "health", "peers", "owners")
 log = logging.getLogger("zcache.node")
 
 
@@ -257,30 +257,14 @@ def relay_log(fd: int) -> Callable[[], None]:
 
 
 async def serve_web(node: Node, address: str) -> None:
-    """Metrics and web page at HOST:PORT until cancelled.
-
-    Who else listens there is waited for: the control socket matters more than this.
-    """
+    """Metrics and web page at HOST:PORT until cancelled."""
     # Only here: a node without metrics is 4 MiB smaller, which a small guest needs.
-    from cluster import webserver
-    from cluster.webpages import WebPages
+    from cluster import webpages
 
-    wait_s = WEB_RETRY_FIRST_S
-    while True:
-        try:
-            sock = addresses.listen("metrics", address)
-            break
-        except ZcacheError as error:
-            log.warning("%s; it is tried again in %.0f s", error, wait_s)
-            await asyncio.sleep(wait_s)
-            wait_s = min(2 * wait_s, WEB_RETRY_MAX_S)
-    node.metrics = addresses.bound_address(sock)
-    server = webserver.WebServer(WebPages(node.look).answer)
-    await server.start(sock)
-    try:
-        await asyncio.Event().wait()
-    finally:
-        await server.stop()
+    def bound(where: str) -> None:
+        node.metrics = where
+
+    await webpages.serve(address, node.look, bound)
 
 
 async def serve_lending(node: Node, options: Any) -> None:
@@ -301,7 +285,7 @@ async def serve_lending(node: Node, options: Any) -> None:
             lender.stop()
             log.warning("listen=: %s; it is tried again in %.1f s", error, wait_s)
             await asyncio.sleep(wait_s)
-            wait_s = min(2 * wait_s, WEB_RETRY_MAX_S)
+            wait_s = min(2 * wait_s, LEND_RETRY_MAX_S)
     node.lender = lender
     if node.peer_side is not None and lender.donor is not None:
         node.peer_side.own_epoch = lender.donor.donation.memory.epoch

@@ -2,7 +2,7 @@
 
     /            the page, cluster/web/index.html, and its files beside it
     /metrics     OpenMetrics
-    /api/state   the answers of ping, stats, config, health and peers, as one object
+    /api/state   the answers of ping, stats, config, health, peers and owners, as one object
     /api/counters  what each counter means: name, unit, kind, help
     /healthz     200 when ok or degraded, 503 when critical; the status in words
 
@@ -13,15 +13,18 @@ What it is not: a way to change anything.  The control socket is.
 
 from __future__ import annotations
 
+import asyncio
 import json
+import logging
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from cluster import metrics
+from cluster import addresses, metrics
 from cluster.health import CRITICAL
-from cluster.webserver import Answer, Get
+from cluster.webserver import Answer, Get, WebServer
 from zcache_core.counters import COUNTERS
+from zcache_core.errors import ZcacheError
 
 FOLDER = Path(__file__).resolve().parent / "web"
 TYPES = {
@@ -31,6 +34,8 @@ TYPES = {
     ".svg": "image/svg+xml",
 }
 JSON = "application/json"
+RETRY_FIRST_S, RETRY_MAX_S = 1.0, 60.0
+log = logging.getLogger("zcache.web")
 
 Look = Callable[[], Awaitable[Mapping[str, Any]]]  # the answers, by method
 
@@ -62,3 +67,26 @@ class WebPages:
                 status = (await self._look())["health"]["status"]
                 return Answer(f"{status}\n".encode(), status=503 if status == CRITICAL else 200)
         return self._files.get(get.path)
+
+
+async def serve(address: str, look: Look, bound: Callable[[str], None]) -> None:
+    """All of it at HOST:PORT until cancelled; `bound` is told where that is.
+
+    Who else listens there is waited for: the control socket matters more than this.
+    """
+    wait_s = RETRY_FIRST_S
+    while True:
+        try:
+            sock = addresses.listen("metrics", address)
+            break
+        except ZcacheError as error:
+            log.warning("%s; it is tried again in %.0f s", error, wait_s)
+            await asyncio.sleep(wait_s)
+            wait_s = min(2 * wait_s, RETRY_MAX_S)
+    bound(addresses.bound_address(sock))
+    server = WebServer(WebPages(look).answer)
+    await server.start(sock)
+    try:
+        await asyncio.Event().wait()
+    finally:
+        await server.stop()

@@ -230,7 +230,7 @@ def _pool(text: str, ram_bytes: int) -> int:
         percent = float(match.group(1) + (match.group(2) or ""))
         if not 0 < percent <= 90:
             raise ConfigError(
-                f"pool={text} leaves no sense or no RAM for the rest; write 1% to 90%, "
+                f"pool={text} leaves too little RAM for the pool or for the rest; write 1% to 90%, "
                 f"like pool=20%"
             )
         return max(POOL_BYTES_MIN, int(ram_bytes * percent / 100) // PAGE_BYTES * PAGE_BYTES)

@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from cluster.addresses import read_address
 from cluster.link import BlockingClient
 from plugin import drain
 from plugin.amounts import size_bytes, total_ram_bytes
@@ -38,6 +39,11 @@ def add_commands(commands: Any) -> None:
         "--tls", metavar="FOLDER", help="with node.pem; needed but on loopback and Unix sockets"
     )
     node.add_argument("--etcd", metavar="URL", help="register there: http://HOST:2379")
+    node.add_argument(
+        "--metrics",
+        metavar="ADDR",
+        help="metrics and web page: 9469 for this machine only, or HOST:PORT",
+    )
     node.add_argument(
         "--quota", metavar="SIZE", help="most of it for one owner (default: all of it)"
     )
@@ -98,6 +104,8 @@ def lending_words(args: argparse.Namespace, control: str) -> list[str]:
     for name in ("memory", "tls", "etcd"):
         if value := getattr(args, name):
             words += [f"--{name}", value]
+    if args.metrics:
+        words += ["--metrics", read_address("--metrics", args.metrics)]
     if args.quota:
         words += ["--quota", str(size_bytes("quota", args.quota, "--quota 1G"))]
     if not 0 < args.abandon <= 24 * 3650:

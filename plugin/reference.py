@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 import zcache_core
 from cluster import metrics
 from cluster.node import Node
-from cluster.steering import Steering
+from cluster.steering import SETTABLE, Steering
 from plugin import counterfiles
 from plugin.config import KEYS
 from zcache_core.counters import COUNTERS, HISTOGRAMS
@@ -209,12 +209,25 @@ def completion(parser: argparse.ArgumentParser) -> str:
         words = [word for action in options(command) for word in action.option_strings]
         positional = [a for a in options(command) if not a.option_strings]
         choices = [str(choice) for a in positional for choice in a.choices or ()]
+        if any(str(a.metavar).lower() == "key=value" for a in positional):
+            choices += [f"{key.name}=" for key in KEYS if name != "set" or key.name in SETTABLE]
         files = "-f" if any(not a.choices for a in positional) else ""
         line = (
             f'        {name}) words="{" ".join([*words, "--help", *choices])}"; files="{files}" ;;'
         )
         cases.append(line)
-    return SCRIPT.replace("COMMANDS", " ".join(names)).replace("CASES", "\n".join(cases))
+    paths = {
+        word
+        for command in names.values()
+        for action in options(command)
+        if action.metavar in PATHS
+        for word in action.option_strings
+    }
+    made = SCRIPT.replace("COMMANDS", " ".join(names)).replace("CASES", "\n".join(cases))
+    return made.replace("PATHS", "|".join(sorted(paths)))
+
+
+PATHS = ("FILE", "FOLDER", "SOCK", "PICTURE")  # what options call a path
 
 
 SCRIPT = """\
@@ -228,13 +241,16 @@ _zcache() {
         return
     fi
     case "$before" in
-        --control|--output) COMPREPLY=($(compgen -f -- "$word")); return ;;
+        PATHS) COMPREPLY=($(compgen -f -- "$word")); return ;;
         --interval|--limit|--count|--last) return ;;
     esac
     case "${COMP_WORDS[1]}" in
 CASES
     esac
     COMPREPLY=($(compgen -W "$words" $files -- "$word"))
+    if [[ ${#COMPREPLY[@]} -eq 1 && $COMPREPLY == *= ]]; then
+        compopt -o nospace 2>/dev/null
+    fi
 }
 complete -o filenames -F _zcache zcache
 """

@@ -36,6 +36,7 @@ class Lender:
         tls: Path | None = None,
         memory: str | None = None,
         network: Network | None = None,
+        more: tuple[str, ...] = (),
     ) -> None:
         self.module, self.network, self.memory = module, network, memory
         self.folder = folder / name
@@ -44,6 +45,7 @@ class Lender:
         self.address = listen or str(self.folder / "peer")
         self._words = ["--listen", self.address, "--donate", str(lent), "--name", name]
         self._words += ["--control", str(self.control)]
+        self._words += [*more]
         self._words += ["--tls", str(tls)] if tls is not None else []
         self._words += ["--memory", memory] if memory is not None else []
         self.process: subprocess.Popen[bytes] | None = None
@@ -99,12 +101,12 @@ class Lender:
 
 
 @contextlib.contextmanager
-def lent(folder: Path, number: int) -> Iterator[list[Lender]]:
-    """So many of them until the end of the block."""
+def lent(folder: Path, number: int, *more: str) -> Iterator[list[Lender]]:
+    """So many of them until the end of the block; `more` are words for each."""
     made: list[Lender] = []
     try:
         while len(made) < number:
-            made.append(Lender(folder, f"lender{len(made)}"))
+            made.append(Lender(folder, f"lender{len(made)}", more=more))
         yield made
     finally:
         for lender in made:

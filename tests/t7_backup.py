@@ -10,6 +10,7 @@ import functools
 import os
 import random
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,7 @@ def test_donor_and_disk_fail_in_turn(
         FaultyDisk(tmp_path, DISK_BYTES) as disk,
         Server(tmp_path, *words(lenders, disk.path)) as server,
     ):
+        began_s = time.monotonic()
         wait_for("all donors", lambda: live(server) == 2)
         assert server.rpc("config")["backup"] == "disk"
         model = fill(server, rng)
@@ -88,6 +90,9 @@ def test_donor_and_disk_fail_in_turn(
         disk.fail_reads(True)
         model.check()
         disk.fail_reads(False)
+        asked = stats(server)["histograms"]["remote_get"]
+        assert asked["count"] > 100
+        assert asked["sum"] < 2e6 * (time.monotonic() - began_s), "longer than all of it took"
         lenders[0].start()
         wait_for("it is back", lambda: live(server) == 2)
         # the disk cannot be written: replicas, also of what was there

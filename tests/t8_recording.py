@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from plugin import doctor, plot, record
+from plugin import doctor, plot, record, slowness
 from plugin.recording import FULL_EVERY, LIMIT_BYTES_MIN, Recorder, Sample, flat, histogram, samples
 from tests.plugin_helpers import ROOT, Server, environment, wait_for
 from zcache_core.counters import COUNTERS, HISTOGRAMS
@@ -277,11 +277,28 @@ def test_the_bad_hour_is_explained(bad_hour: Path) -> None:
         f"at most 1,000 in the minute of {at[20]}",
         "took put: half below 3.07 us, 99 % below 4.08 us",
         "get, disk: half below 193 us, 99 % below 184 ms (35,950 timed); SLOW in the minute of "
-        + at[24],
+        + f"{at[24]}: 99 % below 261 ms, 255 us in an ordinary minute",
         f"peer rack-7 at a:1 answered in 9 ms at the slowest, at {at[15]}",
         f"peer b:1 was away 1 times, 120 s in all, first at {at[10]}: gone; answered in 250 us",
     ):  # fmt: skip
         assert words in told, f"{words}\n{told}"
+
+
+@pytest.mark.parametrize(
+    ("worst_s", "ordinary_s", "slow"),
+    [
+        (0.050, None, True),  # of any disk
+        (0.049, None, False),
+        (0.049, 0.010, False),
+        (0.016, 0.002, True),  # of this one
+        (0.004, 0.0005, False),  # but nobody feels that
+        (0.080, 0.080, True),  # always so, and felt
+    ],
+)
+def test_slow_is_what_is_felt_or_sudden(
+    worst_s: float, ordinary_s: float | None, slow: bool
+) -> None:
+    assert slowness.is_slow(worst_s, ordinary_s, slowness.USUAL_S["get_disk"]) == slow
 
 
 def test_a_good_hour_has_nothing_to_mend(tmp_path: Path) -> None:

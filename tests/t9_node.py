@@ -177,6 +177,7 @@ def test_ended_in_order_it_keeps_what_it_holds(node: Node, rng: random.Random) -
         (["--listen", "nowhere", "--donate", "16M"], 3, "is no address"),
         (["--listen", "127.0.0.1:0", "--donate", "16M", "--tls", "/"], 3, "cluster-add NAME"),
         (["--listen", "127.0.0.1:0", "--donate", "16M", "--abandon", "0"], 3, "number of hours"),
+        (["--listen", "127.0.0.1:0", "--donate", "16M", "--metrics", "x"], 3, "--metrics=9469"),
     ],
 )
 def test_refusals(words: list[str], code: int, says: str, tmp_path: Path) -> None:

@@ -135,6 +135,27 @@ def test_the_cluster(tmp_path: Path, browser: Browser) -> None:
             assert page.complaints() == []
 
 
+def test_a_node_that_lends(tmp_path: Path, browser: Browser) -> None:
+    """Its own page: how full, whose pages; none of what a swap device has."""
+    with lent(tmp_path, 2, "--metrics", "127.0.0.1:0") as lenders:
+        where = wait_for("metrics", lambda: lenders[0].rpc("config")["metrics"])
+        page = browser.open(f"http://{where}/", 390, 844)
+        page.wait_for("lender0, node ")
+        page.wait_for("0 pages of 0 owners")
+        addresses = ",".join(lender.address for lender in lenders)
+        with Server(tmp_path, "size=16M", "pool=2M", f"peers={addresses}") as running:
+            fill(running.connect(), 0, 1500)
+            wait_for("pages there", lambda: running.rpc("stats")["pers_pages_remoted"])
+            page.wait_for("pages of 1 owners in")
+            assert "ago" in page.text("#owners")
+        text = page.text()
+        assert "Lent " in text
+        for words in ("Device", "At a glance", "written back", "undefined", "NaN"):
+            assert words not in text, words
+        assert page.value("document.documentElement.scrollWidth") <= 390
+        assert page.complaints() == []
+
+
 def test_a_node_that_is_away(server: tuple[Server, str], browser: Browser) -> None:
     running, url = server
     page = browser.open(url, 800, 600)

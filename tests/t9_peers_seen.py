@@ -20,7 +20,7 @@ PAGE = 4096
 
 @pytest.fixture
 def peers(tmp_path: Path) -> Iterator[list[Lender]]:
-    with lent(tmp_path, 3) as made:
+    with lent(tmp_path, 3, "--metrics", "127.0.0.1:0") as made:
         yield made
 
 
@@ -137,15 +137,24 @@ def test_both_sides_in_a_terminal(server: Server, peers: list[Lender], tmp_path:
 def test_a_node_that_lends_in_status_health_and_record(peers: list[Lender], tmp_path: Path) -> None:
     """It has no swap device: nothing to record."""
 
+    control = str(peers[0].control)
+
     def run(*words: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-m", "plugin.cli", *words, "--control", str(peers[0].control)],
+            [sys.executable, "-m", "plugin.cli", words[0], "--control", control, *words[1:]],
             cwd=ROOT, env=environment(tmp_path), capture_output=True, text=True, timeout=100,
         )  # fmt: skip
 
     assert "lends" in run("status").stdout
     assert run("health").stdout == "health  ok\n"
     assert "nobody has been here yet" in run("top", "--once", "--interval", "0.1").stdout
+    where = "http://" + wait_for("metrics", lambda: peers[0].rpc("config")["metrics"])
+    assert "lender0, process" in run("status", "--control", where).stdout
+    with urllib.request.urlopen(f"{where}/metrics", timeout=20) as answer:
+        scraped = answer.read().decode()
+    assert "zcache_foreign_owners 0.0" in scraped
+    assert "zcache_node_start_time_seconds" in scraped
+    assert "zcache_server_start_time_seconds" not in scraped
     done = run("record", str(tmp_path / "x"))
     assert done.returncode == 6, done.stderr
     assert "zcache status" in done.stderr

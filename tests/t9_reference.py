@@ -96,6 +96,10 @@ def completed(line: str, folder: Path) -> list[str]:
         ("zcache doctor comp", ["complete"]),
         ("zcache completion z", ["zsh"]),
         ("zcache nothing x", []),
+        ("zcache serve siz", ["size="]),
+        ("zcache up recompress_", ["recompress_age="]),
+        ("zcache set re", ["recompress=", "recompress_age="]),
+        ("zcache serve --config complet", ["complete"]),
     ],
 )
 def test_completion_in_bash(line: str, offered: list[str], tmp_path: Path) -> None:

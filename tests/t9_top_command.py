@@ -220,8 +220,8 @@ def test_picture_for_the_documents(server: Server) -> None:
     swap_like(server.connect(), look)
     call.close()
     live.view.answers["health"].update(status="ok", reasons=[])
-    console = Console(record=True, width=118, height=22, file=io.StringIO())
-    for line in topview.frame(live.view, 118, 22, "12:00:00"):
+    console = Console(record=True, width=118, height=30, file=io.StringIO())
+    for line in topview.frame(live.view, 118, 30, "12:00:00"):
         console.print(line, no_wrap=True)
     drawn = re.sub(
         r"@font-face \{.*?\}", "", console.export_svg(title="zcache top"), flags=re.DOTALL

@@ -149,8 +149,8 @@ cdef inline bint open_sealed(
     return crypt_open(p.crypt, cipher, bound, sealed, length, blob)
 
 
-cdef int finish_get(Peers *p, GetCell *cell, ColdPage *page, int64_t until_us) noexcept nogil:
-    """The blob of the page that was asked for, from whichever copy is right."""
+cdef int finish_get(Peers *p, GetCell *cell, ColdPage *page, int64_t began_us, int64_t until_us) noexcept nogil:
+    """The blob of the page that was asked for at `began_us`, from whichever copy is right."""
     cdef Associated bound = about(p, page)
     cdef uint32_t length = length_of(page.length_codec)
     cdef uint32_t wrong = 0
@@ -174,7 +174,7 @@ cdef int finish_get(Peers *p, GetCell *cell, ColdPage *page, int64_t until_us) n
         ask(cell, page, wrong)          # (of the last one too: the node must hear who lies)
         zc_kick(p.wake_fd)
     zc_add64(&p.cells[C_REMOTE_PERS_PAGES_UNSUCC_GET if error else C_REMOTE_PERS_PAGES_SUCC_GET], 1)
-    observe_shared(p.cells, H_REMOTE_GET, <uint64_t>(now_us() + p.get_bound_us - until_us))
+    observe_shared(p.cells, H_REMOTE_GET, <uint64_t>(now_us() - began_us))
     cell_release(p, cell)
     return error
 
@@ -184,7 +184,8 @@ cdef int peers_get(ColdTier *tier, ColdPage *page, uint8_t *io) noexcept nogil:
 
 
 cdef int peers_get_within(Peers *p, ColdPage *page, int64_t most_us) noexcept nogil:
-    cdef int64_t until_us = now_us() + min(most_us, p.get_bound_us)
+    cdef int64_t began_us = now_us()
+    cdef int64_t until_us = began_us + min(most_us, p.get_bound_us)
     cdef GetCell *cell
     if not where_is_possible(p.super, page.where):
         return EILSEQ
@@ -196,18 +197,18 @@ cdef int peers_get_within(Peers *p, ColdPage *page, int64_t most_us) noexcept no
         return EIO
     ask(cell, page, 0)
     zc_kick(p.wake_fd)
-    return finish_get(p, cell, page, until_us)
+    return finish_get(p, cell, page, began_us, until_us)
 
 
 cdef void peers_get_many(ColdTier *tier, ColdPage *pages, uint32_t n, uint8_t *room, uint64_t room_bytes) noexcept nogil:
     """All are asked for before the first is waited for; those without a cell come after them."""
     cdef Peers *p = <Peers *>tier
-    cdef int64_t until_us
+    cdef int64_t began_us
     cdef GetCell *cell[RING_CELLS]
     cdef uint32_t first = 0
     cdef uint32_t end, i
     while first < n:
-        until_us = now_us() + p.get_bound_us
+        began_us = now_us()
         end = min(n, first + <uint32_t>RING_CELLS // 3)
         for i in range(first, end):
             cell[i - first] = cell_take(p) if where_is_possible(p.super, pages[i].where) else NULL
@@ -216,7 +217,7 @@ cdef void peers_get_many(ColdTier *tier, ColdPage *pages, uint32_t n, uint8_t *r
         zc_kick(p.wake_fd)
         for i in range(first, end):
             if cell[i - first] != NULL:
-                pages[i].error = finish_get(p, cell[i - first], &pages[i], until_us)
+                pages[i].error = finish_get(p, cell[i - first], &pages[i], began_us, began_us + p.get_bound_us)
             else:
                 pages[i].error = peers_get(tier, &pages[i], room)
         first = end

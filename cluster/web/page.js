@@ -64,14 +64,20 @@ function tier(name, text, shares) {
 }
 
 function showTiers(stats, config) {
+  if (onlyLends(config)) {
+    const limit = stats.pool_set_frames || 1;
+    $("tiers").replaceChildren(tier("Lent", `${size(stats.pers_pageframes * PAGE)} of ${size(limit * PAGE)}, ${count(stats.foreign_pers_pages)} pages, on ${config.listen}`,
+      [[stats.pers_pageframes / limit, "peers", 1]]));
+    return;
+  }
   const limit = stats.pool_limit_frames || 1, only = stats.pers_pageframes, also = stats.eph_pageframes;
   const rows = [tier("RAM",
     `${size((only + also) * PAGE)} of ${size(limit * PAGE)}, ${count(stats.pers_zpages + stats.eph_zpages)} pages, ${config.allocator}, ${config.codec}`,
     [[only / limit, "ram", 1], [also / limit, "ram", 0.45]])];
-  if (config.peers?.length) {
-    const room = stats.remote_bytes + stats.remote_room_bytes || 1;
-    rows.push(tier("Peers", `${size(stats.remote_bytes)} of ${size(room)}, ${count(stats.pers_pages_remoted)} pages, ${stats.live_peers} of ${config.peers.length} answer`,
-      [[stats.remote_bytes / room, stats.live_peers < config.peers.length ? "bad" : "peers", 1]]));
+  if (config.peers?.length || config.etcd) {
+    const room = stats.remote_bytes + stats.remote_room_bytes || 1, named = config.peers?.length ?? 0;
+    rows.push(tier("Peers", `${size(stats.remote_bytes)} of ${size(room)}, ${count(stats.pers_pages_remoted)} pages, ${stats.live_peers}${config.etcd ? "" : ` of ${named}`} answer`,
+      [[stats.remote_bytes / room, stats.live_peers < named ? "bad" : "peers", 1]]));
   }
   if (stats.disk_limit_bytes) rows.push(tier("Disk",
     `${size(stats.disk_bytes)} of ${size(stats.disk_limit_bytes)}, ${count(stats.disk_pages)} pages${stats.disk_degraded ? ", FAILS" : ""}`,
@@ -93,8 +99,13 @@ function line(name) {
   return make("svg", {viewBox: `0 0 ${KEEP} 21`, preserveAspectRatio: "none", "aria-hidden": "true"}, make("polyline", {points}));
 }
 
-function showTraffic() {
-  const flows = [["in", "succ_stores"], ["out", "loads"], ["dropped", "invalidates"], ["refused", "failed_stores"],
+// zcache node: no swap device of its own.
+const onlyLends = config => !("size" in config);
+
+const LENT_FLOWS = [["that came", "foreign_puts"], ["read", "foreign_gets"], ["dropped", "foreign_drops"],
+  ["refused", "foreign_refused_puts"], ["asked back", "foreign_recalled_pages"]];
+function showTraffic(lends) {
+  const flows = lends ? LENT_FLOWS : [["in", "succ_stores"], ["out", "loads"], ["dropped", "invalidates"], ["refused", "failed_stores"],
     ["written back", "written_back_pages"], ["from below", "cold_loads"]];
   $("traffic").replaceChildren(...flows.map(([label, name]) => make("div", {class: "flow", id: `flow-${name}`},
     make("span", {}, `pages ${label}`), make("span", {class: "n"}, perSecond(rate(name))), line(name))));
@@ -151,6 +162,16 @@ function showPeers(peers = [], stats, config) {
     make("td", {class: "n"}, size(peer.room_bytes)), make("td", {class: peer.wrong_copies ? "n bad" : "n"}, count(peer.wrong_copies)))));
 }
 
+function showOwners(owners = [], stats, config) {
+  $("lent").hidden = !config.listen;
+  const moved = LENT_FLOWS.map(([label, name]) => `${count(stats[name])} ${label}`).join(", ");
+  $("lent-sum").textContent = `${count(stats.foreign_pers_pages)} pages of ${count(stats.foreign_owners)} owners in ${size(stats.foreign_pers_bytes)}`
+    + ` of ${size(config.donate ?? 0)}, on ${config.listen}. Pages: ${moved}.`;
+  $("owners").replaceChildren(...owners.map(owner => make("tr", {}, make("td", {}, owner.name), make("td", {class: "n"}, count(owner.pages)),
+    make("td", {class: "n"}, size(owner.bytes)), make("td", {class: "n"}, size(owner.offered_bytes)),
+    make("td", {class: "n"}, `${duration(owner.heard_seconds)} ago`))));
+}
+
 function showReasons(health) {
   $("health").textContent = health.status;
   $("health").className = `badge ${health.status}`;
@@ -166,8 +187,10 @@ function showCounters() {
     make("td", {class: "n"}, c.kind === "counter" && rate(c.name) ? count(rate(c.name)) : ""), make("td", {}, c.unit))));
 }
 
-function show({ping, stats, config, health, peers}) {
-  $("who").textContent = `${location.host}, version ${ping.version}, server ${ping.server_pid}, up ${duration(ping.uptime_seconds)}`;
+function show({ping, stats, config, health, peers, owners}) {
+  const lends = onlyLends(config), who = lends ? `${config.name}, node ${ping.pid}` : `server ${ping.server_pid}`;
+  $("who").textContent = `${location.host}, version ${ping.version}, ${who}, up ${duration(ping.uptime_seconds)}`;
+  document.body.classList.toggle("lends", lends);
   document.title = `zcache ${health.status}`;
   showReasons(health);
   showTiers(stats, config);
@@ -176,7 +199,8 @@ function show({ping, stats, config, health, peers}) {
     ["compression", ratio((stats.pers_zpages + stats.eph_zpages) * PAGE, stats.pers_zbytes + stats.eph_zbytes)],
     ["pages refused", count(stats.failed_stores)], ["pages lost", count(stats.lost_pages)]]);
   showPeers(peers, stats, config);
-  showTraffic();
+  showOwners(owners, stats, config);
+  showTraffic(lends);
   showTimes(stats.histograms);
   const waited = rate("pool_wait_us");
   facts("behind", [["reserve ready", size(stats.free_frames * PAGE)], ["writes that waited", count(stats.pool_waits)],
