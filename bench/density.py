@@ -119,7 +119,8 @@ def cost_of_cold(data: memoryview, allocator: str, codec: str) -> dict[str, int]
         write(target, data)
         store.recompress(codec)
         store.compact()
-        store.set_pool(frames_in_use(counters.read(store.memory)) * PAGE_BYTES)
+        found = counters.read(store.memory)
+        store.set_pool((frames_in_use(found) + found["dictionary_frames"]) * PAGE_BYTES)
         found = settled(store)
         assert found["failed_stores"] == 0
         assert found["logical_bytes"] == len(data)

@@ -23,7 +23,7 @@ from posix.mman cimport (
 )
 
 from zcache_core.backing cimport back_range
-from zcache_core.layout cimport CODEC_LZ4, CODEC_RAW, CODEC_ZSTD, PAGE_BYTES
+from zcache_core.layout cimport CODEC_LZ4, CODEC_RAW, CODEC_ZSTD, CODEC_ZSTD_WITH, DICTIONARIES, PAGE_BYTES
 from zcache_core.pthread cimport now_us
 from zcache_core.slots cimport BLOB_ROOM, SLOTS, Slot, Slots, slot_release, slot_take, slots_free, slots_init
 
@@ -65,6 +65,31 @@ cdef extern from "<zstd.h>" nogil:
     size_t ZSTD_compress2(ZSTD_CCtx *, void *dst, size_t room, const void *src, size_t length)
     size_t ZSTD_decompressDCtx(ZSTD_DCtx *, void *dst, size_t room, const void *src, size_t length)
     unsigned ZSTD_isError(size_t)
+    ctypedef struct ZSTD_CDict:
+        pass
+    ctypedef struct ZSTD_DDict:
+        pass
+    ctypedef struct ZSTD_compressionParameters:
+        pass
+    ctypedef struct ZSTD_customMem:
+        pass
+    enum ZSTD_dictLoadMethod_e:
+        ZSTD_dlm_byCopy
+    enum ZSTD_dictContentType_e:
+        ZSTD_dct_auto
+    ZSTD_customMem ZSTD_defaultCMem
+    ZSTD_compressionParameters ZSTD_getCParams(int level, unsigned long long source_bytes, size_t dictionary_bytes)
+    ZSTD_CDict *ZSTD_createCDict_advanced(
+        const void *bytes, size_t length, ZSTD_dictLoadMethod_e, ZSTD_dictContentType_e, ZSTD_compressionParameters,
+        ZSTD_customMem
+    )
+    size_t ZSTD_freeCDict(ZSTD_CDict *)
+    size_t ZSTD_CCtx_refCDict(ZSTD_CCtx *, const ZSTD_CDict *)
+    ZSTD_DDict *ZSTD_createDDict(const void *bytes, size_t length)
+    size_t ZSTD_freeDDict(ZSTD_DDict *)
+    size_t ZSTD_decompress_usingDDict(
+        ZSTD_DCtx *, void *dst, size_t room, const void *src, size_t length, const ZSTD_DDict *
+    )
 
 cdef enum:
     ZSTD_MAGICLESS = 1          # ZSTD_f_zstd1_magicless
@@ -156,8 +181,7 @@ cdef bint codec_make(Slot *slot, CodecChoice choice) noexcept nogil:
     """A context for compressing in this slot, warmed, in place of the one it has; False: no memory."""
     cdef ZSTD_CCtx *c
     cdef size_t refused
-    ZSTD_freeCCtx(<ZSTD_CCtx *>slot.zstd_compress)
-    slot.zstd_compress = NULL
+    codec_unmake(slot)
     if choice.codec == CODEC_ZSTD:
         c = ZSTD_createCCtx()
         slot.zstd_compress = c
@@ -236,7 +260,29 @@ cdef void codec_discard(Slots *slots) noexcept nogil:
 
 cdef void codec_unmake(Slot *slot) noexcept nogil:
     ZSTD_freeCCtx(<ZSTD_CCtx *>slot.zstd_compress)
-    slot.zstd_compress = NULL
+    ZSTD_freeCDict(<ZSTD_CDict *>slot.zstd_dictionary)
+    slot.zstd_compress = slot.zstd_dictionary = NULL
+
+
+cdef bint codec_load_dictionary(Slot *slot, const uint8_t *bytes, uint32_t length_bytes, int level) noexcept nogil:
+    """Have what codec_make made compress with this dictionary, of which a copy is kept; False: no memory."""
+    cdef ZSTD_CDict *c = ZSTD_createCDict_advanced(
+        bytes, length_bytes, ZSTD_dlm_byCopy, ZSTD_dct_auto, ZSTD_getCParams(level, PAGE_BYTES, length_bytes), ZSTD_defaultCMem
+    )
+    if c == NULL or ZSTD_isError(ZSTD_CCtx_refCDict(<ZSTD_CCtx *>slot.zstd_compress, c)):
+        ZSTD_freeCDict(c)
+        return False
+    slot.zstd_dictionary = c
+    return True
+
+
+cdef void *codec_dictionary_make(const uint8_t *bytes, uint32_t length_bytes) noexcept nogil:
+    """Tables for reading with this dictionary, of which a copy is kept; NULL: no memory, or it is none."""
+    return ZSTD_createDDict(bytes, length_bytes)
+
+
+cdef void codec_dictionary_unmake(void *dictionary) noexcept nogil:
+    ZSTD_freeDDict(<ZSTD_DDict *>dictionary)
 
 
 cdef uint32_t codec_compress(
@@ -250,7 +296,7 @@ cdef uint32_t codec_compress(
             slot.lz4_state, <const char *>page, <char *>blob, PAGE_BYTES, room_bytes, 1
         )
         return n if n > 0 else 0
-    if choice.codec == CODEC_ZSTD:
+    if choice.codec >= CODEC_ZSTD:
         z = ZSTD_compress2(<ZSTD_CCtx *>slot.zstd_compress, blob, room_bytes, page, PAGE_BYTES)
         return 0 if ZSTD_isError(z) else <uint32_t>z
     return 0
@@ -268,6 +314,12 @@ cdef bint codec_decompress(
         return length_bytes == PAGE_BYTES
     if codec == CODEC_ZSTD and slot.zstd_decompress != NULL:
         z = ZSTD_decompressDCtx(<ZSTD_DCtx *>slot.zstd_decompress, page, PAGE_BYTES, blob, length_bytes)
+        return z == PAGE_BYTES
+    if CODEC_ZSTD_WITH <= codec < CODEC_ZSTD_WITH + DICTIONARIES and slot.dictionaries[codec - CODEC_ZSTD_WITH] != NULL:
+        z = ZSTD_decompress_usingDDict(
+            <ZSTD_DCtx *>slot.zstd_decompress, page, PAGE_BYTES, blob, length_bytes,
+            <const ZSTD_DDict *>slot.dictionaries[codec - CODEC_ZSTD_WITH],
+        )
         return z == PAGE_BYTES
     return False
 

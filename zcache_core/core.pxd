@@ -8,7 +8,7 @@ from zcache_core.codec cimport CodecChoice
 from zcache_core.cold cimport ColdPage
 from zcache_core.crew cimport Crew
 from zcache_core.index cimport Index
-from zcache_core.layout cimport Entry
+from zcache_core.layout cimport DictionaryRow, Entry
 from zcache_core.pthread cimport pthread_cond_t, pthread_mutex_t, pthread_t
 from zcache_core.slots cimport Slots
 
@@ -74,6 +74,7 @@ ctypedef struct Core:
     Lower lower
     Tidy tidy
     Dense dense
+    DictionaryRow *dictionary_rows  # in the memory file
     uint8_t *marks              # by page, or NULL: nobody wants to know
     uint32_t device             # number in the superblock's device table
     uint32_t serving            # atomic: between start and stop; else requests are refused

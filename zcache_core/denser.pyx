@@ -14,7 +14,7 @@ below stays as it is: its entry would have to tell of two lengths.  Killed in be
 leaves room that no entry points to.
 
 What is won is what the allocator gives back: a smaller size class, not fewer bytes.  A page that
-wins none is not tried again before it is written again.  The new room comes before the old one
+wins none is not tried again before it is written again, or there is another dictionary (learning.pyx).  The new room comes before the old one
 goes, so in a pool that is taken to the last frame it begins when a few frames are free.
 
 One thread (zc-dense), and it takes what is left over: it compresses in the class SCHED_IDLE, where
@@ -22,7 +22,8 @@ it may return from there, holding no lock and no slot meanwhile; and while reque
 rests nineteen times as long as it worked.  What readers need for a page of zstd has memory before
 the first such page is there; what this thread needs it asks for itself, in nobody's way.
 
-Bounds: 16 pages at a time; one byte a page of the device, 130 KiB of buffers and a context.
+Bounds: 16 pages at a time; one byte a page of the device, 140 KiB of buffers and two contexts;
+learning.pyx has its own.
 What it is not: durable.  Ages begin anew with a server.
 """
 
@@ -42,10 +43,14 @@ from zcache_core.counter_ids cimport (
     C_PRIVATE_TABLE_BYTES, C_RECOMPRESS_AGE_S, C_RECOMPRESS_LEVEL, C_RECOMPRESS_POOR, C_RECOMPRESS_SAVED_BYTES,
     C_RECOMPRESS_US, C_RECOMPRESSED_PAGES, C_REFUSED_COMMANDS,
 )
+from zcache_core.dictionary cimport dictionaries_open, dictionary_newest
 from zcache_core.index cimport entry_flip, entry_load
 from zcache_core.layout cimport (
     CODEC_ZSTD, COUNTER_CELLS, HEADER_BYTES, PAGE_BYTES, ST_RAM, ST_RAM_EPHEMERAL, Entry, codec_of, entry_is_sound,
     header_fill, length_of, place_word, state_of, version_of, version_word, where_of,
+)
+from zcache_core.learning cimport (
+    Learner, learn_free, learn_from, learn_gather, learn_make, learn_publish, learn_start, learn_use, learn_wants,
 )
 from zcache_core.native cimport zc_add64, zc_load32, zc_release_fence
 from zcache_core.pthread cimport (
@@ -72,6 +77,8 @@ ctypedef struct Found:          # one page of a batch
 
 ctypedef struct Batch:
     Slot own                    # the context for compressing; no request's slot
+    Slot plain                  # the same without a dictionary, to compare
+    Learner learner
     CodecChoice choice
     uint32_t n
     Found found[BATCH_PAGES]
@@ -87,7 +94,7 @@ cdef bint may_gain(Core *core, uint64_t page, Entry *e) noexcept nogil:
     e[0] = entry_load(&core.index, page)
     if not entry_is_sound(e.location, e.version) or state_of(e.version) == ST_RAM_EPHEMERAL:
         return False
-    if state_of(e.version) == ST_RAM and codec_of(e.location) != CODEC_ZSTD:
+    if state_of(e.version) == ST_RAM and codec_of(e.location) != (<Batch *>core.dense.batch).choice.codec:
         return True
     core.marks[page] |= MARK_TRIED
     return False
@@ -121,6 +128,7 @@ cdef void compress(Core *core, Batch *b) noexcept nogil:
         b.found[i].length_bytes = codec_compress(
             &b.own, b.choice, b.pages + i * PAGE_BYTES, b.blobs + i * BLOB_ROOM, min(length - 1, most)
         )
+        learn_from(core, &b.learner, &b.own, &b.plain, b.choice, b.pages + i * PAGE_BYTES)
     if core.dense.idle_class:
         change_class(SCHED_OTHER, 0)
 
@@ -171,12 +179,34 @@ cdef void finish(Core *core, Batch *b) noexcept nogil:
             core.dense.cells[C_RECOMPRESS_SAVED_BYTES] += won
 
 
+cdef void try_all_again(Core *core) noexcept nogil:
+    """There is a new dictionary: what won nothing, or less, may win by it."""
+    cdef uint64_t page
+    for page in range(core.index.pages):
+        core.marks[page] &= ~MARK_TRIED & 0xFF
+
+
+cdef void learn(Core *core, Batch *b, uint32_t least_age) noexcept nogil:
+    """Make a dictionary first, if one is wanted and there are pages for it."""
+    if not learn_wants(core, &b.learner, b.choice):
+        return
+    learn_gather(core, &b.learner, least_age)
+    if core.dense.idle_class:
+        change_class(SCHED_IDLE, 0)
+    learn_make(core, &b.learner, &b.own, b.choice)
+    if core.dense.idle_class:
+        change_class(SCHED_OTHER, 0)
+    if learn_publish(core, &b.learner, &b.own, &b.choice):
+        try_all_again(core)
+
+
 cdef uint64_t one_batch(Core *core, uint64_t page, uint64_t end, uint32_t least_age, uint32_t *pages) noexcept nogil:
     """Recompress up to 16 pages from `page` on; where to go on.  Outside of a slot."""
     cdef int64_t start = now_us()
     cdef Batch *b
     lock_take(&core.dense.turn)
     b = <Batch *>core.dense.batch
+    learn(core, b, least_age)
     page = gather(core, b, page, end, least_age)
     pages[0] = b.n
     if b.n:
@@ -201,7 +231,7 @@ cdef uint8_t *backed(uint64_t bytes) noexcept nogil:
 
 
 cdef Batch *make_batch() noexcept nogil:
-    cdef uint64_t bytes = sizeof(Batch) + (BATCH_PAGES + 1) * (PAGE_BYTES + BLOB_ROOM)
+    cdef uint64_t bytes = sizeof(Batch) + (BATCH_PAGES + 2) * (PAGE_BYTES + BLOB_ROOM)
     cdef Batch *b = <Batch *>backed(bytes)
     if b == NULL:
         return NULL
@@ -210,6 +240,9 @@ cdef Batch *make_batch() noexcept nogil:
     b.blobs = b.pages + BATCH_PAGES * PAGE_BYTES
     b.own.blob = b.blobs + BATCH_PAGES * BLOB_ROOM
     b.own.page = b.own.blob + BLOB_ROOM
+    b.plain.blob = b.own.page + PAGE_BYTES
+    b.plain.page = b.plain.blob + BLOB_ROOM
+    learn_start(&b.learner)
     return b
 
 
@@ -225,15 +258,26 @@ cdef bint dense_prepare(Core *core, int level) noexcept nogil:
     if core.marks == NULL:
         core.marks = backed(core.index.pages)
     if b == NULL or core.marks == NULL or not codec_expect_zstd(&core.slots) or (
-        (b.choice.level != level or b.own.zstd_compress == NULL) and not codec_make(&b.own, choice)
+        (b.choice.level != level or b.own.zstd_compress == NULL) and not (
+            codec_make(&b.plain, choice) and learn_use(core, &b.own, &choice, dictionary_newest(core))
+        )
     ):
         pthread_mutex_unlock(&core.dense.turn)
         return False
-    b.choice = choice
+    if b.choice.level != level:
+        b.choice = choice
     if core.index.entries != NULL:      # the memory file is ours
         dense_tell(core)
     pthread_mutex_unlock(&core.dense.turn)
     return True
+
+
+cdef void dense_begin(Core *core) noexcept nogil:
+    """The memory file is taken over: what its dictionaries are, and the newest is used from the start."""
+    cdef Batch *b = <Batch *>core.dense.batch
+    dictionaries_open(core)
+    if b != NULL and dictionary_newest(core) >= 0:
+        learn_use(core, &b.own, &b.choice, dictionary_newest(core))
 
 
 cdef void dense_tell(Core *core) noexcept nogil:
@@ -241,7 +285,7 @@ cdef void dense_tell(Core *core) noexcept nogil:
     cdef Batch *b = <Batch *>core.dense.batch
     if b != NULL:
         core.dense.cells[C_PRIVATE_TABLE_BYTES] = (
-            b.memory_bytes + codec_context_bytes(&b.own) + core.index.pages
+            b.memory_bytes + codec_context_bytes(&b.own) + codec_context_bytes(&b.plain) + core.index.pages
             + (0 if core.dense.readers_counted else core.slots.readers_backed_bytes)
         )
 
@@ -342,13 +386,15 @@ cdef void dense_choose(Core *core, int level, uint32_t age_s) noexcept nogil:
 
 cdef bint dense_all(Core *core, int level) noexcept nogil:
     """Every page that may gain, cold or not, at once, in the calling thread; False: no memory."""
-    cdef uint64_t page = 0
-    cdef uint32_t pages
+    cdef uint64_t page
+    cdef uint32_t pages, again
     store_wait_ready(core)
     if not dense_prepare(core, level):
         return False
-    while page < core.index.pages:
-        page = one_batch(core, page, core.index.pages, 0, &pages)
+    for again in range(2):              # a dictionary may come in between
+        page = 0
+        while page < core.index.pages:
+            page = one_batch(core, page, core.index.pages, 0, &pages)
     return True
 
 
@@ -383,6 +429,8 @@ cdef void dense_free(Core *core) noexcept nogil:
     cdef Batch *b = <Batch *>core.dense.batch
     if b != NULL:
         codec_unmake(&b.own)
+        codec_unmake(&b.plain)
+        learn_free(&b.learner)
         munmap(b, b.memory_bytes)
     if core.marks != NULL:
         munmap(core.marks, core.index.pages)
