@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import struct
 import threading
 from functools import partial
 from pathlib import Path
@@ -10,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.core_helpers import PAGE, opened_store
+from tests.plugin_helpers import wait_for
+from tests.t2_committer import System
 from tests.t3_recompression import codec_of, now
 from tests.t3_takeover import in_two_halves, kill_at_random
 from zcache_core.memfile import MemoryFile
@@ -28,6 +31,12 @@ def phrases(rng: random.Random) -> list[bytes]:
 def page_of(common: list[bytes], rng: random.Random) -> bytes:
     pieces = [piece + rng.randbytes(6) for piece in rng.sample(common, 60)]
     return b"".join(pieces)[: PAGE - 800].ljust(PAGE, b"\0")
+
+
+def anonymous_kib() -> int:
+    """Private memory of this process."""
+    text = Path("/proc/self/smaps_rollup").read_text()
+    return int(text.split("Anonymous:")[1].split()[0])
 
 
 def fill(store: Store, common: list[bytes], rng: random.Random, first: int = 0) -> dict[int, bytes]:
@@ -231,3 +240,80 @@ def test_killed_between_frames_and_row(name: str, rng: random.Random) -> None:
     assert store.check() == 0
     store.stop()
     memory.destroy()
+
+
+def test_golden_row_and_frames() -> None:
+    """Where a dictionary lies in the file, written out by hand: docs/memory-format.md."""
+    rng = random.Random(1)
+    with opened_store(PAGES * PAGE, PAGES * PAGE, allocator="zsmalloc", tidy=False) as store:
+        fill(store, phrases(rng), rng)
+        store.recompress("zstd:3")
+        memory, offsets = store.memory, store.memory.offsets()
+        length, frame, checksum, number = struct.unpack("<4I", memory.peek(ROWS, 16))
+        assert (number, memory.peek(ROWS + 16, 48)) == (1, bytes(48))
+        found = b""
+        for place in range(now(store, "dictionary_frames")):
+            head = memory.peek(offsets["frame_headers"] + 24 * frame, 16)
+            identity, chained = struct.unpack("<2Q", head)
+            assert identity == 13 | place << 4
+            found += memory.peek(offsets["arena"] + frame * PAGE, PAGE)
+            frame = chained
+        assert frame == 0xFFFFFFFF
+        assert 0 <= len(found) - length < PAGE
+        assert length <= 112 << 10
+        assert checksum
+        assert found.startswith(b"\x37\xa4\x30\xec"), "RFC 8878, 5"
+
+
+def test_an_order_without_memory_is_refused(tmp_path: Path, rng: random.Random) -> None:
+    """What held before holds; with some memory pages are tried, and nothing is learned."""
+    system = System(tmp_path / "zoneinfo")
+    memory = MemoryFile.create(None, PAGES * PAGE, PAGES * PAGE)
+    store = Store(memory, allocator="zsmalloc", zoneinfo=str(system.path))
+    try:
+        system.has(free=1 << 20)
+        store.start()
+        model = fill(store, phrases(rng), rng)
+        taken = now(store, "private_table_bytes")
+        system.has(free=1126 + 900)  # 3.5 MiB above what the kernel keeps
+        store.set_recompress("zstd:1", 1)
+        wait_for("the refusal", lambda: now(store, "refused_commands") == 1)
+        assert now(store, "recompress_level") == 0
+        assert now(store, "private_table_bytes") == taken
+        system.has(free=1126 + 4096)
+        store.set_recompress("zstd:1", 1)
+        wait_for("all pages", lambda: now(store, "recompress_poor") == PAGES)
+        assert now(store, "dictionary_trainings") == 0
+        system.has(free=0)
+        store.set_recompress("zstd:5", 7)
+        wait_for("the refusal", lambda: now(store, "refused_commands") == 2)
+        wait_for("the old level", lambda: now(store, "recompress_age_s") == 1)
+        assert now(store, "recompress_level") == 1
+        system.has(free=1 << 20)
+        wait_for("a dictionary", lambda: now(store, "recompressed_pages") > PAGES // 2)
+        assert all(store.get(page) == data for page, data in model.items())
+        assert store.check() == 0
+    finally:
+        store.stop()
+        memory.close()
+
+
+def test_a_standby_reads_with_no_memory_of_its_own(name: str, rng: random.Random) -> None:
+    """All that pages with a dictionary need is there before the file is, whoever made them."""
+    memory = MemoryFile.create(name, PAGES * PAGE, PAGES * PAGE)
+    store = Store(memory, allocator="zsmalloc", tidy=False)
+    store.start()
+    model = fill(store, phrases(rng), rng)
+    expected = MemoryFile.expect(name)
+    successor = Store(expected, allocator="zsmalloc", tidy=False)
+    store.recompress("zstd:3")
+    store.stop()
+    memory.close()
+    expected.take(5)
+    before = anonymous_kib()
+    successor.begin()
+    assert anonymous_kib() - before < 64, "a dictionary needs 251, contexts for reading 1152"
+    successor.start()
+    assert all(successor.get(page) == data for page, data in model.items())
+    successor.stop()
+    expected.destroy()

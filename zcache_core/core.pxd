@@ -4,6 +4,7 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
 from zcache_core.allocator cimport Allocator
 from zcache_core.arena cimport Arena
+from zcache_core.backing cimport Backing
 from zcache_core.codec cimport CodecChoice
 from zcache_core.cold cimport ColdPage
 from zcache_core.crew cimport Crew
@@ -51,6 +52,7 @@ ctypedef struct Dense:
     bint running
     bint idle_class             # the thread may go to SCHED_IDLE and come back
     bint readers_counted        # memory for reading zstd is in private_table_bytes
+    Backing backing             # of the thread: what may be taken
     void *batch                 # contexts and buffers, or NULL: nothing was recompressed yet
     uint64_t *cells             # counter shard, written by who has the turn
 

@@ -20,7 +20,8 @@ goes, so in a pool that is taken to the last frame it begins when a few frames a
 One thread (zc-dense), and it takes what is left over: it compresses in the class SCHED_IDLE, where
 it may return from there, holding no lock and no slot meanwhile; and while requests are served it
 rests nineteen times as long as it worked.  What readers need for a page of zstd has memory before
-the first such page is there; what this thread needs it asks for itself, in nobody's way.
+the first such page is there.  What this thread needs it asks for itself, and only when the kernel
+has that much without reclaim (backing.pyx): else an order is refused, and no dictionary made for now.
 
 Bounds: 16 pages at a time; one byte a page of the device, 140 KiB of buffers and two contexts;
 learning.pyx has its own.
@@ -34,7 +35,9 @@ from posix.mman cimport MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, PROT_READ, PROT_
 from posix.time cimport timespec
 
 from zcache_core.allocator cimport object_bytes, object_fill, object_header
-from zcache_core.backing cimport back_range, change_class
+from zcache_core.backing cimport (
+    back_range, backing_close, backing_may, backing_open, backing_round, backing_round_ends, change_class,
+)
 from zcache_core.codec cimport (
     CodecChoice, codec_compress, codec_context_bytes, codec_expect_zstd, codec_make, codec_unmake,
 )
@@ -44,6 +47,7 @@ from zcache_core.counter_ids cimport (
     C_RECOMPRESS_US, C_RECOMPRESSED_PAGES, C_REFUSED_COMMANDS,
 )
 from zcache_core.dictionary cimport dictionaries_open, dictionary_newest
+from zcache_core.headroom cimport headroom_bytes
 from zcache_core.index cimport entry_flip, entry_load
 from zcache_core.layout cimport (
     CODEC_ZSTD, COUNTER_CELLS, HEADER_BYTES, PAGE_BYTES, ST_RAM, ST_RAM_EPHEMERAL, Entry, codec_of, entry_is_sound,
@@ -69,6 +73,11 @@ cdef enum:
     MOST_REST_US = 200000
     NOT_READY_US = 100000
     PIECE = 1 << 16             # marks, between two looks at whether to end
+    # Asked for at once: contexts of level 19 with a dictionary, 0.5 MiB each, buffers, what readers need.
+    NEEDED_BYTES = 4 << 20
+    # While one is made 30 MiB are taken, in 2 to 4 s; others take memory meanwhile.
+    LEARNING_BYTES = 64 << 20
+    LOOK_AGAIN_US = 1000000     # for that memory
 
 ctypedef struct Found:          # one page of a batch
     uint64_t page
@@ -79,6 +88,7 @@ ctypedef struct Batch:
     Slot own                    # the context for compressing; no request's slot
     Slot plain                  # the same without a dictionary, to compare
     Learner learner
+    int64_t look_again_us       # when there was no memory to learn with
     CodecChoice choice
     uint32_t n
     Found found[BATCH_PAGES]
@@ -187,8 +197,11 @@ cdef void try_all_again(Core *core) noexcept nogil:
 
 
 cdef void learn(Core *core, Batch *b, uint32_t least_age) noexcept nogil:
-    """Make a dictionary first, if one is wanted and there are pages for it."""
-    if not learn_wants(core, &b.learner, b.choice):
+    """Make a dictionary first, if one is wanted, and there are pages and memory for it."""
+    if not learn_wants(core, &b.learner, b.choice) or now_us() < b.look_again_us:
+        return
+    if headroom_bytes(&core.dense.backing.headroom, LEARNING_BYTES) < LEARNING_BYTES:
+        b.look_again_us = now_us() + LOOK_AGAIN_US
         return
     learn_gather(core, &b.learner, least_age)
     if core.dense.idle_class:
@@ -198,6 +211,7 @@ cdef void learn(Core *core, Batch *b, uint32_t least_age) noexcept nogil:
         change_class(SCHED_OTHER, 0)
     if learn_publish(core, &b.learner, &b.own, &b.choice):
         try_all_again(core)
+    dense_tell(core)
 
 
 cdef uint64_t one_batch(Core *core, uint64_t page, uint64_t end, uint32_t least_age, uint32_t *pages) noexcept nogil:
@@ -246,48 +260,62 @@ cdef Batch *make_batch() noexcept nogil:
     return b
 
 
-cdef bint dense_prepare(Core *core, int level) noexcept nogil:
-    """Have all that recompressing with this level needs; False: no memory, all is as before."""
+cdef bint is_usable(const Batch *b, int level) noexcept nogil:
+    return b != NULL and b.choice.level == level and b.own.zstd_compress != NULL and b.plain.zstd_compress != NULL
+
+
+cdef bint make_all(Core *core, int level) noexcept nogil:
+    """Buffers, marks, contexts, and the newest dictionary used; False: no memory."""
     cdef Batch *b
     cdef CodecChoice choice
     choice.codec, choice.level = CODEC_ZSTD, level
-    lock_take(&core.dense.turn)
     if core.dense.batch == NULL:
         core.dense.batch = make_batch()
     b = <Batch *>core.dense.batch
     if core.marks == NULL:
         core.marks = backed(core.index.pages)
-    if b == NULL or core.marks == NULL or not codec_expect_zstd(&core.slots) or (
-        (b.choice.level != level or b.own.zstd_compress == NULL) and not (
-            codec_make(&b.plain, choice) and learn_use(core, &b.own, &choice, dictionary_newest(core))
-        )
-    ):
-        pthread_mutex_unlock(&core.dense.turn)
+    if b == NULL or core.marks == NULL or not codec_expect_zstd(&core.slots):
         return False
-    if b.choice.level != level:
-        b.choice = choice
-    if core.index.entries != NULL:      # the memory file is ours
-        dense_tell(core)
-    pthread_mutex_unlock(&core.dense.turn)
+    b.choice.level = 0
+    if not codec_make(&b.plain, choice) or not learn_use(core, &b.own, &choice, dictionary_newest(core)):
+        return False
+    b.choice = choice
     return True
 
 
+cdef bint dense_prepare(Core *core, int level) noexcept nogil:
+    """Have all that recompressing with this level needs; False: no memory, all is as before."""
+    cdef Batch *b
+    cdef bint done
+    cdef uint64_t bytes = NEEDED_BYTES + core.index.pages
+    lock_take(&core.dense.turn)
+    b = <Batch *>core.dense.batch
+    # after a takeover, a predecessor's dictionary is not used yet
+    if not is_usable(b, level) or (b.choice.codec == CODEC_ZSTD and dictionary_newest(core) >= 0):
+        backing_round(&core.dense.backing, bytes)
+        if backing_may(&core.dense.backing, bytes):
+            make_all(core, level)
+        backing_round_ends(&core.dense.backing)
+        if core.index.entries != NULL:      # the memory file is ours
+            dense_tell(core)
+    done = is_usable(<Batch *>core.dense.batch, level)
+    pthread_mutex_unlock(&core.dense.turn)
+    return done
+
+
 cdef void dense_begin(Core *core) noexcept nogil:
-    """The memory file is taken over: what its dictionaries are, and the newest is used from the start."""
-    cdef Batch *b = <Batch *>core.dense.batch
+    """The memory file is taken over: what its dictionaries are.  The thread will use the newest."""
     dictionaries_open(core)
-    if b != NULL and dictionary_newest(core) >= 0:
-        learn_use(core, &b.own, &b.choice, dictionary_newest(core))
 
 
 cdef void dense_tell(Core *core) noexcept nogil:
-    """What dense_prepare has taken, for the counters."""
+    """What dense_prepare and dictionaries have taken, for the counters."""
     cdef Batch *b = <Batch *>core.dense.batch
+    cdef uint64_t bytes = core.slots.dictionary_backed_bytes
     if b != NULL:
-        core.dense.cells[C_PRIVATE_TABLE_BYTES] = (
-            b.memory_bytes + codec_context_bytes(&b.own) + codec_context_bytes(&b.plain) + core.index.pages
-            + (0 if core.dense.readers_counted else core.slots.readers_backed_bytes)
-        )
+        bytes += b.memory_bytes + codec_context_bytes(&b.own) + codec_context_bytes(&b.plain) + core.index.pages
+        bytes += 0 if core.dense.readers_counted else core.slots.readers_backed_bytes
+    core.dense.cells[C_PRIVATE_TABLE_BYTES] = bytes
 
 
 # ---- the thread ---------------------------------------------------------------------------
@@ -347,6 +375,17 @@ cdef bint wanted(Core *core, int *level, uint32_t *age_s) noexcept nogil:
     return go_on
 
 
+cdef void refuse(Core *core, int level) noexcept nogil:
+    """There is no memory for that level: what held before holds."""
+    cdef int held = <int>core.dense.cells[C_RECOMPRESS_LEVEL]
+    core.dense.cells[C_REFUSED_COMMANDS] += 1
+    lock_take(&core.dense.lock)
+    if core.dense.level == level:
+        core.dense.level = held if held != level else 0
+        core.dense.age_s = <uint32_t>core.dense.cells[C_RECOMPRESS_AGE_S]
+    pthread_mutex_unlock(&core.dense.lock)
+
+
 cdef void *recompressing(void *argument) noexcept nogil:
     cdef Core *core = <Core *>argument
     cdef int64_t step_us = now_us()
@@ -357,10 +396,7 @@ cdef void *recompressing(void *argument) noexcept nogil:
             nap(core, now_us() + NOT_READY_US, level)
             continue
         if not dense_prepare(core, level):
-            core.dense.cells[C_REFUSED_COMMANDS] += 1
-            lock_take(&core.dense.lock)
-            core.dense.level = 0 if core.dense.level == level else core.dense.level
-            pthread_mutex_unlock(&core.dense.lock)
+            refuse(core, level)
             continue
         core.dense.cells[C_RECOMPRESS_LEVEL] = level
         core.dense.cells[C_RECOMPRESS_AGE_S] = age_s
@@ -403,10 +439,12 @@ cdef void dense_init(Core *core) noexcept nogil:
     lock_init(&core.dense.lock)
     cond_init(&core.dense.wake)
     core.dense.cells = core.slots.shared + 7 * COUNTER_CELLS
+    core.dense.backing.headroom.fd = -1     # until there is the thread, nobody serves
 
 
 cdef int dense_start(Core *core) noexcept nogil:
     """Start the thread; 0 or an errno.  It sleeps until dense_choose asks for something."""
+    backing_open(&core.dense.backing, core.arena.zoneinfo)
     if thread_start(&core.dense.thread, recompressing, core, b"zc-dense") != 0:
         return EAGAIN
     core.dense.running = True
@@ -421,6 +459,7 @@ cdef void dense_stop(Core *core) noexcept nogil:
     pthread_cond_signal(&core.dense.wake)
     pthread_mutex_unlock(&core.dense.lock)
     pthread_join(core.dense.thread, NULL)
+    backing_close(&core.dense.backing)
     core.dense.running = False
 
 

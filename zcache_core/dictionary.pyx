@@ -13,23 +13,23 @@ A row is used again when all four are taken: then the index is looked through, a
 entry names any more, and that no request under way may have seen there, is given up.  Until there
 is one, the dictionaries that there are do.
 
-Bounds: four of 112 KiB at most, each in frames, as a copy here and as tables beside it (27 KiB).
+Bounds: four of 112 KiB at most, each in frames, as a copy here and as tables beside it (27 KiB).  A
+standby has the memory for all four before it waits.
 Written by the thread that recompresses, with dense.turn, or before there is one.
 """
 
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
-from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
 from posix.time cimport nanosleep, timespec
 
 from zcache_core.arena cimport FRAME_DICTIONARY, NO_FRAME, Arena, arena_give, arena_take, frame_address
-from zcache_core.codec cimport codec_dictionary_make, codec_dictionary_unmake
+from zcache_core.codec cimport codec_dictionary_make, codec_expect_dictionary, codec_expect_zstd
 from zcache_core.core cimport Core
 from zcache_core.counter_ids cimport C_DICTIONARIES, C_DICTIONARY_FRAMES
 from zcache_core.index cimport entry_load
 from zcache_core.layout cimport (
-    CODEC_ZSTD_WITH, DICTIONARIES, PAGE_BYTES, ST_DISK, ST_PEER, ST_RAM, ST_RAM_EPHEMERAL, DictionaryRow, Entry, codec_of,
-    state_of,
+    CODEC_ZSTD_WITH, DICTIONARIES, DICTIONARY_MOST, PAGE_BYTES, ST_DISK, ST_PEER, ST_RAM, ST_RAM_EPHEMERAL, DictionaryRow,
+    Entry, codec_of, state_of,
 )
 from zcache_core.native cimport zc_hash, zc_load32, zc_load64, zc_release_fence, zc_store32
 from zcache_core.pthread cimport lock_take, pthread_mutex_unlock
@@ -78,12 +78,15 @@ cdef void tell(Core *core) noexcept nogil:
     core.dense.cells[C_DICTIONARY_FRAMES] = frames
 
 
-cdef uint32_t dictionary_read(Core *core, uint32_t number, uint8_t *bytes) noexcept nogil:
-    """Copy a dictionary from its frames (DICTIONARY_MOST bytes of room); its length, 0 when it is damaged."""
+cdef uint32_t dictionary_read(Core *core, uint32_t number) noexcept nogil:
+    """Copy a dictionary from its frames to slots.dictionary_copy; its length, 0 when it is damaged, or no memory."""
     cdef DictionaryRow *row = &core.dictionary_rows[number]
+    cdef uint8_t *bytes = core.slots.dictionary_copy
     cdef uint32_t frames[FRAMES_MOST]
     cdef uint32_t n = chain_of(core, row, frames)
     cdef uint32_t i
+    if not codec_expect_dictionary(&core.slots, number):
+        return 0
     for i in range(n):
         memcpy(bytes + i * PAGE_BYTES, frame_address(&core.arena, frames[i]), min(PAGE_BYTES, row.bytes - i * PAGE_BYTES))
     return row.bytes if n and <uint32_t>zc_hash(bytes, row.bytes) == row.checksum else 0
@@ -91,16 +94,13 @@ cdef uint32_t dictionary_read(Core *core, uint32_t number, uint8_t *bytes) noexc
 
 cdef void load(Core *core, uint32_t number) noexcept nogil:
     """Make a predecessor's ready to be read with.  Of a damaged one the pages answer EIO."""
-    cdef uint8_t *bytes = <uint8_t *>malloc(DICTIONARY_MOST)
     cdef uint32_t frames[FRAMES_MOST]
     cdef uint32_t n, i
-    cdef uint32_t length = dictionary_read(core, number, bytes) if bytes != NULL else 0
-    if length:
-        core.slots.dictionary[number] = codec_dictionary_make(bytes, length)
+    cdef uint32_t length = dictionary_read(core, number)
+    if length and codec_dictionary_make(&core.slots, number, core.slots.dictionary_copy, length):
         n = chain_of(core, &core.dictionary_rows[number], frames)
         for i in range(n):
             core.arena.frames[frames[i]].state = FRAME_DICTIONARY
-    free(bytes)
 
 
 cdef void dictionaries_open(Core *core) noexcept nogil:
@@ -112,12 +112,13 @@ cdef void dictionaries_open(Core *core) noexcept nogil:
     tell(core)
 
 
-cdef void dictionaries_free(Core *core) noexcept nogil:
-    """Of this process; nobody is inside any more."""
+cdef bint dictionaries_expect(Core *core) noexcept nogil:
+    """A file may be taken over when there is no memory to be had: have what any of its pages may need."""
     cdef uint32_t i
     for i in range(DICTIONARIES):
-        codec_dictionary_unmake(core.slots.dictionary[i])
-        core.slots.dictionary[i] = NULL
+        if not codec_expect_dictionary(&core.slots, i):
+            return False
+    return codec_expect_zstd(&core.slots)
 
 
 cdef int dictionary_newest(Core *core) noexcept nogil:
@@ -185,7 +186,6 @@ cdef int free_row(Core *core, int current) noexcept nogil:
         lock_take(&core.tidy.turn)      # whoever counts everything waits for it
         n = chain_of(core, &core.dictionary_rows[i], frames) if core.slots.dictionary[i] != NULL else 0
         zc_store32(&core.dictionary_rows[i].bytes, 0)
-        codec_dictionary_unmake(core.slots.dictionary[i])
         core.slots.dictionary[i] = NULL
         for j in range(n):
             arena_give(&core.arena, frames[j])
@@ -230,20 +230,19 @@ cdef int dictionary_publish(Core *core, const uint8_t *bytes, uint32_t length_by
     cdef int newest = dictionary_newest(core)
     cdef int number = free_row(core, current)
     cdef DictionaryRow *row
-    cdef void *reader
     if number < 0:
         return -1
     lock_take(&core.tidy.turn)          # whoever counts everything waits for it
-    reader = codec_dictionary_make(bytes, length_bytes)
-    if reader == NULL or not write_frames(core, bytes, length_bytes, frames):
-        codec_dictionary_unmake(reader)
+    if not codec_dictionary_make(&core.slots, number, bytes, length_bytes):
+        number = -1
+    elif not write_frames(core, bytes, length_bytes, frames):
+        core.slots.dictionary[number] = NULL
         number = -1
     else:
         row = &core.dictionary_rows[number]
         row.first_frame = frames[0]
         row.checksum = <uint32_t>zc_hash(bytes, length_bytes)
         row.number = core.dictionary_rows[newest].number + 1 if newest >= 0 else 1
-        core.slots.dictionary[number] = reader
         zc_release_fence()
         zc_store32(&row.bytes, length_bytes)
     tell(core)

@@ -52,6 +52,7 @@ cdef enum:
     DONORS = 96                 # rows in the superblock's donor table
     DONOR_ID_BYTES = 16
     DICTIONARIES = 4            # rows in the superblock's table of them
+    DICTIONARY_MOST = 112 << 10 # bytes of one: with the page below 128 KiB, from where on zstd searches less
     COPIES_MOST = 3             # donors that an address has room for
     DONOR_BITS = 15             # of each in it: the row's number + 1, 0 for none
     BACKED_BITS = 39            # of the disk's part of an address with both: 512 GiB

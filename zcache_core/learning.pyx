@@ -21,9 +21,11 @@ from posix.mman cimport MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, PROT_READ, PROT_
 from zcache_core.codec cimport CodecChoice, codec_compress, codec_load_dictionary, codec_make, codec_unmake
 from zcache_core.core cimport MARK_AGE, Core
 from zcache_core.counter_ids cimport C_DICTIONARY_TRAININGS
-from zcache_core.dictionary cimport DICTIONARY_MOST, dictionary_publish, dictionary_read
+from zcache_core.dictionary cimport dictionary_publish, dictionary_read
 from zcache_core.index cimport entry_load
-from zcache_core.layout cimport CODEC_ZSTD, CODEC_ZSTD_WITH, PAGE_BYTES, Entry, entry_is_sound, state_of
+from zcache_core.layout cimport (
+    CODEC_ZSTD, CODEC_ZSTD_WITH, DICTIONARY_MOST, PAGE_BYTES, Entry, entry_is_sound, state_of,
+)
 from zcache_core.ramtier cimport in_ram, load_blob
 from zcache_core.slots cimport Slot, slot_release, slot_take_own
 
@@ -60,17 +62,14 @@ cdef void learn_free(Learner *l) noexcept nogil:
 
 cdef bint learn_use(Core *core, Slot *own, CodecChoice *choice, int row) noexcept nogil:
     """Compress with the dictionary of that row, or (-1) with none; False: no memory, nothing can be compressed."""
-    cdef uint8_t *bytes = NULL
     cdef uint32_t length = 0
     choice.codec = CODEC_ZSTD
     if not codec_make(own, choice[0]):
         return False
     if row >= 0:
-        bytes = <uint8_t *>malloc(DICTIONARY_MOST)
-        length = dictionary_read(core, row, bytes) if bytes != NULL else 0
-        if length and codec_load_dictionary(own, bytes, length, choice.level):
+        length = dictionary_read(core, row)
+        if length and codec_load_dictionary(own, core.slots.dictionary_copy, length, choice.level):
             choice.codec = CODEC_ZSTD_WITH + row
-        free(bytes)
     return True
 
 

@@ -40,7 +40,12 @@ ctypedef struct Slots:
     uint8_t *memory
     uint64_t memory_bytes
     uint8_t *io                 # SLOTS x IO_ROOM; has memory only with a tier below
-    void *dictionary[DICTIONARIES]  # tables for reading; NULL: no such
+    void *dictionary[DICTIONARIES]  # tables for reading, in the room at dictionary_at; NULL: no such
+    uint8_t *dictionary_at
+    uint8_t *dictionary_copy    # one of them as it lies in the file, while it is looked at
+    uint64_t dictionary_bytes
+    uint64_t dictionary_backed_bytes
+    uint32_t dictionaries_backed    # rows whose room has memory, a bit each
     uint8_t *readers            # contexts for reading zstd, one after the other
     uint64_t readers_bytes
     uint64_t readers_backed_bytes
