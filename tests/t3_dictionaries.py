@@ -305,6 +305,7 @@ def test_a_standby_reads_with_no_memory_of_its_own(name: str, rng: random.Random
     store.start()
     model = fill(store, phrases(rng), rng)
     expected = MemoryFile.expect(name)
+    assert expected is not None
     successor = Store(expected, allocator="zsmalloc", tidy=False)
     store.recompress("zstd:3")
     store.stop()
