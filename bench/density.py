@@ -11,6 +11,7 @@ a question of density; both sides are given the very same pages, in one run.
                  smallest that still fits
     churn        fill, free 60 % of the pages at random, compact; against a fresh fill with what
                  is left, in a pool of the same size
+    beside       what recompression and compaction cost others, and their readers (density_time.py)
     cold         every page recompressed (`recompress=`), moved together, and the rest given back
     time         put and get of 1 MiB after 1 MiB in requests of one page, in turns with zbud
 
@@ -35,6 +36,7 @@ import matplotlib
 from rich.console import Console
 
 from bench import corpus, pages, zram
+from bench.density_time import beside_compaction, beside_recompression, reads
 from bench.report import Goal, Section, print_goals, print_section
 from bench.servers import ROOT
 from bench.setup import machine
@@ -58,7 +60,7 @@ PARTS = 32
 SETTLE_LIMIT_S = 30.0
 SPARE_FRAMES = 64  # in a pool that is taken to the last frame nothing can be recompressed
 RECOMPRESSED = ("zstd:3", "zstd:9", "zstd:15")
-JUDGED = "zstd:9"  # what recompress=zstd means
+JUDGED = "zstd:15"  # what recompress=zstd means
 PAGE_FILE = ROOT / "docs" / "density.md"
 JSON_FILE = ROOT / "docs" / "density.json"
 PLOT_FILE = ROOT / "docs" / "img" / "density.svg"
@@ -119,38 +121,12 @@ def cost_of_cold(data: memoryview, allocator: str, codec: str) -> dict[str, int]
         write(target, data)
         store.recompress(codec)
         store.compact()
-        store.set_pool(frames_in_use(counters.read(store.memory)) * PAGE_BYTES)
+        found = counters.read(store.memory)
+        store.set_pool((frames_in_use(found) + found["dictionary_frames"]) * PAGE_BYTES)
         found = settled(store)
         assert found["failed_stores"] == 0
         assert found["logical_bytes"] == len(data)
         return found
-
-
-def foreground(data: memoryview, rounds: int) -> list[float]:
-    """Seconds for MiBs that are read and overwritten / the same while others are recompressed.
-
-    In turns; more pages are cold than the thread gets done meanwhile.
-    """
-    half = min(len(data) // 2 // MIB, 4 * PARTS) * MIB
-    ratios = []
-    with device(2 * half, 2 * half, allocator="zsmalloc") as (target, store):
-        parts = [Part(target, data[at : at + PART_BYTES], at) for at in range(0, PARTS * MIB, MIB)]
-        for _ in range(rounds):
-            write(target, data[: 2 * half])
-            store.set_recompress("zstd", 1)
-            done = counters.read(store.memory)["recompressed_pages"]
-            while counters.read(store.memory)["recompressed_pages"] == done:
-                time.sleep(0.05)
-            spent: dict[str, float] = {"zstd": 0.0, "none": 0.0}
-            for turn in range(8):
-                word = ("zstd", "none")[turn % 2]
-                store.set_recompress(word, 1)
-                time.sleep(0.02)
-                for part in parts:
-                    spent[word] += part.put() + part.get()
-            ratios.append(spent["none"] / spent["zstd"])
-            store.set_recompress("none", 1)
-    return ratios
 
 
 def churned(data: memoryview, allocator: str) -> dict[str, float]:
@@ -269,16 +245,16 @@ def measure(data: mmap.mmap, rounds: int, console: Console) -> list[Section]:
         ratio = measure_ / ours["zsmalloc"]["ram_bytes"]
         space.goals.append(Goal("zsmalloc", ratio, 0.97, False, "density, of zram lz4's"))
     space.raw = {"zram": kernel, "zcache": ours, "two_buds_bound_frames": bound}
-    cold = _cold(view, measure_, rounds, row)
+    cold = _cold(view, measure_, row)
     if measure_:
         ratio = measure_ / cold.raw["zsmalloc"][JUDGED]["ram_bytes"]
         space.goals.append(
             Goal("recompression", ratio, 1.75, False, "zsmalloc, all cold, density, of zram lz4's")
         )
-    return [space, cold, _churn(view), _times(view, rounds)]
+    return [space, cold, _beside(view, rounds), _churn(view), _times(view, rounds)]
 
 
-def _cold(view: memoryview, of_bytes: int, rounds: int, row: Row) -> Section:
+def _cold(view: memoryview, of_bytes: int, row: Row) -> Section:
     """Recompression: what it wins, and what it costs."""
     section = Section("cold", "All pages cold, and recompressed", [
         "", "stored / RAM", "of zram lz4", "us a page tried", "pages won",
@@ -297,11 +273,27 @@ def _cold(view: memoryview, of_bytes: int, rounds: int, row: Row) -> Section:
             ])  # fmt: skip
             if name == "zsmalloc" and codec == JUDGED:
                 row(f"{name}, cold", ram_bytes, frames_in_use(found) * PAGE_BYTES)
-    ratios = foreground(view, rounds)
-    section.raw["foreground"] = ratios
-    section.goals.append(
-        Goal("foreground", statistics.median(ratios), 0.95, False, "speed while recompressing")
-    )
+    return section
+
+
+def _beside(view: memoryview, rounds: int) -> Section:
+    """What recompression and compaction cost the others, and who reads what they made."""
+    section = Section("beside", "Beside recompression and compaction, and after", [
+        "", "measured", "middle half",
+    ])  # fmt: skip
+    dense = beside_recompression(view, rounds)
+    tidy, moved = beside_compaction(view, rounds)
+    found = reads(view)
+    section.raw = {"recompression": dense, "compaction": tidy, "moved": moved, "reads_us": found}
+    for name, ratios in (("recompression", dense), ("compaction", tidy)):
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        section.rows.append([f"speed beside {name}", f"{middle:.3f}", f"{low:.3f} to {high:.3f}"])
+        section.goals.append(Goal(f"beside {name}", middle, 0.95, False, "speed of the others"))
+    for name, times_us in found.items():
+        text = f"p50 {times_us['p50']:.1f} us, p99 {times_us['p99']:.1f} us"
+        section.rows.append([f"read of a page, {name}", text, ""])
+    ratio = found["recompressed"]["p99"] / found["zstd"]["p99"]
+    section.goals.append(Goal("recompressed read", ratio, 3, True, "p99, of a plain zstd page's"))
     return section
 
 

@@ -8,7 +8,7 @@ from zcache_core.errors import ConfigError
 
 CODECS = ("lz4", "zstd", "none")
 ZSTD_LEVELS = range(1, 20)
-RECOMPRESS_LEVEL = 9  # of recompress=zstd alone: store.pyx says why
+RECOMPRESS_LEVEL = 15  # of recompress=zstd alone: store.pyx says why
 RECOMPRESS_AGE_S = 300
 RECOMPRESS_AGE_S_MAX = 7 * 86400
 _UNITS_S = {"": 1, "s": 1, "m": 60, "h": 3600}
@@ -46,7 +46,7 @@ def read_recompress(text: str, ram_bytes: int) -> str:
     if text.startswith("zstd:"):
         return f"zstd:{_level('recompress', text)}"
     raise ConfigError(
-        f"recompress={text} is not possible; write recompress=zstd, recompress=zstd:9 (level 1 to "
+        f"recompress={text} is not possible; write recompress=zstd, recompress=zstd:15 (level 1 to "
         f"19) or recompress=none"
     )
 

@@ -44,7 +44,7 @@ def test_golden_superblock() -> None:
         geometry = struct.pack(
             "<8Q", arena + POOL, memory.epoch, 16, counters, headers, arena, index, 64
         )
-        start = b"ZCACHEMF" + struct.pack("<II", 3, zlib.crc32(geometry)) + geometry
+        start = b"ZCACHEMF" + struct.pack("<II", 4, zlib.crc32(geometry)) + geometry
         assert memory.peek(0, len(start)) == start
         assert memory.peek(112, 8) == b"golden\0\0"
         row = struct.pack("<4Q", 64, index, 1, 0)
@@ -319,7 +319,7 @@ def test_successor_does_not_touch_a_file_whose_owner_still_exists() -> None:
     ("offset", "data", "says"),
     [
         (0, b"X", "no zcache memory file"),
-        (8, b"\x63", "has format 99, this version reads 3; swapoff with the version"),
+        (8, b"\x63", "has format 99, this version reads 4; swapoff with the version"),
         (40, b"\xff", "geometry .* is damaged"),
     ],
 )
@@ -335,13 +335,13 @@ def test_damaged_superblock_is_refused(offset: int, data: bytes, says: str) -> N
 def test_another_format_is_refused_and_left_alone() -> None:
     """Also to who would own it: the version that made it can still serve it."""
     memory = MemoryFile.create("older", DEVICE, POOL)
-    memory.poke(8, b"\x02")
+    memory.poke(8, b"\x03")
     shmid = memory.shmid
-    with pytest.raises(MemoryFileError, match="has format 2, this version reads 3; swapoff"):
+    with pytest.raises(MemoryFileError, match="has format 3, this version reads 4; swapoff"):
         MemoryFile.attach(shmid)
     memory.close()
-    for _ in range(2):  # the first did not make it a 3
-        with pytest.raises(MemoryFileError, match="has format 2, this version reads 3; swapoff"):
+    for _ in range(2):  # the first did not make it a 4
+        with pytest.raises(MemoryFileError, match="has format 3, this version reads 4; swapoff"):
             MemoryFile.open("older")
     memfile.remove(shmid)
 

@@ -60,7 +60,7 @@ GOOD = [
     ("size=1G codec=zstd:1", "codec", "zstd:1"),
     ("size=1G codec=zstd:019", "codec", "zstd:19"),
     ("size=1G codec=none", "codec", "none"),
-    ("size=1G recompress=zstd", "recompress", "zstd:9"),
+    ("size=1G recompress=zstd", "recompress", "zstd:15"),
     ("size=1G recompress=zstd:3", "recompress", "zstd:3"),
     ("size=1G recompress=none", "recompress", "none"),
     ("size=1G recompress_age=90", "recompress_age_s", 90),

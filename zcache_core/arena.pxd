@@ -18,6 +18,7 @@ cdef enum FrameState:
     FRAME_Z3FOLD = 3
     FRAME_ZSMALLOC = 4
     FRAME_TAIL = 5              # zsmalloc's too: a frame of a zspage that is not its first
+    FRAME_DICTIONARY = 6        # nobody's: holds a part of a dictionary
 
 cdef enum Held:                 # of a taken-over file
     HELD_UNMAPPED = 1           # who is free is known, but nothing may be punched: frames are being mapped

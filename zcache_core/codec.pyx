@@ -9,7 +9,8 @@ a peer, or be read while they change.
 
 States and contexts belong to the slots and are warmed at start: compressing
 allocates nothing.  Those for reading zstd lie in memory of ours, 94 KiB a slot; what a page
-needs of it, about 36 KiB, is there before the first such page.
+needs of it, about 36 KiB, is there before the first such page.  So is the room for what reading
+with a dictionary needs: 140 KiB for each of them.
 
 Sources: lz4 block format (lz4_Block_format.md), RFC 8878 for zstd.
 """
@@ -23,7 +24,9 @@ from posix.mman cimport (
 )
 
 from zcache_core.backing cimport back_range
-from zcache_core.layout cimport CODEC_LZ4, CODEC_RAW, CODEC_ZSTD, PAGE_BYTES
+from zcache_core.layout cimport (
+    CODEC_LZ4, CODEC_RAW, CODEC_ZSTD, CODEC_ZSTD_WITH, DICTIONARIES, DICTIONARY_MOST, PAGE_BYTES,
+)
 from zcache_core.pthread cimport now_us
 from zcache_core.slots cimport BLOB_ROOM, SLOTS, Slot, Slots, slot_release, slot_take, slots_free, slots_init
 
@@ -65,6 +68,34 @@ cdef extern from "<zstd.h>" nogil:
     size_t ZSTD_compress2(ZSTD_CCtx *, void *dst, size_t room, const void *src, size_t length)
     size_t ZSTD_decompressDCtx(ZSTD_DCtx *, void *dst, size_t room, const void *src, size_t length)
     unsigned ZSTD_isError(size_t)
+    ctypedef struct ZSTD_CDict:
+        pass
+    ctypedef struct ZSTD_DDict:
+        pass
+    ctypedef struct ZSTD_compressionParameters:
+        pass
+    ctypedef struct ZSTD_customMem:
+        pass
+    enum ZSTD_dictLoadMethod_e:
+        ZSTD_dlm_byCopy
+    enum ZSTD_dictContentType_e:
+        ZSTD_dct_auto
+    ZSTD_customMem ZSTD_defaultCMem
+    ZSTD_compressionParameters ZSTD_getCParams(int level, unsigned long long source_bytes, size_t dictionary_bytes)
+    ZSTD_CDict *ZSTD_createCDict_advanced(
+        const void *bytes, size_t length, ZSTD_dictLoadMethod_e, ZSTD_dictContentType_e, ZSTD_compressionParameters,
+        ZSTD_customMem
+    )
+    size_t ZSTD_freeCDict(ZSTD_CDict *)
+    size_t ZSTD_CCtx_refCDict(ZSTD_CCtx *, const ZSTD_CDict *)
+    size_t ZSTD_sizeof_CDict(const ZSTD_CDict *)
+    size_t ZSTD_estimateDDictSize(size_t dictionary_bytes, ZSTD_dictLoadMethod_e)
+    const ZSTD_DDict *ZSTD_initStaticDDict(
+        void *memory, size_t bytes, const void *dictionary, size_t length, ZSTD_dictLoadMethod_e, ZSTD_dictContentType_e
+    )
+    size_t ZSTD_decompress_usingDDict(
+        ZSTD_DCtx *, void *dst, size_t room, const void *src, size_t length, const ZSTD_DDict *
+    )
 
 cdef enum:
     ZSTD_MAGICLESS = 1          # ZSTD_f_zstd1_magicless
@@ -156,8 +187,7 @@ cdef bint codec_make(Slot *slot, CodecChoice choice) noexcept nogil:
     """A context for compressing in this slot, warmed, in place of the one it has; False: no memory."""
     cdef ZSTD_CCtx *c
     cdef size_t refused
-    ZSTD_freeCCtx(<ZSTD_CCtx *>slot.zstd_compress)
-    slot.zstd_compress = NULL
+    codec_unmake(slot)
     if choice.codec == CODEC_ZSTD:
         c = ZSTD_createCCtx()
         slot.zstd_compress = c
@@ -177,7 +207,7 @@ cdef bint codec_make(Slot *slot, CodecChoice choice) noexcept nogil:
 cdef int codec_prepare(Slots *slots, CodecChoice choice) noexcept nogil:
     """Make and warm the contexts that `choice` needs in every slot; -1: no memory."""
     cdef uint32_t i
-    if LZ4_sizeofState() > 16640 or not make_readers(slots):
+    if LZ4_sizeofState() > 16640 or not make_readers(slots) or not make_dictionary_rooms(slots):
         return -1
     if choice.codec == CODEC_ZSTD and not codec_expect_zstd(slots):
         return -1
@@ -220,7 +250,7 @@ cdef uint64_t codec_memory_bytes(Slots *slots) noexcept nogil:
 
 cdef uint64_t codec_context_bytes(const Slot *slot) noexcept nogil:
     """Of one slot's context for compressing."""
-    return ZSTD_sizeof_CCtx(<ZSTD_CCtx *>slot.zstd_compress) if slot.zstd_compress != NULL else 0
+    return ZSTD_sizeof_CCtx(<ZSTD_CCtx *>slot.zstd_compress) + ZSTD_sizeof_CDict(<ZSTD_CDict *>slot.zstd_dictionary)
 
 
 cdef void codec_discard(Slots *slots) noexcept nogil:
@@ -232,11 +262,75 @@ cdef void codec_discard(Slots *slots) noexcept nogil:
         munmap(slots.readers, slots.readers_bytes)
     slots.readers = NULL
     slots.readers_backed = False
+    for i in range(DICTIONARIES):
+        slots.dictionary[i] = NULL
+    if slots.dictionary_at != NULL:
+        munmap(slots.dictionary_at, slots.dictionary_bytes)
+    slots.dictionary_at = slots.dictionary_copy = NULL
+    slots.dictionaries_backed = 0
 
 
 cdef void codec_unmake(Slot *slot) noexcept nogil:
     ZSTD_freeCCtx(<ZSTD_CCtx *>slot.zstd_compress)
-    slot.zstd_compress = NULL
+    ZSTD_freeCDict(<ZSTD_CDict *>slot.zstd_dictionary)
+    slot.zstd_compress = slot.zstd_dictionary = NULL
+
+
+cdef bint codec_load_dictionary(Slot *slot, const uint8_t *bytes, uint32_t length_bytes, int level) noexcept nogil:
+    """Have what codec_make made compress with this dictionary, of which a copy is kept; False: no memory."""
+    cdef ZSTD_CDict *c = ZSTD_createCDict_advanced(
+        bytes, length_bytes, ZSTD_dlm_byCopy, ZSTD_dct_auto, ZSTD_getCParams(level, PAGE_BYTES, length_bytes), ZSTD_defaultCMem
+    )
+    if c == NULL or ZSTD_isError(ZSTD_CCtx_refCDict(<ZSTD_CCtx *>slot.zstd_compress, c)):
+        ZSTD_freeCDict(c)
+        return False
+    slot.zstd_dictionary = c
+    return True
+
+
+cdef inline uint64_t dictionary_room() noexcept nogil:
+    """For reading with one: its copy and tables, in whole pages."""
+    return (
+        (ZSTD_estimateDDictSize(DICTIONARY_MOST, ZSTD_dlm_byCopy) + PAGE_BYTES - 1) // PAGE_BYTES * PAGE_BYTES
+    )
+
+
+cdef bint make_dictionary_rooms(Slots *slots) noexcept nogil:
+    """Room for all of them and one as it lies in the file; untouched it is address space only."""
+    cdef void *at
+    slots.dictionary_bytes = DICTIONARIES * dictionary_room() + DICTIONARY_MOST
+    at = mmap(NULL, slots.dictionary_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
+    if at == MAP_FAILED:
+        return False
+    slots.dictionary_at = <uint8_t *>at
+    slots.dictionary_copy = slots.dictionary_at + DICTIONARIES * dictionary_room()
+    return True
+
+
+cdef bint codec_expect_dictionary(Slots *slots, uint32_t number) noexcept nogil:
+    """Pages with the dictionary of this row may have to be read from now on: have memory; False: there is none."""
+    if slots.dictionaries_backed >> number & 1:
+        return True
+    if slots.dictionaries_backed == 0:
+        if back_range(slots.dictionary_copy, DICTIONARY_MOST):
+            return False
+        slots.dictionary_backed_bytes += DICTIONARY_MOST
+    if back_range(slots.dictionary_at + number * dictionary_room(), dictionary_room()):
+        return False
+    slots.dictionary_backed_bytes += dictionary_room()
+    slots.dictionaries_backed |= <uint32_t>1 << number
+    return True
+
+
+cdef bint codec_dictionary_make(Slots *slots, uint32_t number, const uint8_t *bytes, uint32_t length_bytes) noexcept nogil:
+    """Have pages of this row's codec read with this dictionary, which is copied; False: no memory, or it is none."""
+    if not codec_expect_dictionary(slots, number):
+        return False
+    slots.dictionary[number] = <void *>ZSTD_initStaticDDict(
+        slots.dictionary_at + number * dictionary_room(), dictionary_room(), bytes, length_bytes, ZSTD_dlm_byCopy,
+        ZSTD_dct_auto,
+    )
+    return slots.dictionary[number] != NULL
 
 
 cdef uint32_t codec_compress(
@@ -250,7 +344,7 @@ cdef uint32_t codec_compress(
             slot.lz4_state, <const char *>page, <char *>blob, PAGE_BYTES, room_bytes, 1
         )
         return n if n > 0 else 0
-    if choice.codec == CODEC_ZSTD:
+    if choice.codec >= CODEC_ZSTD and slot.zstd_compress != NULL:
         z = ZSTD_compress2(<ZSTD_CCtx *>slot.zstd_compress, blob, room_bytes, page, PAGE_BYTES)
         return 0 if ZSTD_isError(z) else <uint32_t>z
     return 0
@@ -268,6 +362,12 @@ cdef bint codec_decompress(
         return length_bytes == PAGE_BYTES
     if codec == CODEC_ZSTD and slot.zstd_decompress != NULL:
         z = ZSTD_decompressDCtx(<ZSTD_DCtx *>slot.zstd_decompress, page, PAGE_BYTES, blob, length_bytes)
+        return z == PAGE_BYTES
+    if CODEC_ZSTD_WITH <= codec < CODEC_ZSTD_WITH + DICTIONARIES and slot.dictionaries[codec - CODEC_ZSTD_WITH] != NULL:
+        z = ZSTD_decompress_usingDDict(
+            <ZSTD_DCtx *>slot.zstd_decompress, page, PAGE_BYTES, blob, length_bytes,
+            <const ZSTD_DDict *>slot.dictionaries[codec - CODEC_ZSTD_WITH],
+        )
         return z == PAGE_BYTES
     return False
 

@@ -4,11 +4,12 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
 from zcache_core.allocator cimport Allocator
 from zcache_core.arena cimport Arena
+from zcache_core.backing cimport Backing
 from zcache_core.codec cimport CodecChoice
 from zcache_core.cold cimport ColdPage
 from zcache_core.crew cimport Crew
 from zcache_core.index cimport Index
-from zcache_core.layout cimport Entry
+from zcache_core.layout cimport DictionaryRow, Entry
 from zcache_core.pthread cimport pthread_cond_t, pthread_mutex_t, pthread_t
 from zcache_core.slots cimport Slots
 
@@ -50,6 +51,7 @@ ctypedef struct Dense:
     pthread_t thread
     bint running
     bint readers_counted        # memory for reading zstd is in private_table_bytes
+    Backing backing             # of the thread: what may be taken
     void *batch                 # contexts and buffers, or NULL: nothing was recompressed yet
     uint64_t *cells             # counter shard, written by who has the turn
 
@@ -73,6 +75,7 @@ ctypedef struct Core:
     Lower lower
     Tidy tidy
     Dense dense
+    DictionaryRow *dictionary_rows  # in the memory file
     uint8_t *marks              # by page, or NULL: nobody wants to know
     uint32_t device             # number in the superblock's device table
     uint32_t serving            # atomic: between start and stop; else requests are refused

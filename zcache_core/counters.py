@@ -112,6 +112,9 @@ COUNTERS: tuple[Counter, ...] = (
     Counter("recompress_saved_bytes", "bytes", "counter", "room in frames that this saved"),
     Counter("recompress_poor", "pages", "counter", "cold pages tried in vain; not tried again"),
     Counter("recompress_us", "microseconds", "counter", "time spent with it, waits included"),
+    Counter("dictionaries", "number", "gauge", "dictionaries that pages are compressed with"),
+    Counter("dictionary_frames", "frames", "gauge", "frames that they take"),
+    Counter("dictionary_trainings", "events", "counter", "times one was made, used or not"),
     Counter(
         "recompress_level", "number", "gauge", "zstd's level for it; 0: nothing is recompressed"
     ),

@@ -11,4 +11,5 @@ cdef bint dense_prepare(Core *core, int level) noexcept nogil
 cdef void dense_tell(Core *core) noexcept nogil
 cdef bint dense_all(Core *core, int level) noexcept nogil
 cdef void dense_stop(Core *core) noexcept nogil
+cdef void dense_begin(Core *core) noexcept nogil
 cdef void dense_free(Core *core) noexcept nogil

@@ -14,7 +14,7 @@ below stays as it is: its entry would have to tell of two lengths.  Killed in be
 leaves room that no entry points to.
 
 What is won is what the allocator gives back: a smaller size class, not fewer bytes.  A page that
-wins none is not tried again before it is written again.  The new room comes before the old one
+wins none is not tried again before it is written again, or there is another dictionary (learning.pyx).  The new room comes before the old one
 goes, so in a pool that is taken to the last frame it begins when a few frames are free.
 
 One thread (zc-dense), and it takes what is left over: while requests are served, or no CPU is spare,
@@ -22,9 +22,11 @@ it rests nineteen times as long as it worked.  It compresses holding no lock and
 the class SCHED_IDLE: a killed server ends only after each of its threads has run once more, and the
 last one gives the memory back.  Beside four busy loops on two cores that took 1.3 to 14.7 s, and a
 standby waits for it.  What readers need for a page of zstd has memory before
-the first such page is there; what this thread needs it asks for itself, in nobody's way.
+the first such page is there.  What this thread needs it asks for itself, and only when the kernel
+has that much without reclaim (backing.pyx): else an order is refused, and no dictionary made for now.
 
-Bounds: 16 pages at a time; one byte a page of the device, 130 KiB of buffers and a context.
+Bounds: 16 pages at a time; one byte a page of the device, 140 KiB of buffers and two contexts;
+learning.pyx has its own.
 What it is not: durable.  Ages begin anew with a server.
 """
 
@@ -35,7 +37,9 @@ from posix.mman cimport MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, PROT_READ, PROT_
 from posix.time cimport CLOCK_THREAD_CPUTIME_ID, clock_gettime, timespec
 
 from zcache_core.allocator cimport object_bytes, object_fill, object_header
-from zcache_core.backing cimport back_range
+from zcache_core.backing cimport (
+    back_range, backing_close, backing_may, backing_open, backing_round, backing_round_ends,
+)
 from zcache_core.codec cimport (
     CodecChoice, codec_compress, codec_context_bytes, codec_expect_zstd, codec_make, codec_unmake,
 )
@@ -44,10 +48,15 @@ from zcache_core.counter_ids cimport (
     C_PRIVATE_TABLE_BYTES, C_RECOMPRESS_AGE_S, C_RECOMPRESS_LEVEL, C_RECOMPRESS_POOR, C_RECOMPRESS_SAVED_BYTES,
     C_RECOMPRESS_US, C_RECOMPRESSED_PAGES, C_REFUSED_COMMANDS,
 )
+from zcache_core.dictionary cimport dictionaries_open, dictionary_newest
+from zcache_core.headroom cimport headroom_bytes
 from zcache_core.index cimport entry_flip, entry_load
 from zcache_core.layout cimport (
     CODEC_ZSTD, COUNTER_CELLS, HEADER_BYTES, PAGE_BYTES, ST_RAM, ST_RAM_EPHEMERAL, Entry, codec_of, entry_is_sound,
     header_fill, length_of, place_word, state_of, version_of, version_word, where_of,
+)
+from zcache_core.learning cimport (
+    Learner, learn_free, learn_from, learn_gather, learn_make, learn_publish, learn_start, learn_use, learn_wants,
 )
 from zcache_core.native cimport zc_add64, zc_load32, zc_release_fence
 from zcache_core.pthread cimport (
@@ -69,6 +78,11 @@ cdef enum:
     CROWDED_BATCHES = 1000      # if not, it rests after each of so many: 10 s or more
     NOT_READY_US = 100000
     PIECE = 1 << 16             # marks, between two looks at whether to end
+    # Asked for at once: contexts of level 19 with a dictionary, 0.5 MiB each, buffers, what readers need.
+    NEEDED_BYTES = 4 << 20
+    # While one is made 30 MiB are taken, in 2 to 4 s; others take memory meanwhile.
+    LEARNING_BYTES = 64 << 20
+    LOOK_AGAIN_US = 1000000     # for that memory
 
 ctypedef struct Found:          # one page of a batch
     uint64_t page
@@ -77,6 +91,9 @@ ctypedef struct Found:          # one page of a batch
 
 ctypedef struct Batch:
     Slot own                    # the context for compressing; no request's slot
+    Slot plain                  # the same without a dictionary, to compare
+    Learner learner
+    int64_t look_again_us       # when there was no memory to learn with
     CodecChoice choice
     uint32_t n
     Found found[BATCH_PAGES]
@@ -92,7 +109,7 @@ cdef bint may_gain(Core *core, uint64_t page, Entry *e) noexcept nogil:
     e[0] = entry_load(&core.index, page)
     if not entry_is_sound(e.location, e.version) or state_of(e.version) == ST_RAM_EPHEMERAL:
         return False
-    if state_of(e.version) == ST_RAM and codec_of(e.location) != CODEC_ZSTD:
+    if state_of(e.version) == ST_RAM and codec_of(e.location) != (<Batch *>core.dense.batch).choice.codec:
         return True
     core.marks[page] |= MARK_TRIED
     return False
@@ -124,6 +141,7 @@ cdef void compress(Core *core, Batch *b) noexcept nogil:
         b.found[i].length_bytes = codec_compress(
             &b.own, b.choice, b.pages + i * PAGE_BYTES, b.blobs + i * BLOB_ROOM, min(length - 1, most)
         )
+        learn_from(core, &b.learner, &b.own, &b.plain, b.choice, b.pages + i * PAGE_BYTES)
 
 
 cdef bint lay_down(Core *core, const Found *f, const uint8_t *blob, uint32_t codec) noexcept nogil:
@@ -172,12 +190,34 @@ cdef void finish(Core *core, Batch *b) noexcept nogil:
             core.dense.cells[C_RECOMPRESS_SAVED_BYTES] += won
 
 
+cdef void try_all_again(Core *core) noexcept nogil:
+    """There is a new dictionary: what won nothing, or less, may win by it."""
+    cdef uint64_t page
+    for page in range(core.index.pages):
+        core.marks[page] &= ~MARK_TRIED & 0xFF
+
+
+cdef void learn(Core *core, Batch *b, uint32_t least_age) noexcept nogil:
+    """Make a dictionary first, if one is wanted, and there are pages and memory for it."""
+    if not learn_wants(core, &b.learner, b.choice) or now_us() < b.look_again_us:
+        return
+    if headroom_bytes(&core.dense.backing.headroom, LEARNING_BYTES) < LEARNING_BYTES:
+        b.look_again_us = now_us() + LOOK_AGAIN_US
+        return
+    learn_gather(core, &b.learner, least_age)
+    learn_make(core, &b.learner, &b.own, b.choice)
+    if learn_publish(core, &b.learner, &b.own, &b.choice):
+        try_all_again(core)
+    dense_tell(core)
+
+
 cdef uint64_t one_batch(Core *core, uint64_t page, uint64_t end, uint32_t least_age, uint32_t *pages) noexcept nogil:
     """Recompress up to 16 pages from `page` on; where to go on.  Outside of a slot."""
     cdef int64_t start = now_us()
     cdef Batch *b
     lock_take(&core.dense.turn)
     b = <Batch *>core.dense.batch
+    learn(core, b, least_age)
     page = gather(core, b, page, end, least_age)
     pages[0] = b.n
     if b.n:
@@ -202,7 +242,7 @@ cdef uint8_t *backed(uint64_t bytes) noexcept nogil:
 
 
 cdef Batch *make_batch() noexcept nogil:
-    cdef uint64_t bytes = sizeof(Batch) + (BATCH_PAGES + 1) * (PAGE_BYTES + BLOB_ROOM)
+    cdef uint64_t bytes = sizeof(Batch) + (BATCH_PAGES + 2) * (PAGE_BYTES + BLOB_ROOM)
     cdef Batch *b = <Batch *>backed(bytes)
     if b == NULL:
         return NULL
@@ -211,40 +251,68 @@ cdef Batch *make_batch() noexcept nogil:
     b.blobs = b.pages + BATCH_PAGES * PAGE_BYTES
     b.own.blob = b.blobs + BATCH_PAGES * BLOB_ROOM
     b.own.page = b.own.blob + BLOB_ROOM
+    b.plain.blob = b.own.page + PAGE_BYTES
+    b.plain.page = b.plain.blob + BLOB_ROOM
+    learn_start(&b.learner)
     return b
 
 
-cdef bint dense_prepare(Core *core, int level) noexcept nogil:
-    """Have all that recompressing with this level needs; False: no memory, all is as before."""
+cdef bint is_usable(const Batch *b, int level) noexcept nogil:
+    return b != NULL and b.choice.level == level and b.own.zstd_compress != NULL and b.plain.zstd_compress != NULL
+
+
+cdef bint make_all(Core *core, int level) noexcept nogil:
+    """Buffers, marks, contexts, and the newest dictionary used; False: no memory."""
     cdef Batch *b
     cdef CodecChoice choice
     choice.codec, choice.level = CODEC_ZSTD, level
-    lock_take(&core.dense.turn)
     if core.dense.batch == NULL:
         core.dense.batch = make_batch()
     b = <Batch *>core.dense.batch
     if core.marks == NULL:
         core.marks = backed(core.index.pages)
-    if b == NULL or core.marks == NULL or not codec_expect_zstd(&core.slots) or (
-        (b.choice.level != level or b.own.zstd_compress == NULL) and not codec_make(&b.own, choice)
-    ):
-        pthread_mutex_unlock(&core.dense.turn)
+    if b == NULL or core.marks == NULL or not codec_expect_zstd(&core.slots):
+        return False
+    b.choice.level = 0
+    if not codec_make(&b.plain, choice) or not learn_use(core, &b.own, &choice, dictionary_newest(core)):
         return False
     b.choice = choice
-    if core.index.entries != NULL:      # the memory file is ours
-        dense_tell(core)
-    pthread_mutex_unlock(&core.dense.turn)
     return True
 
 
+cdef bint dense_prepare(Core *core, int level) noexcept nogil:
+    """Have all that recompressing with this level needs; False: no memory, all is as before."""
+    cdef Batch *b
+    cdef bint done
+    cdef uint64_t bytes = NEEDED_BYTES + core.index.pages
+    lock_take(&core.dense.turn)
+    b = <Batch *>core.dense.batch
+    # after a takeover, a predecessor's dictionary is not used yet
+    if not is_usable(b, level) or (b.choice.codec == CODEC_ZSTD and dictionary_newest(core) >= 0):
+        backing_round(&core.dense.backing, bytes)
+        if backing_may(&core.dense.backing, bytes):
+            make_all(core, level)
+        backing_round_ends(&core.dense.backing)
+        if core.index.entries != NULL:      # the memory file is ours
+            dense_tell(core)
+    done = is_usable(<Batch *>core.dense.batch, level)
+    pthread_mutex_unlock(&core.dense.turn)
+    return done
+
+
+cdef void dense_begin(Core *core) noexcept nogil:
+    """The memory file is taken over: what its dictionaries are.  The thread will use the newest."""
+    dictionaries_open(core)
+
+
 cdef void dense_tell(Core *core) noexcept nogil:
-    """What dense_prepare has taken, for the counters."""
+    """What dense_prepare and dictionaries have taken, for the counters."""
     cdef Batch *b = <Batch *>core.dense.batch
+    cdef uint64_t bytes = core.slots.dictionary_backed_bytes
     if b != NULL:
-        core.dense.cells[C_PRIVATE_TABLE_BYTES] = (
-            b.memory_bytes + codec_context_bytes(&b.own) + core.index.pages
-            + (0 if core.dense.readers_counted else core.slots.readers_backed_bytes)
-        )
+        bytes += b.memory_bytes + codec_context_bytes(&b.own) + codec_context_bytes(&b.plain) + core.index.pages
+        bytes += 0 if core.dense.readers_counted else core.slots.readers_backed_bytes
+    core.dense.cells[C_PRIVATE_TABLE_BYTES] = bytes
 
 
 # ---- the thread ---------------------------------------------------------------------------
@@ -320,6 +388,17 @@ cdef bint wanted(Core *core, int *level, uint32_t *age_s) noexcept nogil:
     return go_on
 
 
+cdef void refuse(Core *core, int level) noexcept nogil:
+    """There is no memory for that level: what held before holds."""
+    cdef int held = <int>core.dense.cells[C_RECOMPRESS_LEVEL]
+    core.dense.cells[C_REFUSED_COMMANDS] += 1
+    lock_take(&core.dense.lock)
+    if core.dense.level == level:
+        core.dense.level = held if held != level else 0
+        core.dense.age_s = <uint32_t>core.dense.cells[C_RECOMPRESS_AGE_S]
+    pthread_mutex_unlock(&core.dense.lock)
+
+
 cdef void *recompressing(void *argument) noexcept nogil:
     cdef Core *core = <Core *>argument
     cdef int64_t step_us = now_us()
@@ -330,10 +409,7 @@ cdef void *recompressing(void *argument) noexcept nogil:
             nap(core, now_us() + NOT_READY_US, level)
             continue
         if not dense_prepare(core, level):
-            core.dense.cells[C_REFUSED_COMMANDS] += 1
-            lock_take(&core.dense.lock)
-            core.dense.level = 0 if core.dense.level == level else core.dense.level
-            pthread_mutex_unlock(&core.dense.lock)
+            refuse(core, level)
             continue
         core.dense.cells[C_RECOMPRESS_LEVEL] = level
         core.dense.cells[C_RECOMPRESS_AGE_S] = age_s
@@ -359,13 +435,15 @@ cdef void dense_choose(Core *core, int level, uint32_t age_s) noexcept nogil:
 
 cdef bint dense_all(Core *core, int level) noexcept nogil:
     """Every page that may gain, cold or not, at once, in the calling thread; False: no memory."""
-    cdef uint64_t page = 0
-    cdef uint32_t pages
+    cdef uint64_t page
+    cdef uint32_t pages, again
     store_wait_ready(core)
     if not dense_prepare(core, level):
         return False
-    while page < core.index.pages:
-        page = one_batch(core, page, core.index.pages, 0, &pages)
+    for again in range(2):              # a dictionary may come in between
+        page = 0
+        while page < core.index.pages:
+            page = one_batch(core, page, core.index.pages, 0, &pages)
     return True
 
 
@@ -374,10 +452,12 @@ cdef void dense_init(Core *core) noexcept nogil:
     lock_init(&core.dense.lock)
     cond_init(&core.dense.wake)
     core.dense.cells = core.slots.shared + 7 * COUNTER_CELLS
+    core.dense.backing.headroom.fd = -1     # until there is the thread, nobody serves
 
 
 cdef int dense_start(Core *core) noexcept nogil:
     """Start the thread; 0 or an errno.  It sleeps until dense_choose asks for something."""
+    backing_open(&core.dense.backing, core.arena.zoneinfo)
     if thread_start(&core.dense.thread, recompressing, core, b"zc-dense") != 0:
         return EAGAIN
     core.dense.running = True
@@ -392,6 +472,7 @@ cdef void dense_stop(Core *core) noexcept nogil:
     pthread_cond_signal(&core.dense.wake)
     pthread_mutex_unlock(&core.dense.lock)
     pthread_join(core.dense.thread, NULL)
+    backing_close(&core.dense.backing)
     core.dense.running = False
 
 
@@ -400,6 +481,8 @@ cdef void dense_free(Core *core) noexcept nogil:
     cdef Batch *b = <Batch *>core.dense.batch
     if b != NULL:
         codec_unmake(&b.own)
+        codec_unmake(&b.plain)
+        learn_free(&b.learner)
         munmap(b, b.memory_bytes)
     if core.marks != NULL:
         munmap(core.marks, core.index.pages)

@@ -38,7 +38,7 @@ from zcache_core.native cimport zc_blob_checksum, zc_entry_check
 
 
 cdef enum:
-    FORMAT_VERSION = 3
+    FORMAT_VERSION = 4
     PAGE_BYTES = 4096
     PAGE_SHIFT = 12
     HEADER_BYTES = 24
@@ -51,6 +51,8 @@ cdef enum:
     DEVICE_NAME_BYTES = 16
     DONORS = 96                 # rows in the superblock's donor table
     DONOR_ID_BYTES = 16
+    DICTIONARIES = 4            # rows in the superblock's table of them
+    DICTIONARY_MOST = 112 << 10 # bytes of one: with the page below 128 KiB, from where on zstd searches less
     COPIES_MOST = 3             # donors that an address has room for
     DONOR_BITS = 15             # of each in it: the row's number + 1, 0 for none
     BACKED_BITS = 39            # of the disk's part of an address with both: 512 GiB
@@ -75,6 +77,7 @@ cdef enum Codec:
     CODEC_RAW = 0
     CODEC_LZ4 = 1
     CODEC_ZSTD = 2
+    CODEC_ZSTD_WITH = 4         # and a dictionary: the row's number is added
 
 ctypedef struct Entry:
     uint64_t location
@@ -95,6 +98,12 @@ ctypedef struct DonorRow:       # 32 bytes: whom a number in the addresses of PE
     uint8_t id[DONOR_ID_BYTES]  # all zeros: row unused
     uint64_t epoch              # of the donor's memory; with another one our pages are gone
     uint64_t reserved
+
+ctypedef struct DictionaryRow:  # 16 bytes
+    uint32_t bytes              # of the dictionary; 0: row unused.  Written last
+    uint32_t first_frame
+    uint32_t checksum           # low half of XXH3-64
+    uint32_t number             # the highest is the newest
 
 ctypedef struct Superblock:     # the first page of the file
     char magic[8]               # "ZCACHEMF"
@@ -123,6 +132,7 @@ ctypedef struct Superblock:     # the first page of the file
     uint64_t counters_id        # of the counter table that the cells were written by
     uint64_t devices_crc        # CRC-32 of what does not change of the rows, and of the names
     DonorRow donors[DONORS]
+    DictionaryRow dictionaries[DICTIONARIES]
 
 
 ctypedef struct Keys:           # the second page of the file, alone there: who only reads has it not

@@ -20,6 +20,7 @@ cdef extern from "native.h" nogil:
     int zc_ctz64(uint64_t v)
     void zc_prefetch(const void *p)
     uint32_t zc_entry_check(uint64_t location, uint64_t version_word)
+    uint64_t zc_hash(const void *data, size_t length_bytes)
     uint32_t zc_blob_checksum(const void *data, uint64_t length_bytes, uint64_t identity, uint64_t place)
     int zc_same_filled(const void *page, uint64_t *word)
     void zc_fill_words(void *page, uint64_t word)

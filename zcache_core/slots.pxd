@@ -2,7 +2,7 @@
 
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
-from zcache_core.layout cimport COUNTER_CELLS
+from zcache_core.layout cimport COUNTER_CELLS, DICTIONARIES
 from zcache_core.native cimport zc_add64, zc_bits64, zc_load64
 from zcache_core.pthread cimport now_ns
 
@@ -29,7 +29,9 @@ ctypedef struct Slot:
     const uint64_t *fence       # the device's newest generation, in the memory file
     uint64_t generation         # of this request's connection; 0: fenced by nobody
     int64_t until_sample        # calls until one is timed again
-    uint64_t padding            # 128 bytes a slot: no cache line is two slots'
+    void **dictionaries         # those for reading, by row
+    void *zstd_dictionary       # the one for compressing that zstd_compress refers to
+    uint64_t padding[7]         # 192 bytes a slot: no cache line is two slots'
 
 ctypedef struct Slots:
     Slot slot[SLOTS]
@@ -38,6 +40,12 @@ ctypedef struct Slots:
     uint8_t *memory
     uint64_t memory_bytes
     uint8_t *io                 # SLOTS x IO_ROOM; has memory only with a tier below
+    void *dictionary[DICTIONARIES]  # tables for reading, in the room at dictionary_at; NULL: no such
+    uint8_t *dictionary_at
+    uint8_t *dictionary_copy    # one of them as it lies in the file, while it is looked at
+    uint64_t dictionary_bytes
+    uint64_t dictionary_backed_bytes
+    uint32_t dictionaries_backed    # rows whose room has memory, a bit each
     uint8_t *readers            # contexts for reading zstd, one after the other
     uint64_t readers_bytes
     uint64_t readers_backed_bytes

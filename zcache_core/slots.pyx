@@ -68,6 +68,7 @@ cdef int slots_init(Slots *slots, uint64_t *counters) noexcept nogil:
         slots.slot[i].shard = counters + i * COUNTER_CELLS
         slots.slot[i].io = slots.io + i * IO_ROOM
         slots.slot[i].page = at
+        slots.slot[i].dictionaries = slots.dictionary
         slots.slot[i].lz4_state = at + PAGE_BYTES
         slots.slot[i].blob = at + PAGE_BYTES + LZ4_STATE_BYTES
     slots.shared = counters + SLOTS * COUNTER_CELLS

@@ -8,6 +8,7 @@ cdef class Store:
     cdef Core core
     cdef readonly MemoryFile memory
     cdef readonly str codec_text
+    cdef bytes zoneinfo
     cdef readonly str commit
     cdef bint tidy
     cdef bint open

@@ -20,6 +20,8 @@ All have priority inheritance, and the leaves are never held across compression,
 a system call that may block, or a wait.  Who reads whole pages takes none.
 """
 
+import os
+
 cimport cython
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memset
@@ -33,9 +35,10 @@ from zcache_core.core cimport PAGE_LOCKS, Core
 from zcache_core.counter_ids cimport C_DEVICE_PAGES, C_PRIVATE_TABLE_BYTES
 from zcache_core.crew cimport crew_memory_bytes, crew_start, crew_stop
 from zcache_core.denser cimport (
-    dense_all, dense_choose, dense_free, dense_init, dense_prepare, dense_start, dense_stop,
+    dense_all, dense_begin, dense_choose, dense_free, dense_init, dense_prepare, dense_start, dense_stop,
     dense_tell,
 )
+from zcache_core.dictionary cimport dictionaries_expect
 from zcache_core.index cimport entry_load, index_init, versions_take
 from zcache_core.layout cimport (
     CODEC_LZ4, CODEC_RAW, COUNTER_CELLS, COUNTER_SHARDS, HEADER_BYTES, PAGE_BYTES, ST_SAME, Entry, entry_is_sound, state_of, where_of,
@@ -61,9 +64,10 @@ from zcache_core.memfile import FOREIGN_DEVICE
 from zcache_core.several import ALLOCATORS
 
 
-# Of "zstd" alone.  Pages of four programs, zsmalloc, stored per byte of RAM against zram's LZ4 (and us
-# a page, with others at work): level 3 1.56 (17), 6 1.61 (49), 9 1.61 (80), 12 1.66 (230), 15 1.69 (430)
-RECOMPRESS_LEVEL = 9
+# Of "zstd" alone.  From lengths of 4000 pages of four programs, room in zsmalloc against LZ4 there, without /
+# with a dictionary of 112 KiB (and us a page with it): level 9 1.65 / 1.79 (107), 12 - / 1.80 (195),
+# 13 - / 1.82 (251), 14 - / 1.89 (386), 15 1.74 / 1.90 (487), 19 1.74 / 1.92 (1062).  Reading costs the same.
+RECOMPRESS_LEVEL = 15
 RECOMPRESS_AGE_S_MAX = 7 * 86400
 
 
@@ -85,12 +89,16 @@ cdef class Store:
     """The RAM tier of one device on one memory file.
 
     allocator "zbud", "z3fold" or "zsmalloc"; codec "lz4", "zstd", "zstd:LEVEL" or "none"; commit "ahead" or
-    "all"; `tidy`: with the threads that compact and recompress in the background.  Raises ConfigError for other words, MemoryFileError without memory.
+    "all"; `tidy`: with the threads that compact and recompress in the background; `zoneinfo`: where it
+    learns how much memory is left.  Raises ConfigError for other words, MemoryFileError without memory.
     Call start() before the first request, in the process that serves.  On a file that is only expected
     (`MemoryFile.expect`) all its memory is had, and nothing written; begin() when the file is taken.
     """
 
-    def __cinit__(self, MemoryFile memory, str allocator="zbud", str codec="lz4", str commit="ahead", bint tidy=True):
+    def __cinit__(
+        self, MemoryFile memory, str allocator="zbud", str codec="lz4", str commit="ahead", bint tidy=True,
+        str zoneinfo="/proc/zoneinfo",
+    ):
         cdef Core *core = &self.core
         cdef uint32_t i
         memset(core, 0, sizeof(Core))
@@ -121,6 +129,10 @@ cdef class Store:
         for i in range(PAGE_LOCKS):
             lock_init(&core.page_lock[i])
         self.tidy = tidy
+        self.zoneinfo = os.fsencode(zoneinfo)
+        core.arena.zoneinfo = self.zoneinfo
+        if memory.expected and not dictionaries_expect(core):
+            raise MemoryFileError("no memory to read recompressed pages with; choose a smaller pool")
         lock_init(&core.tidy.turn)
         core.index.pages = memory.super.device_pages    # all that is known of the index before begin()
         dense_init(core)
@@ -151,6 +163,9 @@ cdef class Store:
             core.slots.memory_bytes + codec_memory_bytes(&core.slots) + core.arena.total * <uint64_t>sizeof(Frame)
             + core.allocator.table_bytes
         )
+        core.dictionary_rows = self.memory.super.dictionaries
+        if not self.memory.fresh:
+            dense_begin(core)           # before anybody reads
         core.dense.readers_counted = core.slots.readers_backed
         dense_tell(core)
 
@@ -414,7 +429,7 @@ cdef class Store:
         in_use = core.arena.committed - core.arena.free_count - core.arena.moving
         pthread_mutex_unlock(&core.arena.lock)
         pthread_mutex_unlock(&core.tidy.turn)
-        broken += in_use != counted["pers_pageframes"] + counted["eph_pageframes"]
+        broken += in_use != counted["pers_pageframes"] + counted["eph_pageframes"] + counted["dictionary_frames"]
         copies = counted["disk_pages"] + counted["pers_pages_remoted"] - counted["backed_pages"]
         broken += copies != below + counted["eph_zpages"]
         return broken

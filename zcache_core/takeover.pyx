@@ -109,7 +109,7 @@ cdef void *takeover(void *argument) noexcept nogil:
             above = version_of(e.version) + 1
         if not entry_is_sound(e.location, e.version):
             mark_lost(core, slot, page, e)
-        elif (in_ram(state) or is_below(state)) and codec_of(e.location) == CODEC_ZSTD and not core.slots.readers_backed:
+        elif (in_ram(state) or is_below(state)) and codec_of(e.location) >= CODEC_ZSTD and not core.slots.readers_backed:
             if codec_expect_zstd(&core.slots):
                 core.dense.readers_counted = True
                 count(slot, C_PRIVATE_TABLE_BYTES, core.slots.readers_backed_bytes)

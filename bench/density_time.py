@@ -1,0 +1,128 @@
+"""What denser pages cost those who use them: other requests meanwhile, and who reads one.
+
+    recompression   MiBs read and overwritten while others are recompressed / without, in turns
+    compaction      the same while frames are emptied / the mean of before and after
+    one page        read at random from three stores with the same pages, one after the other: LZ4,
+                    zstd, and recompressed with a dictionary
+
+Compaction cannot be told to pause, so its rounds are before, during, after; what drifts with time
+drifts through all three.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from contextlib import ExitStack
+
+from bench.store_alone import PART_BYTES, Part, device
+from zcache_core import counters
+from zcache_core.device import Device
+from zcache_core.store import Store
+
+MIB = 1 << 20
+PAGE_BYTES = 4096
+PARTS = 32
+REQUEST_BYTES = 128 << 10
+READ_MIB = 64
+READS = 40_000
+FREED_SHARE = 0.6
+
+
+def fill(target: Device, data: memoryview) -> None:
+    for at in range(0, len(data), REQUEST_BYTES):
+        target.pwrite(None, data[at : at + REQUEST_BYTES], at, 0)
+
+
+def now(store: Store, counter: str) -> int:
+    return counters.read(store.memory)[counter]
+
+
+def turn(parts: list[Part]) -> float:
+    return sum(part.put() + part.get() for part in parts)
+
+
+def beside_recompression(data: memoryview, rounds: int) -> list[float]:
+    """Speed of foreground requests while others are recompressed, of their speed without; by round.
+
+    In turns; more pages are cold than the thread gets done meanwhile.
+    """
+    half = min(len(data) // 2 // MIB, 4 * PARTS) * MIB
+    ratios = []
+    with device(2 * half, 2 * half, allocator="zsmalloc") as (target, store):
+        parts = [Part(target, data[at : at + PART_BYTES], at) for at in range(0, PARTS * MIB, MIB)]
+        for _ in range(rounds):
+            fill(target, data[: 2 * half])
+            store.set_recompress("zstd", 1)
+            done = now(store, "recompressed_pages")
+            while now(store, "recompressed_pages") == done:
+                time.sleep(0.05)
+            spent: dict[str, float] = {"zstd": 0.0, "none": 0.0}
+            for number in range(8):
+                word = ("zstd", "none")[number % 2]
+                store.set_recompress(word, 1)
+                time.sleep(0.02)
+                spent[word] += turn(parts)
+            ratios.append(spent["none"] / spent["zstd"])
+            store.set_recompress("none", 1)
+    return ratios
+
+
+def beside_compaction(data: memoryview, rounds: int) -> tuple[list[float], list[int]]:
+    """Speed of foreground requests while frames are emptied, of before and after; pages moved."""
+    half = min(len(data) // 2 // MIB, 4 * PARTS) * MIB
+    ratios, moved = [], []
+    cold = range(PARTS * MIB, 2 * half, PAGE_BYTES)
+    for number in range(rounds):
+        gone = random.Random(number).sample(cold, int(FREED_SHARE * len(cold)))
+        with device(2 * half, 2 * half, allocator="zsmalloc") as (target, store):
+            spots = range(0, PARTS * MIB, MIB)
+            parts = [Part(target, data[at : at + PART_BYTES], at) for at in spots]
+            fill(target, data[: 2 * half])
+            turn(parts)
+            before = turn(parts)
+            for at in gone:
+                target.trim(None, PAGE_BYTES, at, 0)
+            while now(store, "moved_pages") == 0:
+                turn(parts[:1])
+            start = now(store, "moved_pages")
+            during = turn(parts)
+            moved.append(now(store, "moved_pages") - start)
+            store.compact()
+            turn(parts)
+            ratios.append((before + turn(parts)) / 2 / during)
+    return ratios, moved
+
+
+def reads(data: memoryview) -> dict[str, dict[str, float]]:
+    """Microseconds of a read of one page, median and 99th percentile, by how the pages are kept."""
+    data = data[: READ_MIB * MIB]
+    order = random.Random(2)
+    room = memoryview(bytearray(PAGE_BYTES))
+    spent: dict[str, list[int]] = {"lz4": [], "zstd": [], "recompressed": []}
+    with ExitStack() as stack:
+        sides = {}
+        for name in spent:
+            codec = "zstd" if name == "zstd" else "lz4"
+            target, store = stack.enter_context(
+                device(len(data), len(data), codec=codec, allocator="zsmalloc", tidy=False)
+            )
+            fill(target, data)
+            if name == "recompressed":
+                store.recompress("zstd")
+                assert now(store, "dictionaries") == 1
+            sides[name] = target.pread
+        for _ in range(READS):
+            at = order.randrange(len(data) // PAGE_BYTES) * PAGE_BYTES
+            for name, read in sides.items():
+                start_ns = time.perf_counter_ns()
+                read(None, room, at, 0)
+                spent[name].append(time.perf_counter_ns() - start_ns)
+    return {
+        name: {
+            "p50": statistics.median(each) / 1e3,
+            "p99": statistics.quantiles(each, n=100)[98] / 1e3,
+        }
+        for name, each in spent.items()
+    }
