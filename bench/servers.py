@@ -83,12 +83,14 @@ def on_cores(
             server.pin(everywhere)
 
 
-def is_listening(path: Path) -> bool:
+def is_listening(path: Path, pid: int | str = "self") -> bool:
     """Whether a Unix socket at `path` takes connections; nobody is asked.
 
-    The file is there earlier, from bind(2) on.  Linux: /proc/net/unix, SO_ACCEPTCON.
+    The file is there earlier, from bind(2) on.  Linux: /proc/net/unix, SO_ACCEPTCON; it names the
+    sockets of one network namespace, that of process `pid`.
     """
-    rows = [row.split(maxsplit=7) for row in Path("/proc/net/unix").read_text().splitlines()]
+    text = Path(f"/proc/{pid}/net/unix").read_text()
+    rows = [row.split(maxsplit=7) for row in text.splitlines()]
     return any(row[3] == "00010000" and row[7:] == [str(path)] for row in rows)
 
 

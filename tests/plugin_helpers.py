@@ -113,7 +113,7 @@ class Server:
 
     def _is_up(self) -> bool:
         assert self.process.poll() is None, f"the server ended: {self.log()}"
-        return is_listening(self.socket)
+        return is_listening(self.socket, self.process.pid)
 
     def log(self) -> str:
         """What server and node have written so far."""
