@@ -119,7 +119,7 @@ def test_up_a_workload_and_down(rng: random.Random) -> None:
 def test_up_and_down_are_cut_off_after_every_step() -> None:
     """Either command goes on from wherever either was killed; the settings are a file's.
 
-    Two guests share the steps: a guest has one CPU, and half of the time is two minutes less.
+    Two guests share the steps, because a guest has one CPU: 77 s on two that are busy.
     """
     steps = list(zip_longest(UP_STEPS, DOWN_STEPS))
     with Lab(limit_s=280) as lab, ThreadPoolExecutor(GUESTS) as pool:
