@@ -1,4 +1,4 @@
-"""A store over the peer tier, with a node in a thread: moved up, dropped below, lost and counted."""
+"""A store over peers, with a node in a thread: moved up, dropped below, lost and counted."""
 
 from __future__ import annotations
 
