@@ -104,12 +104,10 @@ def act(play: Callable[[], int], watched: int, realtime: bool) -> int:
             if code >= 0 or quick >= QUICK_MOST or select.select([watched], [], [], 0)[0]:
                 _dismiss(understudy)
                 return code if code >= 0 else 1
-            if (
-                understudy is None
-                and (understudy := _another(play, realtime, (wake, waker))) is None
-            ):
+            successor = understudy or _another(play, realtime, (wake, waker))
+            if successor is None:
                 return 1  # the server starts another node
-            actor = understudy
+            actor = successor
             actor.go()
             understudy = _another(play, realtime, (wake, waker))
         elif understudy is None:
@@ -151,7 +149,12 @@ def _fork(play: Callable[[], int], realtime: bool, ours: tuple[int, ...]) -> _Ch
     """A child that waits for its turn."""
     its, line = os.pipe()
     parent = os.getpid()
-    pid = os.fork()
+    try:
+        pid = os.fork()
+    except OSError:
+        os.close(its)
+        os.close(line)
+        raise
     if pid:
         os.close(its)
         return _Child(pid, os.pidfd_open(pid), line)
