@@ -251,8 +251,10 @@ def test_two_devices_and_attach_in_the_foreground(memory_name: str, ca: Path) ->
         assert "It stays attached" in job.stderr()
         assert state(one.guest)["state"] == "connected"
 
+        said = zcache_in(one.guest, "attach", one.uri, *one.options, "--name", "x", expect=5)
+        assert "is attached already, as zcache on /dev/nbd0" in said
         refused = zcache_in(
-            one.guest, "attach", one.uri, *one.options[:2], "--tls-name", "rack",
+            one.guest, "attach", f"{one.uri}b", *one.options[:2], "--tls-name", "rack",
             "--name", "three", expect=7,
         )  # fmt: skip
         assert "a certificate that is not rack's" in refused
