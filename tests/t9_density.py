@@ -61,4 +61,4 @@ def test_zram_where_there_is_none_is_left_out(monkeypatch: pytest.MonkeyPatch) -
 
 def test_the_page_has_a_mark_for_every_section() -> None:
     marks = {match["name"] for match in pages.MARKED.finditer(density.PAGE_FILE.read_text())}
-    assert marks == {"machine", "density", "cold", "churn", "times", "goals"}
+    assert marks == {"machine", "density", "cold", "beside", "churn", "times", "goals"}
