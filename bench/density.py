@@ -59,7 +59,7 @@ FREED_SHARE = 0.6
 PARTS = 32
 SETTLE_LIMIT_S = 30.0
 SPARE_FRAMES = 64  # in a pool that is taken to the last frame nothing can be recompressed
-RECOMPRESSED = ("zstd:3", "zstd:9", "zstd:15")
+RECOMPRESSED = ("zstd:3", "zstd:9", "zstd:15", "zstd:19")
 JUDGED = "zstd:15"  # what recompress=zstd means
 PAGE_FILE = ROOT / "docs" / "density.md"
 JSON_FILE = ROOT / "docs" / "density.json"

@@ -89,7 +89,8 @@ def stall_s(samples: Sequence[Sample], at_s: float, well_s: float) -> float:
 def assert_survived(guest: Guest, result: Result) -> None:
     """No process was killed, no page lost, and the kernel says nothing of swap errors."""
     assert result.counted("oom_kill") == 0
-    assert trouble(guest.log, expected=NBD_NOISE) == []
+    found = trouble(guest.log, expected=NBD_NOISE)
+    assert found == [], found
 
 
 def serve_state(guest: Guest, name: str = "zcache") -> dict[str, Any]:
