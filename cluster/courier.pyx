@@ -26,7 +26,7 @@ from cluster.frames cimport (
 )
 from cluster.lane cimport LANE_MORE, LANE_ODD, LANE_OVER, Lane, LaneEnd, lane_send_or_keep
 from zcache_core.layout cimport COPIES_MOST, DONORS, donor_at
-from zcache_core.native cimport zc_acquire_fence, zc_cas32, zc_load32, zc_store32
+from zcache_core.native cimport zc_acquire_fence, zc_cas32, zc_load32, zc_load64, zc_store32
 from zcache_core.pthread cimport (
     lock_init, lock_take, now_us, pthread_join, pthread_mutex_t, pthread_mutex_unlock, pthread_t, thread_start_alike,
 )
@@ -145,8 +145,8 @@ cdef Open *open_free(Fetch *f) noexcept nogil:
     return NULL
 
 
-cdef uint32_t best_copy(Work *w, const GetCell *cell) noexcept nogil:
-    """Which copy to ask for; NO_SUCH when Python has to think."""
+cdef uint32_t best_copy(Work *w, const GetCell *cell, uint64_t where) noexcept nogil:
+    """Which copy of those at `where` to ask for; NO_SUCH when Python has to think."""
     cdef uint32_t best = NO_SUCH
     cdef uint32_t copy, donor
     cdef uint32_t latency_us = 0
@@ -154,7 +154,7 @@ cdef uint32_t best_copy(Work *w, const GetCell *cell) noexcept nogil:
     if cell.wrong:
         return NO_SUCH
     for copy in range(COPIES_MOST):
-        donor = donor_at(cell.where, copy)
+        donor = donor_at(where, copy)
         if donor == 0 or donor > DONORS:
             break
         route = &w.route[donor - 1]
@@ -221,6 +221,7 @@ cdef void take_asked(Work *w, int64_t now) noexcept nogil:
     cdef Open *o
     cdef GetCell *cell
     cdef uint32_t i, word, copy, row, n
+    cdef uint64_t where
     memset(going, 0, sizeof(going))
     n = 0
     for i in range(RING_CELLS):
@@ -229,8 +230,10 @@ cdef void take_asked(Work *w, int64_t now) noexcept nogil:
         if word & RING_STATE != RING_ASKED:
             continue
         zc_acquire_fence()
-        copy = best_copy(w, cell)
-        row = donor_at(cell.where, copy) - 1 if copy != NO_SUCH else 0
+        # Read once: until the cell is taken it may be given up, and asked for another page.
+        where = zc_load64(&cell.where)
+        copy = best_copy(w, cell, where)
+        row = donor_at(where, copy) - 1 if copy != NO_SUCH else 0
         o = NULL
         if copy != NO_SUCH:
             o = going[row]

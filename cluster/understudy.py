@@ -157,7 +157,13 @@ def _fork(play: Callable[[], int], realtime: bool, ours: tuple[int, ...]) -> _Ch
         raise
     if pid:
         os.close(its)
-        return _Child(pid, os.pidfd_open(pid), line)
+        try:
+            return _Child(pid, os.pidfd_open(pid), line)
+        except OSError:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            os.close(line)
+            raise
     code = 1
     try:
         signal.set_wakeup_fd(-1)

@@ -81,14 +81,14 @@ def with_fixed_pool(instance: Instance, words: Sequence[str]) -> list[str]:
 
 
 def _fixed(instance: Instance, word: str) -> str:
-    shmid = memfile.find(instance.name)
-    if shmid is None:
-        return f"pool={config.parse([('size', '1G'), split(word)]).pool_bytes}"
-    memory = memfile.MemoryFile.attach(shmid)
-    try:
-        return f"pool={memory.pool_bytes}"
-    finally:
-        memory.close()
+    if (shmid := memfile.find(instance.name)) is not None:
+        with contextlib.suppress(MemoryFileError):  # of another version
+            memory = memfile.MemoryFile.attach(shmid)
+            try:
+                return f"pool={memory.pool_bytes}"
+            finally:
+                memory.close()
+    return f"pool={config.parse([('size', '1G'), split(word)]).pool_bytes}"
 
 
 def _start_behind(instance: Instance, command: list[str], words: list[str]) -> None:

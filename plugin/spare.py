@@ -88,8 +88,11 @@ class Spare:
         self.pid, self.line = pid, ours
         try:
             self._pidfd = os.pidfd_open(pid)
-        except OSError:  # it has ended already, which its line tells
-            self._pidfd = -1
+        except OSError:  # it has ended already, or there is no memory: none for now
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            self.bury()
+            return None
         ours.settimeout(READY_S)
         try:
             ready = ours.recv(16)
