@@ -262,7 +262,8 @@ def _connect(
         page.update(device=f"/dev/nbd{index}")
         try:
             size_bytes, last = link.size_bytes, generations.last
-            start = Start(instance, target, index, size_bytes, last, numbers, relays)
+            limit_s = wish.timeouts.request_s
+            start = Start(instance, target, index, size_bytes, last, numbers, limit_s, relays)
             pid = start_mender(start, fd, link.sock)
         except BaseException:
             nbdnetlink.disconnect(index)
@@ -297,7 +298,8 @@ def _adopt(
     generations = Generations(int(state.get("generation", 0)))
     StatePage.create(fd, _values(wish, generations) | {"device": f"/dev/nbd{index}"})
     numbers = nbdnetlink.family()
-    start = Start(instance, target, index, size_bytes, generations.last, numbers, relays)
+    last, limit_s = generations.last, wish.timeouts.request_s
+    start = Start(instance, target, index, size_bytes, last, numbers, limit_s, relays)
     pid = start_mender(start, fd, None)
     say(f"/dev/nbd{index} has a new helper, {pid}")
     return Attached(index, pid)
@@ -330,6 +332,7 @@ class Start:
     size_bytes: int
     generation: int
     numbers: Family
+    timeout_s: int
     relays: Relays | None = None
 
 
@@ -338,7 +341,8 @@ def mender_words(
 ) -> list[str]:
     """The helper's command line.  Everything in it is a finished number, path or message."""
     target, numbers = start.target, start.numbers
-    template = nbdnetlink.reconfigure_template(numbers.family, start.index, backend(start.instance))
+    device = numbers.family, start.index, backend(start.instance)
+    swift = nbdnetlink.can_be_swift(start.index, os.uname().release)
     options = {
         "index": start.index,
         "unix": target.unix,
@@ -351,9 +355,11 @@ def mender_words(
         "relays": ",".join(f"{pid}:{line.fileno()}" for pid, line in told(start)),
         "generation": start.generation,
         "size": start.size_bytes,
-        "family": numbers.family,
         "group": numbers.group,
-        "template": template.hex(),
+        "template": nbdnetlink.reconfigure_template(*device, start.timeout_s).hex(),
+        "careful": nbdnetlink.timeout_message(*device, start.timeout_s).hex(),
+        "swift": nbdnetlink.timeout_message(*device, 0).hex() if swift else "",
+        "timeout": start.timeout_s,
         "page": page_fd,
         "sock": sock.fileno() if sock is not None else "",
     }

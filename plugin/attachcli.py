@@ -83,7 +83,7 @@ def add_attaching(parser: argparse.ArgumentParser) -> None:
         "--timeout",
         type=int,
         metavar="S",
-        help=f"a request without an answer is sent again after so long ({REQUEST_TIMEOUT_S})",
+        help=f"a server that answers nothing for so long is dialled again ({REQUEST_TIMEOUT_S})",
     )
     parser.add_argument(
         "--dead-timeout",

@@ -16,6 +16,8 @@ while the connection lives, and `zcache attach` starts a new one.  That has no c
 it finds out whether the link is dead by offering the kernel one end of a socket pair now and
 then, and taken means dead.
 
+While the link lives the kernel does not look whether it hangs: this does (`swift` says why).
+
 With TLS it dials through a relay (`relays`), and keeps another one ready; the link lives on when
 it dies itself, as without.
 
@@ -44,6 +46,7 @@ from plugin.dialer import Generations, Target, dial, explain
 from plugin.relays import MESSAGE_BYTES_MAX, Relays
 from plugin.spare import Spare
 from plugin.statepage import StatePage
+from plugin.swift import Asker, Stall, Swift, netlink
 from zcache_core import process
 from zcache_core.errors import AttachError
 
@@ -52,8 +55,8 @@ OFFER_S = 2.0  # the kernel notices in milliseconds; longer in vain means that t
 OFFER_EVERY_S = 0.01  # the kernel notices the old connection's end about as fast as we do
 PROBE_EVERY_S = 2.0
 HEAP_BYTES = 1 << 20  # kept ready; one mended connection needs 60 KiB of it
-SOL_NETLINK, ADD_MEMBERSHIP, NETLINK_GENERIC = 270, 1, 16
-NLMSG_ERROR, LINK_DEAD, ATTR_INDEX = 2, 4, 1
+SOL_NETLINK, ADD_MEMBERSHIP = 270, 1
+LINK_DEAD, ATTR_INDEX = 4, 1
 NETLINK_BYTES = 8192
 NOT_CONNECTED = (errno.EINVAL, errno.ENODEV, errno.ENOENT)
 GONE = 8  # exit code: the kernel has no such connected device any more
@@ -66,15 +69,14 @@ class DeviceGoneError(Exception):
 class Kernel:
     """Offering sockets to the kernel, and hearing of dead links.
 
-    family, group: numbers of the nbd family and its multicast group.  template: a finished
-    NBD_CMD_RECONFIGURE whose last 4 bytes are the socket's number.
+    group: of the family's events.  template: a finished NBD_CMD_RECONFIGURE whose last 4 bytes
+    are the socket's number.  careful: one that sets the request timeout only.
     """
 
-    def __init__(self, family: int, group: int, index: int, template: bytes) -> None:
-        self._family, self._index, self._template = family, index, template
-        self._sequence = 0
-        self._requests = _netlink()
-        self.events = _netlink()
+    def __init__(self, group: int, index: int, template: bytes, careful: bytes) -> None:
+        self._index, self._template, self._careful = index, template, careful
+        self._asker = Asker()
+        self.events = netlink()
         self.events.setsockopt(SOL_NETLINK, ADD_MEMBERSHIP, group)
         self.events.setblocking(False)
 
@@ -84,21 +86,20 @@ class Kernel:
         Success alone says nothing: a socket that was taken has got the request timeout.
         Raises DeviceGoneError, and OSError for what may be better next time (no memory).
         """
-        self._sequence += 1
-        head, tail = self._template[:8], self._template[12:-4]
-        fd = struct.pack("=I", sock.fileno())
-        self._requests.send(head + struct.pack("=I", self._sequence) + tail + fd)
-        while True:
-            answer = self._requests.recv(NETLINK_BYTES)
-            _, kind, _, sequence = struct.unpack_from("=IHHI", answer)
-            if kind == NLMSG_ERROR and sequence == self._sequence:
-                break
-        (error,) = struct.unpack_from("=i", answer, 16)
-        if -error in NOT_CONNECTED:
-            raise DeviceGoneError(os.strerror(-error))
-        if error:
-            raise OSError(-error, os.strerror(-error))
+        self._ask(self._template[:-4] + struct.pack("=I", sock.fileno()))
         return any(struct.unpack("@ll", sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, 16)))
+
+    def careful(self) -> None:
+        """The request timeout holds from now on.  Raises as `offer` does."""
+        self._ask(self._careful)
+
+    def _ask(self, message: bytes) -> None:
+        try:
+            self._asker.ask(message)
+        except OSError as error:
+            if error.errno in NOT_CONNECTED:
+                raise DeviceGoneError(os.strerror(error.errno)) from None
+            raise
 
     def heard_of_death(self) -> bool:
         """Whether LINK_DEAD of our device has arrived; empties the queue."""
@@ -115,12 +116,6 @@ class Kernel:
                 found |= kind == ATTR_INDEX and index == self._index
 
 
-def _netlink() -> socket.socket:
-    sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_GENERIC)
-    sock.bind((0, 0))
-    return sock
-
-
 class Mender:
     """The loop.  sock: our copy of the kernel's socket, None for a device that was adopted."""
 
@@ -134,10 +129,11 @@ class Mender:
         size_bytes: int,
         spare: Spare,
         relays: Relays | None = None,
+        stall: Stall | None = None,
     ) -> None:
         self._kernel, self._target, self._generations = kernel, target, generations
         self._sock, self._page, self._size_bytes = sock, page, size_bytes
-        self._spare, self._relays = spare, relays
+        self._spare, self._relays, self._stall = spare, relays, stall
 
     def run(self) -> None:
         """Until the device is gone: DeviceGoneError."""
@@ -157,13 +153,21 @@ class Mender:
         inherited = self._spare.fork()
         if inherited is None:
             self._page.update(spare_pid=self._spare.pid)
+            self._be_swift()
             return
+        if self._stall is not None:
+            self._stall.begin()
         if inherited.sock is not None:
             self._replace(inherited.sock)
         if self._relays is not None and inherited.relays is not None:
             self._relays.take_over(inherited.relays)
         self._generations.last = max(self._generations.last, inherited.generation)
         self._page.take_over(os.getpid(), start_ticks())
+
+    def _be_swift(self) -> None:
+        """If there is a link that we can look after, and a kernel that can."""
+        if self._stall is not None and self._sock is not None:
+            self._spare.be_swift()
 
     def _have_relays(self, relays: Relays) -> None:
         """One was killed, or none was there yet.  This may take its time: the link lives."""
@@ -173,8 +177,11 @@ class Mender:
             self._spare.tell(self._sock, self._generations.last, self._told_relays())
 
     def close(self) -> None:
-        """End in good order, and the spare with us."""
+        """End in good order, and the spare with us; the kernel looks after the link itself."""
         self._spare.dismiss()
+        if self._stall is not None:
+            with suppress(OSError, DeviceGoneError):
+                self._kernel.careful()
         if self._relays is not None:
             self._relays.close()
         if self._sock is not None:
@@ -198,17 +205,29 @@ class Mender:
             watch.register(relay.line, 0)  # its end is heard of all the same
         missing = self._relays is not None and self._relays.missing
         patient = self._sock is not None and self._spare.line is not None and not missing
-        ready = {fd for fd, _ in watch.poll(None if patient else PROBE_EVERY_S * 1000)}
+        wait_s = None if patient else PROBE_EVERY_S
+        if self._stall is not None and self._sock is not None:
+            wait_s = self._stall.tick_s
+        ready = {fd for fd, _ in watch.poll(None if wait_s is None else wait_s * 1000)}
         if self._spare.line is not None and self._spare.line.fileno() in ready:
             self._spare.bury()
         if self._relays is not None:
             self._relays.bury()
         if self._sock is not None:
-            return self._sock.fileno() in ready
+            return self._sock.fileno() in ready or (not ready and self._ended_stuck(self._sock))
         if self._kernel.events.fileno() in ready:
             # Of a death that is long mended, perhaps; and a dial fences the link that lives.
             return self._kernel.heard_of_death() and self.probe()
         return not ready and self.probe()
+
+    def _ended_stuck(self, sock: socket.socket) -> bool:
+        """Whether nothing is answered any more.  Then the kernel hears that the link is dead."""
+        if self._stall is None or not self._stall.look():
+            return False
+        self._page.update(stuck=self._page.values.get("stuck", 0) + 1)
+        with suppress(OSError):  # it has died meanwhile
+            sock.shutdown(socket.SHUT_RDWR)
+        return True
 
     def probe(self) -> bool:
         """Whether the kernel has no living connection.
@@ -227,6 +246,9 @@ class Mender:
         """From a dead link to a living one, however long it takes."""
         began_s = time.monotonic()
         self._page.update(state="dialing")
+        if self._stall is not None:
+            with suppress(OSError):
+                self._kernel.careful()
         while not self._try():
             time.sleep(DIAL_EVERY_S)
         self._page.mended(time.monotonic() - began_s, self._generations.last)
@@ -274,11 +296,14 @@ class Mender:
             self._relays.keep()
             self._page.update(relays=[pid for pid, _ in self._told_relays()])
         self._spare.tell(sock, self._generations.last, self._told_relays())
+        self._be_swift()
 
     def _told_relays(self) -> list[tuple[int, socket.socket]]:
         return self._relays.told() if self._relays is not None else []
 
     def _replace(self, sock: socket.socket) -> None:
+        if self._stall is not None:
+            self._stall.begin()
         if self._sock is not None:
             self._sock.close()
         self._sock = sock
@@ -307,16 +332,21 @@ def main(words: list[str]) -> int:
     )  # fmt: skip
     page = StatePage.open(int(options["page"]))
     generations = Generations(int(options["generation"]))
-    kernel = Kernel(
-        int(options["family"]),
-        int(options["group"]),
-        int(options["index"]),
-        bytes.fromhex(options["template"]),
-    )
+    careful = bytes.fromhex(options["careful"])
+    template = bytes.fromhex(options["template"])
+    kernel = Kernel(int(options["group"]), int(options["index"]), template, careful)
+    swift, stall = None, None
+    if options["swift"]:
+        block = f"/sys/block/nbd{options['index']}"
+        swift = Swift(f"{block}/queue", Asker(), bytes.fromhex(options["swift"]), careful)
+        stat = os.open(f"{block}/stat", os.O_RDONLY | os.O_CLOEXEC)
+        stall = Stall(stat, int(options["timeout"]))
     sock = socket.socket(fileno=int(options["sock"])) if options["sock"] else None
     relays = found_relays(options["certificates"], options["relays"])
     size_bytes = int(options["size"])
-    mender = Mender(kernel, target, generations, sock, page, size_bytes, Spare(), relays)
+    mender = Mender(
+        kernel, target, generations, sock, page, size_bytes, Spare(swift), relays, stall
+    )
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
@@ -324,6 +354,8 @@ def main(words: list[str]) -> int:
     if relays is not None:
         relays.fill()
         page.update(relays=[pid for pid, _ in relays.told()])
+    if stall is not None:
+        stall.look()
     warm_up(target, page, relays)
     page.update(pid=os.getpid(), start_ticks=start_ticks(), refused="; ".join(refused))
     gc.freeze()

@@ -3,12 +3,13 @@
     connect(link, ...)          NBD_CMD_CONNECT      socket -> /dev/nbdN
     was_taken(sock)             whether the kernel really took a socket
     reconfigure_template(...)   NBD_CMD_RECONFIGURE  as bytes; the last four are the socket
+    timeout_message(...)        NBD_CMD_RECONFIGURE  as bytes: another request timeout
     disconnect(index)           NBD_CMD_DISCONNECT
     statuses()                  NBD_CMD_STATUS       index -> connected
 
 Two timeouts make a device outlive its server.  After `timeout_s` the kernel sends a request again
-that was on its way when the connection died; for `dead_timeout_s` it keeps all requests when there
-is no connection, instead of failing them.
+that was on its way when the connection died (sooner where it `can_be_swift`); for `dead_timeout_s`
+it keeps all requests when there is no connection, instead of failing them.
 
 What it is not: the resident helper, which gets the finished message and the numbers of family and
 group, because pyroute2 would cost it 24 MiB of locked memory (measured: 34 MiB resident instead
@@ -22,6 +23,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import socket
 import struct
 import subprocess
@@ -43,6 +45,9 @@ SYSFS = Path("/sys/block")
 MODULE = Path("/sys/module/nbd")
 MODPROBE, MODPROBE_S = ("modprobe", "nbd"), 30.0
 FD_UNSET = 0x7FFFFFFF
+# 5.8: a request of a replaced link is sent again when its timer rings, also with timeout 0.  6.13:
+# a half-sent one (its sender was signalled while the send buffer was full) fails when it rings.
+SWIFT_FROM, SWIFT_BELOW = (5, 8), (6, 13)
 
 
 class NbdMessage(genlmsg):  # type: ignore[misc]
@@ -149,23 +154,46 @@ def connect(link: Link, index: int | None, timeouts: Timeouts, backend: str) -> 
     raise AttachError("the kernel did not say which device it made; look into /sys/block")
 
 
-def reconfigure_template(family: int, index: int, backend: str) -> bytes:
+def reconfigure_template(family: int, index: int, backend: str, timeout_s: int) -> bytes:
     """NBD_CMD_RECONFIGURE of one socket: put its number, native order, into the last 4 bytes.
 
-    The sequence number (bytes 8 to 12) is free as well.
+    The sequence number (bytes 8 to 12) is free as well.  With the request timeout in it, a socket
+    that is taken always shows that (`was_taken`).
     """
-    attrs = [
+    attrs = [*_reconfigured(index, backend, timeout_s), _sockets(FD_UNSET)]
+    data = _finished(RECONFIGURE, family, attrs)
+    assert data.endswith(struct.pack("=I", FD_UNSET))
+    return data
+
+
+def timeout_message(family: int, index: int, backend: str, timeout_s: int) -> bytes:
+    """NBD_CMD_RECONFIGURE of the request timeout alone.  The sequence number is free."""
+    return _finished(RECONFIGURE, family, _reconfigured(index, backend, timeout_s))
+
+
+def _reconfigured(index: int, backend: str, timeout_s: int) -> list[tuple[str, Any]]:
+    return [
         ("NBD_ATTR_INDEX", index),
         ("NBD_ATTR_BACKEND_IDENTIFIER", backend),
-        _sockets(FD_UNSET),
+        ("NBD_ATTR_TIMEOUT", timeout_s),
     ]
-    message = _message(RECONFIGURE, attrs)
+
+
+def _finished(command: int, family: int, attrs: list[tuple[str, Any]]) -> bytes:
+    message = _message(command, attrs)
     message["header"]["type"] = family
     message["header"]["flags"] = NLM_F_REQUEST | NLM_F_ACK
     message.encode()
-    data = bytes(message.data)
-    assert data.endswith(struct.pack("=I", FD_UNSET))
-    return data
+    return bytes(message.data)
+
+
+def can_be_swift(index: int, release: str) -> bool:
+    """Whether a kernel of this release, as `uname -r` says it, can do what `swift` needs."""
+    numbers = tuple(int(number) for number in re.findall(r"\d+", release)[:2])
+    queue = SYSFS / f"nbd{index}" / "queue"
+    return SWIFT_FROM <= numbers < SWIFT_BELOW and all(
+        (queue / name).exists() for name in ("io_timeout", "iostats")
+    )
 
 
 def disconnect(index: int) -> None:

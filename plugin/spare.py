@@ -12,7 +12,8 @@ it shares all code, and costs the 9 MB of data that its own memory lock makes it
 Forking is done only while the link lives.  Before the spare has said that it is locked, the
 helper's own pages are shared with it and the first write to one would need another.
 
-Bound: one spare; it does nothing until it inherits.  Linux: fork(2), unix(7) SCM_RIGHTS.
+Bound: one spare; until it inherits it does one thing only: what the helper must not wait for, see
+`swift`.  Linux: fork(2), unix(7) SCM_RIGHTS.
 """
 
 from __future__ import annotations
@@ -30,10 +31,13 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import NoReturn
 
+    from plugin.swift import Swift
+
 READY_S = 5.0  # it takes some milliseconds
 NEWS = struct.Struct("=QII")  # the generation, the relays' processes; sockets go with it
 FDS_MAX = 3  # the connection's socket, the relays' lines
 BYE = b"bye"
+SWIFT = b"swift"
 
 
 class Inheritance:
@@ -63,7 +67,8 @@ class Inheritance:
 class Spare:
     """The mender's side: `line` is readable when the spare has died, None without one."""
 
-    def __init__(self) -> None:
+    def __init__(self, swift: Swift | None = None) -> None:
+        self._swift = swift
         self.pid = 0
         self.line: socket.socket | None = None
         self._pidfd = -1  # a number may be somebody else's by the time we kill
@@ -83,7 +88,7 @@ class Spare:
             return None
         if pid == 0:
             ours.close()
-            return _wait(its)
+            return _wait(its, self._swift)
         its.close()
         self.pid, self.line = pid, ours
         try:
@@ -116,6 +121,14 @@ class Spare:
             except OSError:
                 self.kill()  # it would inherit something old
 
+    def be_swift(self) -> None:
+        """The link lives, and we look after it.  Never blocks."""
+        if self.line is not None:
+            try:
+                self.line.send(SWIFT)
+            except OSError:
+                self.kill()
+
     def dismiss(self) -> None:
         """We end in good order: it is not to take our place."""
         if self.line is not None:
@@ -141,7 +154,7 @@ class Spare:
         self.line, self.pid, self._pidfd = None, 0, -1
 
 
-def _wait(line: socket.socket) -> Inheritance:
+def _wait(line: socket.socket, swift: Swift | None) -> Inheritance:
     """The spare's life, until the mender's ends."""
     process.lock_memory(on_fault=False)
     line.send(b"ready")
@@ -153,6 +166,10 @@ def _wait(line: socket.socket) -> Inheritance:
             continue
         if data == BYE:
             _leave()
+        if data == SWIFT:
+            if swift is not None:
+                swift.begin()
+            continue
         if not data:
             line.close()
             return found

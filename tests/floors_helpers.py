@@ -44,7 +44,7 @@ FLOORS = {
     },
     "plugin": {
         6: "interrupts messages logpipe amounts instance peerkeys codeckeys config liaison teller "
-        "handshake relays dialer statepage spare tlsfiles",
+        "handshake relays dialer statepage swift spare tlsfiles",
         7: "spawn keeper leave places fitness show lent lower wiring servestate supervised "
         "nbdnetlink swaparea upfile rates terminal reach counterfiles recording sampling",
         8: "control drain standby supervisor serve mender attach foreground swapping topview top "

@@ -159,13 +159,14 @@ def test_the_state_page_tells_what_was_said_last(tmp_path: Path) -> None:
 
 def test_the_message_that_hands_a_socket_over() -> None:
     """Golden bytes, on a little-endian machine: header, command, index, text, nested socket."""
-    found = nbdnetlink.reconfigure_template(26, 3, "zcache:x")
+    found = nbdnetlink.reconfigure_template(26, 3, "zcache:x", 3)
     assert found[:4] == len(found).to_bytes(4, "little")
     assert found[4:8] == b"\x1a\0\x05\0"  # family, REQUEST | ACK
     assert found[16:20] == b"\3\1\0\0"  # RECONFIGURE, version 1
     assert found[20:28] == b"\x08\0\1\0\3\0\0\0"
     assert found[28:44] == b"\x0d\0\x0a\0zcache:x\0\0\0\0"
-    sockets, item, fd = found[44:48], found[48:52], found[52:]
+    assert found[44:56] == b"\x0c\0\4\0\3\0\0\0\0\0\0\0"  # so that a taken socket shows it
+    sockets, item, fd = found[56:60], found[60:64], found[64:]
     assert [int.from_bytes(head[2:4], "little") & 0x3FFF for head in (sockets, item, fd)] == [
         7,
         1,
@@ -252,9 +253,14 @@ class Helper:
             sock = None
         self.gone = threading.Event()
         played: Any = self.kernel
-        self.mender = Mender(played, target, self.generations, sock, self.page, 1 << 20, NoSpare())
+        self.mender = self.mender_with(
+            played, target, self.generations, sock, self.page, 1 << 20, NoSpare()
+        )
         self.thread = threading.Thread(target=self._run)
         self.thread.start()
+
+    def mender_with(self, *words: Any) -> Mender:
+        return Mender(*words)
 
     def _run(self) -> None:
         try:

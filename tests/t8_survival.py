@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,6 +37,7 @@ from tests.swaplab import (
     swap_on,
     zcache,
 )
+from tests.swaplab.clock import until
 from tests.swaplab.zattach import attach_ours, detach_ours, kill_mender, state, zcache_in
 from zcache_core import memfile
 
@@ -159,7 +161,8 @@ def test_twenty_kills_with_pages_on_the_disk(
 
 @pytest.mark.timeout(200)
 def test_the_network_is_cut_and_the_helper_killed(memory_name: str, rng: random.Random) -> None:
-    """20 s without packets; then kill -9 of the helper, of the server, and a new helper."""
+    """20 s without packets; a server that hangs; kill -9 of the helper, of the server, and a new
+    helper."""
     corpus = pages_file(64)
     with Lab(180) as lab:
         one = Survivor(lab, zcache(memory=memory_name, size="512M", pool="256M"))
@@ -170,6 +173,17 @@ def test_the_network_is_cut_and_the_helper_killed(memory_name: str, rng: random.
             time.sleep(CUT_S)
             lab.network.mend(one.guest.tap)
 
+        def hang() -> None:
+            """It answers nothing, and its connection stands: somebody has to end that."""
+            before = state(one.guest).get("stuck", 0)
+            one.server.kill(signal.SIGSTOP)
+            until(
+                lambda: state(one.guest).get("stuck", 0) > before,
+                lab.deadline.nearer(30),
+                "the helper to end the link",
+            )
+            one.server.kill(signal.SIGCONT)
+
         def helper_and_server() -> None:
             old = kill_mender(one.guest)
             one.kill_server()
@@ -179,6 +193,7 @@ def test_the_network_is_cut_and_the_helper_killed(memory_name: str, rng: random.
         def while_running(job: Job) -> None:
             kills.append(Kills(one.guest, job, rng))
             kills[0].run(1, cut)
+            kills[0].run(1, hang)
             kills[0].run(1, helper_and_server)
             kills[0].run(1, one.kill_server)
 
@@ -187,7 +202,7 @@ def test_the_network_is_cut_and_the_helper_killed(memory_name: str, rng: random.
             one.server,
             while_running=while_running,
         )
-        print(kills[0].report("network cut for 20 s, helper and server, server"))
+        print(kills[0].report("network cut for 20 s, hang, helper and server, server"))
         assert result.exit.code == 0, result.stdout + result.stderr
         assert read_hog(result.stdout).bad == 0
         assert_survived(one.guest, result)
