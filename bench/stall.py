@@ -11,8 +11,8 @@ in or out, to 20 ms.
           an orderly upgrade under 0.5 s
 
 Bound: LIMIT_S for each guest.  What it is not: a proof; nothing is asserted (tests/t8_survival*).
-A kill while a request is on its way costs the request timeout, one between two requests only the
-restart: so the figures fall into two groups.
+A kill while a request is on its way costs what is left of the kernel's timer, up to 1.8 s, one
+between two requests only the restart; where the kernel cannot be `swift` the request timeout.
 """
 
 from __future__ import annotations
