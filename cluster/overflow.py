@@ -12,12 +12,12 @@ import asyncio
 import contextlib
 import errno
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from cluster.peerwire import Donor, LinkState, Page, unpack
 from cluster.renewal import Renewal
 from cluster.replicas import DEVICE, Asked, Got, Options, Replicas, Stored
-from cluster.seats import Copy, Identity, Ledger, Seats
+from cluster.seats import LIES_MOST, Copy, Identity, Ledger, Seats
 from zcache_core.ringside import rows_of_where
 
 LOOK_S = 0.1
@@ -41,6 +41,7 @@ class Overflow:
         self.seats = Seats(ledger, self.donors, loop.time(), identity)
         self.replicas = Replicas(ledger, self.seats, rng, options, self._drop, self._doubt)
         self.renewal = Renewal(ledger, self.seats, self.replicas, options)
+        self.on_rows: Callable[[], None] = lambda: None  # some `rows_met` are others now
         self._were_up: set[int] = set()
         self._next_compare_s = loop.time() + COMPARE_S
         for donor in self.donors:
@@ -137,6 +138,14 @@ class Overflow:
     def room_bytes(self) -> int:
         return self.replicas.room_bytes
 
+    def rows_met(self) -> dict[int, bool]:
+        """Row -> whether its donor answers, with what it had; of those met since the start."""
+        return {
+            seat.row: seat.is_up and seat.lies < LIES_MOST
+            for seat in self.seats.all()
+            if seat.is_up or seat.empty or seat.link is not None
+        }
+
     # ---- what donors tell ------------------------------------------------------------------
 
     def _drop(self, row: int, page: Page) -> None:
@@ -152,6 +161,7 @@ class Overflow:
             if seat is not None:
                 self.renewal.to_compare.add(seat.row)
         self.replicas.note_change()
+        self.on_rows()
 
     def _on_recall(self, donor: Donor, records: bytes, seconds: float) -> None:
         self.renewal.recall(donor, unpack(records))

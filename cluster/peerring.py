@@ -84,6 +84,9 @@ class RingLedger:
         page, version, where, length_codec = copy
         return self._ring.gone(page, version, length_codec, where)
 
+    def in_ram(self, copy: Copy) -> bool:
+        return ringside.is_in_ram_too(self._memory, copy[0], copy[1])
+
     def moved(self, copy: Copy, new: int) -> bool:
         page, version, where, length_codec = copy
         return self._ring.moved(page, version, length_codec, where, new)
@@ -106,6 +109,7 @@ class RingPump:
         self._routed: set[int] = set()
         self._task: asyncio.Task[None] | None = None
         self._spawn = overflow.replicas.spawn
+        overflow.on_rows = self._tell_rows
 
     def start(self) -> None:
         loop = asyncio.get_running_loop()
@@ -117,6 +121,7 @@ class RingPump:
 
     async def stop(self) -> None:
         asyncio.get_running_loop().remove_reader(self._wake_fd)
+        self._overflow.on_rows = lambda: None  # we end, not the donors
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
@@ -137,6 +142,7 @@ class RingPump:
             await asyncio.sleep(LOOK_S)
 
     def _publish(self) -> None:
+        self._tell_rows()
         replicas, room = self._overflow.replicas, self._overflow.room_bytes
         numbers = replicas.numbers
         self._ring.publish(
@@ -148,6 +154,11 @@ class RingPump:
             numbers.hedged_gets,
             replicas.room_for(1),
         )
+
+    def _tell_rows(self) -> None:
+        """Which donors live: what they have may leave the server's RAM."""
+        for row, live in self._overflow.rows_met().items():
+            self._ring.tell_row(row, live)
 
     def _route(self) -> None:
         """Tell the courier which donors to ask, and how patiently."""
@@ -228,6 +239,7 @@ class RingPump:
         answers = [
             (where_of_rows(one.rows) if not one.error else 0, one.error or 0) for one in stored
         ]
+        self._tell_rows()  # before pages are counted on there
         if not self._ring.answer_batch(batch.turn, answers):
             self._overflow.forget(batch.pages, stored)
             self.pump()

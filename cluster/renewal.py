@@ -9,6 +9,9 @@ Renewing reads a page from a good copy, puts it at another donor, and has the ow
 (`moved`): the entry is changed there by one compare-and-swap, so that an overwrite in between
 wins.  It never goes faster than `renew_bytes_per_s`, and counts what is left to do.
 
+A page none of whose donors has it any more is lost, unless the owner has it in RAM still: the owner
+is told that no copy counts, and keeps it there.
+
 A page that has one copy here and one on the owner's disk is not for us to read where its donor is
 lost: the owner is told that the copy is gone, and makes one from the disk.  One whose donor only
 wants to be rid of it is moved, as others are.  While the disk fails, and when a page has lost its
@@ -191,7 +194,10 @@ class Renewal:
         """New copies in place of those at `bad` rows, of pages with the same kind of address."""
         rows, where = rows_of_where(group[0][2]), group[0][2]
         good = [row for row in rows if row not in bad]
-        if len(good) >= self._wanted(where) or not (good or is_backed(where)):
+        if len(good) >= self._wanted(where):
+            return
+        if not (good or is_backed(where)):
+            self._keep(group)
             return
         busy = self.renewing | self._replicas.putting
         group = [c for c in group if (c[0], c[1]) not in busy and self._is_current(c)]
@@ -208,6 +214,13 @@ class Renewal:
                 keys -= await self._replace(parts, rows, good)
         finally:
             self.renewing -= keys  # the others are in it until the owner has heard
+
+    def _keep(self, group: Sequence[Copy]) -> None:
+        """No donor has these any more: those that are in RAM too stay there."""
+        busy = self.renewing | self._replicas.putting
+        for copy in group:
+            if (copy[0], copy[1]) not in busy and self._ledger.in_ram(copy):
+                self._ledger.gone(copy)  # (no room for the note: the next round finds it again)
 
     async def _leave(self, group: Sequence[Copy], rows: tuple[int, ...]) -> set[tuple[int, int]]:
         """Pages on the owner's disk leave their donor: moved if it has them, else told gone."""

@@ -66,7 +66,10 @@ class Ledger(Protocol):
         """The page's copies are at address `new` from now on.  False: no room, tell it later."""
 
     def gone(self, copy: Copy) -> bool:
-        """Of a page on the disk too: the copy here counts no more.  False: tell it later."""
+        """Of a page in RAM or on the disk too: no copy here counts.  False: tell it later."""
+
+    def in_ram(self, copy: Copy) -> bool:
+        """Whether the page is in RAM too."""
 
     def pages(self, first: int, n: int, most: int) -> tuple[list[Copy], int]:
         """Copies counted on among pages first .. first + n - 1, and where to go on."""

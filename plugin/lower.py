@@ -104,9 +104,8 @@ def refuse_sizes(memory: MemoryFile, config: Config) -> None:
 def refuse_mismatch(memory: MemoryFile, config: Config, disk: DiskFile | None) -> None:
     """Sizes and disk are what this memory file was made with, or ConfigError says so."""
     refuse_sizes(memory, config)
-    only_below, also_below = memory.pages_below()
-    at_peers, backed = memory.pages_at_peers()
-    only_below -= at_peers - backed
+    only_below, also_below = memory.pages_on_disk()
+    at_peers, _ = memory.pages_at_peers()
     if at_peers and not config.has_peers:
         raise ConfigError(
             f"{at_peers} pages of the memory file {config.memory} are with the peers that its "
@@ -147,7 +146,7 @@ def refuse_disk_of_others(config: Config, disk: DiskFile) -> None:
         except MemoryFileError:  # taken or removed meanwhile, or another user's
             continue
         try:
-            theirs = memory.epoch == epoch and sum(memory.pages_below()) > 0
+            theirs = memory.epoch == epoch and sum(memory.pages_on_disk()) > 0
         finally:
             memory.close()
         if theirs:

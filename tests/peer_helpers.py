@@ -36,6 +36,7 @@ class FakeNode:
         self.put_error = 0  # all puts fail with it
         self.spoil: set[int] = set()  # rows that answer with other bytes
         self.absent: set[int] = set()  # rows that answer nothing
+        self.rows = list(range(donors))  # of the donors as they are now
         self.silent = False  # takes and never answers
         self.wrong_seen = 0
         self.turn = 0
@@ -56,6 +57,8 @@ class FakeNode:
             if self.silent:
                 continue
             with self.lock:
+                for row in self.rows:
+                    self.ring.tell_row(row, row not in self.absent)
                 self._serve()
         self.ring.close()
 
@@ -67,14 +70,17 @@ class FakeNode:
             for row in rows_of_where(where):
                 self.held.pop((row, page, version), None)
         if batch is not None:
-            answers = []
+            answers, known = [], ringside.donors(self.memory)
             for page, version, _, sealed in batch.pages:
                 self.turn += 1
                 if self.put_error:
                     answers.append((0, self.put_error))
                     continue
-                alive = [row for row in range(self.donors) if row not in self.absent]
+                alive = [row for row in self.rows if row not in self.absent and row in known]
                 n = batch.copies or self.copies
+                if len(alive) < n:
+                    answers.append((0, errno.ENOSPC))
+                    continue
                 rows = [alive[(self.turn + i) % len(alive)] for i in range(n)]
                 for row in rows:
                     self.held[row, page, version] = sealed
@@ -118,6 +124,25 @@ class FakeNode:
                     self.held[new, page, version] = self.held[good, page, version]
                     self.ring.moved(page, version, length_codec, where, where_of_rows([good, new]))
             wait_until(self.ring.heard, "it is heard")
+
+    def restart_donors_empty(self) -> None:
+        """All at once, with other epochs: who they are from now on is in other rows."""
+        with self.lock:
+            old, self.rows = self.rows, [row + self.donors for row in self.rows]
+            for row in old:
+                self.ring.tell_row(row, False)
+            for row in self.rows:
+                assert self.ring.donor(row, bytes([row % self.donors + 1] * 16), 7 + row)
+            self.held.clear()
+
+    def tell_gone(self) -> None:
+        """As renewal does: of pages in RAM that no donor has."""
+        pages = self.memory.device_bytes // 4096
+        with self.lock:
+            found, _ = ringside.pages_on_peers(self.memory, 0, pages, pages)
+            for page, version, where, length_codec in found:
+                if not set(rows_of_where(where)) & set(self.rows):
+                    self.ring.gone(page, version, length_codec, where)
 
     def die(self) -> None:
         """As a killed process: what it had taken stays taken."""

@@ -9,13 +9,24 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.lender_helpers import PAGES, Lender, Model, live, stats
-from tests.plugin_helpers import WAIT_S, Server, remove_memory, wait_for
+from tests.plugin_helpers import (
+    PLUGIN,
+    WAIT_S,
+    Server,
+    environment,
+    remove_memory,
+    segments,
+    wait_for,
+)
+from zcache_core import ringside
+from zcache_core.memfile import MemoryFile
+from zcache_core.ringside import rows_of_where
 
 
 @pytest.fixture
@@ -154,3 +165,81 @@ def test_a_donor_that_lies(tmp_path: Path, lenders: list[Lender], rng: random.Ra
         assert "copies of peers were found wrong" in str(server.rpc("health"))
         wait_for("its copies are renewed", lambda: not stats(server)["remote_short_pages"])
         model.check()
+
+
+def in_both(server: Server, of: Collection[int] = range(ringside.ROWS)) -> set[int]:
+    """Pages that are at donors of these rows only, and in RAM too."""
+    [shmid] = segments(server.pid)
+    memory = MemoryFile.attach(shmid)
+    try:
+        found, _ = ringside.pages_on_peers(memory, 0, 4096, 4096)
+        return {
+            page
+            for page, version, where, _ in found
+            if ringside.is_in_ram_too(memory, page, version)
+            and set(rows_of_where(where)) <= set(of)
+        }
+    finally:
+        memory.close()
+
+
+@pytest.mark.timeout(300)
+def test_all_donors_are_killed_and_come_back_empty(
+    tmp_path: Path, lenders: list[Lender], rng: random.Random
+) -> None:
+    """What the owner's RAM has still is right afterwards, page by page, though room is needed."""
+    lenders.pop().end()
+    own = ["pool=8M", "high=30", "low=20"]
+    with Server(tmp_path, "size=16M", *words(lenders, *own)[2:]) as server:
+        wait_for("room", lambda: stats(server)["remote_room_bytes"] > 0)
+        model = Model(server, rng)
+        model.fill()
+        wait_for("pages have left", lambda: stats(server)["eph_zpages"] > 500)
+        wait_for("it rests", lambda: not stats(server)["outstanding_writeback_pages"])
+        for lender in lenders:
+            lender.kill()
+        kept = in_both(server)
+        assert len(kept) > 400
+        for lender in lenders:
+            lender.start()
+        wait_for("they are back", lambda: live(server) == 2)
+        for page in range(PAGES, 4000):  # room is needed
+            model.write(page)
+        there = [page for page in model.pages if page in kept or page >= PAGES]
+        for page in there:
+            assert model.handle.pread(4096, page * 4096) == model.pages[page], page
+        now = stats(server)
+        assert now["rescued_pages"] > 400
+        assert now["failed_requests"] == now["lost_pages"] == 0
+        wait_for("nothing counts on who is gone", lambda: not in_both(server, {0, 1}))
+
+
+@pytest.mark.timeout(300)
+def test_a_disk_is_added_at_a_restart(
+    tmp_path: Path, lenders: list[Lender], rng: random.Random
+) -> None:
+    """A memory file with pages at peers only takes any disk; then it means that one."""
+    name = f"t7add{os.getpid()}x{rng.getrandbits(32)}"
+    own = words(lenders, f"memory={name}")
+    disk = [f"disk={tmp_path / 'disk'}", "disk_size=32M"]
+    try:
+        with Server(tmp_path, *own) as first:
+            wait_for("room", lambda: stats(first)["remote_room_bytes"] > 0)
+            model = Model(first, rng)
+            model.fill()
+            assert stats(first)["pers_pages_remoted"] > 1500
+            first.end()
+            for more in (disk, [*disk, "backup=disk"]):
+                with Server(tmp_path, *own, *more) as server:
+                    model.server, model.handle = server, server.connect()
+                    model.check()
+                    model.churn(500)
+                    assert stats(server)["lost_pages"] == 0
+            command = ["nbdkit", "-f", "-U", str(tmp_path / "no"), "python", str(PLUGIN), *own]
+            done = subprocess.run(
+                command, env=environment(tmp_path), capture_output=True, timeout=WAIT_S, check=False
+            )
+            assert b"write the same disk= again" in done.stderr
+            remove_memory(name)
+    finally:
+        remove_memory(name)

@@ -42,7 +42,7 @@ from zcache_core.layout cimport (
     BACKED_BITS, COPIES_MOST, PAGE_BYTES, ST_DISK, ST_RAM_EPHEMERAL, Entry, backed_where, disk_part, donor_at,
     entry_is_sound, is_backed, length_of, lower_state, state_of, version_of, where_of,
 )
-from zcache_core.native cimport zc_add64, zc_load64, zc_store32, zc_store64
+from zcache_core.native cimport zc_add64, zc_load32, zc_load64, zc_store32, zc_store64
 from zcache_core.peernotes cimport count_alone, count_backed
 from zcache_core.peers cimport peers_get_within
 from zcache_core.pthread cimport now_us
@@ -170,7 +170,10 @@ cdef void give_up_disk_copy(Both *b, const ColdPage *page) noexcept nogil:
     cdef ColdPage there = page[0]
     cdef uint64_t alone = (<uint64_t>1 << 47) | donor_at(page.where, 0)
     # (a page that has changed meanwhile was dropped there: what is read then is no damage)
-    if b.peer_tier.core == NULL or not copy_moved(b.peer_tier.core, page, alone):
+    # nor is anything given up before a takeover has counted it
+    if b.peer_tier.core == NULL or not zc_load32(&b.peer_tier.core.ready):
+        return
+    if not copy_moved(b.peer_tier.core, page, alone):
         return
     zc_add64(&b.peer_tier.cells[C_DISK_CORRUPT_PAGES], 1)
     count_backed(b.peer_tier, -1)
@@ -247,6 +250,11 @@ cdef bint backup_adopt(Both *b, uint64_t where, uint32_t length_bytes) noexcept 
     page = cold_page(0, 0, where, <uint64_t>(length_bytes - 1) << 4)
     b.peers.drop(b.peers, &page)        # (told to the donor as page 0 of version 0: it has none)
     return False
+
+
+cdef bint backup_holds(Both *b, uint64_t where) noexcept nogil:
+    """One of the two is enough: while the other is missing, it is being made again."""
+    return b.disk != NULL and b.disk.holds(b.disk, disk_part(where)) or b.peers.holds(b.peers, where)
 
 
 # ---- copies that are missing -------------------------------------------------------------------

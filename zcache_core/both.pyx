@@ -18,7 +18,7 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memset
 
 from zcache_core.backup cimport (
-    backup_adopt, backup_drop, backup_get, backup_get_many, backup_put, backup_tick,
+    backup_adopt, backup_drop, backup_get, backup_get_many, backup_holds, backup_put, backup_tick,
 )
 from zcache_core.bothstate cimport PIECE_BYTES, TRY_EVERY, can_take, observe_get, peers_are_faster
 from zcache_core.cold cimport ColdPage, ColdTier
@@ -129,6 +129,13 @@ cdef void both_adopted(ColdTier *tier) noexcept nogil:
         b.disk.adopted(b.disk)
 
 
+cdef bint both_holds(ColdTier *tier, uint64_t where) noexcept nogil:
+    cdef ColdTier *below = of_where(<Both *>tier, where)
+    if is_backed(where):
+        return backup_holds(<Both *>tier, where)
+    return below != NULL and below.holds(below, where)
+
+
 cdef bint both_takes(ColdTier *tier) noexcept nogil:
     cdef Both *b = <Both *>tier
     return b.peers != NULL and b.peers.takes(b.peers) or b.disk != NULL and b.disk.takes(b.disk)
@@ -188,6 +195,7 @@ cdef void both_make(Both *b, ColdTier *peers, ColdTier *disk) noexcept nogil:
     b.face.drop = both_drop
     b.face.adopt = both_adopt
     b.face.adopted = both_adopted
+    b.face.holds = both_holds
     b.face.takes = both_takes
     b.face.has_room = both_has_room
     b.face.resort = both_resort

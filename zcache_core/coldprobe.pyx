@@ -183,6 +183,10 @@ cdef class ColdProbe:
         """Whether a put is worth trying now."""
         return bool(self.tier.takes(self.tier))
 
+    def holds(self, uint64_t where):
+        """Whether this copy may be counted on now."""
+        return bool(self.tier.holds(self.tier, where))
+
     def has_room(self, uint64_t size_bytes):
         """Whether a batch of that many bytes would find room now."""
         return bool(self.tier.has_room(self.tier, size_bytes))

@@ -110,7 +110,8 @@ cdef bint make_ephemeral(Core *core, uint64_t page, Entry entry, uint64_t lower)
 cdef bint drop_ram_copy(Core *core, uint64_t page, Entry entry) noexcept nogil:
     """An ephemeral page leaves RAM: its entry points below from now on.
 
-    If its lower address is damaged the RAM copy is the only one again, to be copied down anew.
+    Not while the copy there may be gone (`holds`).  If its lower address is damaged the RAM copy is
+    the only one again, to be copied down anew.
     """
     cdef uint64_t where = where_of(entry.location)
     cdef uint32_t length = length_of(entry.location)
@@ -122,8 +123,9 @@ cdef bint drop_ram_copy(Core *core, uint64_t page, Entry entry) noexcept nogil:
     if state_of(entry.version) == ST_RAM_EPHEMERAL and is_now(core, page, entry):
         if header_is_sound(header):
             lower = header_lower(header)
-            below = same_page(entry, lower_state(lower), place_word(lower, length, codec_of(entry.location)))
-            done = entry_flip(&core.index, page, entry, below)
+            if core.lower.holds(core.lower.tiers, lower):
+                below = same_page(entry, lower_state(lower), place_word(lower, length, codec_of(entry.location)))
+                done = entry_flip(&core.index, page, entry, below)
         elif entry_flip(&core.index, page, entry, same_page(entry, ST_RAM, entry.location)):
             core.allocator.ephemeral(core.allocator, where, object_bytes(length), -1)
             core.allocator.cells[C_DAMAGED_LOWER_ADDRESSES] += 1

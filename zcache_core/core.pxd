@@ -28,6 +28,8 @@ ctypedef struct Lower:
     # a takeover found this copy in the index; False: it cannot be
     bint (*adopt)(void *tiers, uint64_t where, uint32_t length_bytes) noexcept nogil
     void (*adopted)(void *tiers) noexcept nogil
+    # whether the copy there may be counted on now: a page leaves RAM for no other
+    bint (*holds)(void *tiers, uint64_t where) noexcept nogil
     # wait, in a parked slot, until there may be room in RAM again; False: there will be none in time
     bint (*wait_room)(void *tiers, void *slot, int64_t deadline_us) noexcept nogil
 

@@ -195,6 +195,12 @@ COUNTERS: tuple[Counter, ...] = (
     Counter("ahead_failed_pages", "pages", "counter", "pages that could not be fetched so"),
     Counter("promoted_pages", "pages", "counter", "of those: given a RAM copy again"),
     Counter(
+        "rescued_pages",
+        "pages",
+        "counter",
+        "pages whose copies below may be gone: kept in RAM alone",
+    ),
+    Counter(
         "kept_pages", "pages", "counter", "pages whose copy below was given up: room is short there"
     ),
     Counter("pool_waits", "events", "counter", "writes that waited because the pool was full"),

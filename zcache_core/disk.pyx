@@ -33,7 +33,7 @@ from zcache_core.counter_ids cimport C_DISK_READ_ERRORS, C_DISK_SEGMENTS, C_DISK
 from zcache_core.crypt cimport CIPHER_NONE, CIPHERS, Crypt
 from zcache_core.diskio cimport BLOCK_BYTES, WRITE_BYTES, WRITES, punch, read_all, ring_discard, ring_make
 from zcache_core.diskobject cimport OBJECT_ALIGN, cipher_of, object_found, object_read, object_room, offset_of
-from zcache_core.diskput cimport come_alive, disk_drop, disk_put, disk_takes, publish
+from zcache_core.diskput cimport come_alive, disk_drop, disk_put, disk_takes, note_cut, publish
 from zcache_core.diskstate cimport SPARE_SEGMENTS, Disk
 from zcache_core.layout cimport Superblock, length_of
 from zcache_core.native cimport zc_add32, zc_add64, zc_load32
@@ -41,7 +41,7 @@ from zcache_core.pthread cimport lock_init, lock_take, pthread_mutex_unlock
 from zcache_core.quota cimport quota_init, quota_is_used_up
 from zcache_core.segments cimport (
     SEG_FREE, SEG_FULL, SEG_RESORT, SEG_TRIED, SEGMENT_BYTES, Segment, Segments, segment_is_full, segments_close,
-    segments_discard, segments_give_back, segments_make, segments_take, segments_victim,
+    segments_discard, segments_give_back, segments_is_cut, segments_make, segments_take, segments_victim,
 )
 from zcache_core.slots cimport IO_ROOM
 
@@ -75,6 +75,17 @@ cdef bint disk_adopt(ColdTier *tier, uint64_t where, uint32_t length_bytes) noex
         d.segments.at[number].state = SEG_FULL
     come_alive(d, where, length_bytes)
     return True
+
+
+cdef bint disk_holds(ColdTier *tier, uint64_t where) noexcept nogil:
+    cdef Disk *d = <Disk *>tier
+    cdef uint64_t number = where // SEGMENT_BYTES
+    return number < d.segments.count and not segments_is_cut(&d.segments, <uint32_t>number)
+
+
+cdef void disk_cut(ColdTier *tier, uint64_t bytes) noexcept nogil:
+    """Before anything is adopted: the file was found with only so many bytes."""
+    note_cut(<Disk *>tier, bytes)
 
 
 cdef void disk_adopted(ColdTier *tier) noexcept nogil:
@@ -235,6 +246,7 @@ cdef ColdTier *disk_make(
     d.face.drop = disk_drop
     d.face.adopt = disk_adopt
     d.face.adopted = disk_adopted
+    d.face.holds = disk_holds
     d.face.takes = disk_takes
     d.face.has_room = disk_has_room
     d.face.resort = disk_resort

@@ -66,12 +66,13 @@ SIGNATURES = (
 class DiskFile:
     """The opened disk: `fd`, `disk_bytes` (whole MiB), `preallocated`, `direct`, `ours`.
 
-    `ours` tells that it may hold pages of this memory file already.
+    `found_bytes` is how long a file was, 0 for a device.  `ours` tells that it may hold pages of
+    this memory file already.
     """
 
     def __init__(self, path: str, fd: int, direct: bool) -> None:
         self.path, self.fd, self.direct = path, fd, direct
-        self.disk_bytes = 0
+        self.disk_bytes = self.found_bytes = 0
         self.preallocated = False
         self.ours = False
         self.is_new = False
@@ -169,8 +170,10 @@ def open_disk(path: str, disk_bytes: int | None, force: bool = False) -> DiskFil
         disk.disk_bytes = _size(path, disk.fd, disk_bytes, block_device)
         if not force:
             _refuse_signature(path, disk.fd)
-        if not block_device and os.fstat(disk.fd).st_size < disk.disk_bytes:
-            os.ftruncate(disk.fd, disk.disk_bytes)
+        if not block_device:
+            disk.found_bytes = os.fstat(disk.fd).st_size
+            if disk.found_bytes < disk.disk_bytes:
+                os.ftruncate(disk.fd, disk.disk_bytes)
     except BaseException:
         disk.abandon()
         raise

@@ -40,6 +40,7 @@ cdef void ring_discard(WriteRing *ring) noexcept nogil
 cdef Write *ring_idle(WriteRing *ring) noexcept nogil
 cdef void ring_send(WriteRing *ring, Write *w) noexcept nogil
 cdef void ring_wait(WriteRing *ring) noexcept nogil
+cdef uint64_t medium_bytes(int fd) noexcept nogil
 cdef int medium_error(int fd, uint64_t bytes) noexcept nogil
 cdef int medium_mend(int fd, uint64_t bytes, bint allocate) noexcept nogil
 cdef int punch(int fd, uint64_t offset, uint64_t length) noexcept nogil

@@ -109,6 +109,12 @@ cdef int medium_error(int fd, uint64_t bytes) noexcept nogil:
     return ENODATA if <uint64_t>about.st_size < bytes else 0
 
 
+cdef uint64_t medium_bytes(int fd) noexcept nogil:
+    """How long the file is; 0 when that cannot be told."""
+    cdef struct_stat about
+    return 0 if fstat(fd, &about) else <uint64_t>about.st_size
+
+
 cdef int medium_mend(int fd, uint64_t bytes, bint allocate) noexcept nogil:
     """Make a file that was cut short as long as it was; 0 or an errno.  What was cut off is gone."""
     if ftruncate(fd, <off_t>bytes) or allocate and fallocate(fd, 0, 0, <off_t>bytes):

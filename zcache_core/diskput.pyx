@@ -25,7 +25,7 @@ from zcache_core.counter_ids cimport (
     C_DISK_WRITE_ERRORS, C_DISK_WRITES, C_DISK_WRITING_SINCE_US, C_DISK_WRITTEN_BYTES, H_WRITEBACK,
 )
 from zcache_core.diskio cimport (
-    BLOCK_BYTES, WRITE_BYTES, WRITE_DONE, WRITE_IDLE, WRITES, Write, medium_error, medium_mend, ring_idle,
+    BLOCK_BYTES, WRITE_BYTES, WRITE_DONE, WRITE_IDLE, WRITES, Write, medium_bytes, medium_error, medium_mend, ring_idle,
     ring_send, ring_wait,
 )
 from zcache_core.diskobject cimport cipher_of, object_room, object_write
@@ -35,7 +35,7 @@ from zcache_core.native cimport zc_add32, zc_add64
 from zcache_core.pthread cimport lock_take, now_us, pthread_mutex_unlock
 from zcache_core.quota cimport quota_allows, quota_count
 from zcache_core.segments cimport (
-    SEGMENT_BYTES, segments_close, segments_died, segments_give_back, segments_open,
+    SEGMENT_BYTES, segments_close, segments_cut, segments_died, segments_give_back, segments_is_cut, segments_open,
 )
 from zcache_core.slots cimport observe_shared
 
@@ -102,6 +102,18 @@ cdef bint must_wait(Disk *d) noexcept nogil:
     return d.failing and now_us() < d.retry_at_us
 
 
+cdef void note_cut(Disk *d, uint64_t bytes) noexcept nogil:
+    """The file had only so many bytes: what lay behind is gone, also when it is long again."""
+    cdef uint32_t i
+    lock_take(&d.lock)
+    segments_cut(&d.segments, bytes)
+    for i in range(2):          # what is written from now on goes elsewhere
+        if d.log[i].segment and segments_is_cut(&d.segments, d.log[i].segment):
+            segments_close(&d.segments, d.log[i].segment)
+            d.log[i].segment = 0
+    pthread_mutex_unlock(&d.lock)
+
+
 cdef bint disk_takes(ColdTier *tier) noexcept nogil:
     cdef Disk *d = <Disk *>tier
     cdef int error
@@ -110,6 +122,8 @@ cdef bint disk_takes(ColdTier *tier) noexcept nogil:
     d.cells[C_DISK_WRITING_SINCE_US] = <uint64_t>now_us()      # a disk that hangs may do so here
     error = medium_error(d.fd, d.bytes)
     d.cells[C_DISK_WRITING_SINCE_US] = 0
+    if error == ENODATA:
+        note_cut(d, medium_bytes(d.fd))
     if error == ENODATA and d.failing == ENODATA and medium_mend(d.fd, d.bytes, d.preallocated) == 0:
         error = 0
     if error or d.failing == ENOENT or d.failing == ENODATA:

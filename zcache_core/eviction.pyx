@@ -2,6 +2,7 @@
 
     cold persistent frames -> gathered, whole -> put below -> flipped to ephemeral
     cold ephemeral frames  -> their entries flipped to the copies below -> free.  No I/O
+                              (a copy below that may be gone: in RAM alone again)
     the tier's emptiest containers -> read -> what still lives put anew -> entries told
 
 Whole frames leave, so that a frame is really freed.  A page that was overwritten or
@@ -19,11 +20,11 @@ from zcache_core.arena cimport FRAME_TAIL, FRAME_TAKEN, Frame
 from zcache_core.below cimport FRAMES_AT_ONCE, GATHER_BYTES, RESORT_PAGES, Tiers
 from zcache_core.cold cimport COLD_BATCH, ColdPage, cold_page
 from zcache_core.cooling cimport (
-    copy_for_below, copy_moved, drop_ram_copy, keep_in_ram, make_ephemeral, page_at, still_needed,
+    copy_for_below, copy_moved, drop_ram_copy, keep_in_ram, lower_now, make_ephemeral, page_at, still_needed,
 )
 from zcache_core.counter_ids cimport (
     C_EVICTED_EPH_PAGEFRAMES, C_FAILED_WRITEBACK_PAGES, C_KEPT_PAGES,
-    C_OUTSTANDING_WRITEBACK_PAGES, C_OVERTAKEN_WRITEBACK_PAGES, C_WRITTEN_BACK_PAGES,
+    C_OUTSTANDING_WRITEBACK_PAGES, C_OVERTAKEN_WRITEBACK_PAGES, C_RESCUED_PAGES, C_WRITTEN_BACK_PAGES,
 )
 from zcache_core.fullness cimport frames_ephemeral
 from zcache_core.index cimport entry_load
@@ -116,22 +117,35 @@ cdef uint32_t cool_batch(Tiers *t, uint64_t most_bytes) noexcept nogil:
 
 # ---- ephemeral pages leave RAM ------------------------------------------------------------
 
+cdef bint rescue(Tiers *t, uint32_t page, Entry e) noexcept nogil:
+    """A page whose copy below may be gone is in RAM alone from now on, to be copied down anew."""
+    cdef ColdPage copy = cold_page(page, version_of(e.version), 0, e.location)
+    copy.where = lower_now(t.core, &copy)
+    if copy.where == 0 or t.cold.holds(t.cold, copy.where) or not keep_in_ram(t.core, page, e, &copy.where):
+        return False
+    t.cold.drop(t.cold, &copy)
+    t.cells[C_RESCUED_PAGES] += 1
+    return True
+
+
 cdef uint32_t drop_frames(Tiers *t, uint32_t most) noexcept nogil:
     """Up to `most` ephemeral frames lose their pages, coldest first; how many.  No I/O.
 
-    The caller is inside a slot.
+    Or they are no ephemeral ones any more, because the copies below may be gone.  The caller is
+    inside a slot.
     """
     cdef uint32_t frames[FRAMES_AT_ONCE]
     cdef uint64_t where[MOST_OBJECTS]
     cdef uint32_t bytes[MOST_OBJECTS]
     cdef uint32_t objects, i, j, page, found
     cdef uint32_t dropped = 0
-    cdef bint one
+    cdef uint32_t kept = 0
+    cdef bint one, other
     cdef Entry e
     lock_take(&t.dropping)
     found = store_victims(t.core, frames, min(most, <uint32_t>FRAMES_AT_ONCE), True) if frames_ephemeral(t) else 0
     for i in range(found):
-        one = False
+        one = other = False
         objects = t.core.allocator.objects(t.core.allocator, frames[i], where, bytes, MOST_OBJECTS)
         for j in range(objects):
             page = page_at(t.core, where[j], bytes[j])
@@ -139,11 +153,15 @@ cdef uint32_t drop_frames(Tiers *t, uint32_t most) noexcept nogil:
                 continue
             e = entry_load(&t.core.index, page)
             if state_of(e.version) == ST_RAM_EPHEMERAL and where_of(e.location) == where[j]:
-                one |= drop_ram_copy(t.core, page, e)
+                if drop_ram_copy(t.core, page, e):
+                    one = True
+                else:
+                    other |= rescue(t, page, e)
         dropped += one
+        kept += other and not one
     t.cells[C_EVICTED_EPH_PAGEFRAMES] += dropped
     pthread_mutex_unlock(&t.dropping)
-    return dropped
+    return dropped + kept
 
 
 # ---- ephemeral pages give up their copy below ----------------------------------------------

@@ -39,6 +39,7 @@ ctypedef struct Faulty:
     uint32_t get_fail
     uint32_t put_delay_us
     uint32_t get_delay_us
+    uint32_t adopt_delay_us     # of each copy that a takeover finds
     uint32_t many_delay_us      # before what is fetched ahead, besides
     uint32_t spoil              # per mille of gets
     uint32_t lose               # per mille of pages put
@@ -156,12 +157,18 @@ cdef void faulty_drop(ColdTier *tier, const ColdPage *page) noexcept nogil:
 
 cdef bint faulty_adopt(ColdTier *tier, uint64_t where, uint32_t length_bytes) noexcept nogil:
     cdef ColdTier *below = (<Faulty *>tier).below
+    delay(<Faulty *>tier, &(<Faulty *>tier).adopt_delay_us)
     return below.adopt(below, where, length_bytes)
 
 
 cdef void faulty_adopted(ColdTier *tier) noexcept nogil:
     cdef ColdTier *below = (<Faulty *>tier).below
     below.adopted(below)
+
+
+cdef bint faulty_holds(ColdTier *tier, uint64_t where) noexcept nogil:
+    cdef ColdTier *below = (<Faulty *>tier).below
+    return below.holds(below, where)
 
 
 cdef bint faulty_takes(ColdTier *tier) noexcept nogil:
@@ -228,6 +235,7 @@ cdef class FaultyTier:
         f.face.drop = faulty_drop
         f.face.adopt = faulty_adopt
         f.face.adopted = faulty_adopted
+        f.face.holds = faulty_holds
         f.face.takes = faulty_takes
         f.face.has_room = faulty_has_room
         f.face.resort = faulty_resort
@@ -239,7 +247,7 @@ cdef class FaultyTier:
     def set(
         self, *, uint32_t put_fail=0, uint32_t put_errno=5, uint32_t get_fail=0, uint32_t get_errno=5,
         uint32_t put_delay_us=0, uint32_t get_delay_us=0, uint32_t spoil=0, uint32_t lose=0,
-        uint32_t many_delay_us=0,
+        uint32_t many_delay_us=0, uint32_t adopt_delay_us=0,
     ):
         """From now on these faults and no others; chances per mille, delays before each call.
 
@@ -253,6 +261,7 @@ cdef class FaultyTier:
         zc_store32(&f.put_delay_us, put_delay_us)
         zc_store32(&f.get_delay_us, get_delay_us)
         zc_store32(&f.many_delay_us, many_delay_us)
+        zc_store32(&f.adopt_delay_us, adopt_delay_us)
         zc_store32(&f.spoil, spoil)
         zc_store32(&f.lose, lose)
 

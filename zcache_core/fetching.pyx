@@ -126,7 +126,8 @@ cdef void count_failure(Tiers *t, Slot *slot, uint64_t page, Entry e, int error)
     cdef ColdPage copy
     if state_of(e.version) != ST_PEER:
         count(slot, C_DISK_READ_ERRORS if error == EIO else C_DISK_CORRUPT_PAGES, 1)
-    elif error == ENODATA and leave_for_lost(t.core, page, e):
+    elif error == ENODATA and zc_load32(&t.core.ready) and leave_for_lost(t.core, page, e):
+        # (not before a takeover has counted the copy that is dropped here: the next read does it)
         count(slot, C_LOST_PAGES, 1)
         copy = cold_page(page, version_of(e.version), where_of(e.location), e.location)
         t.cold.drop(t.cold, &copy)

@@ -97,7 +97,7 @@ ctypedef struct DeviceRow:      # 32 bytes
 ctypedef struct DonorRow:       # 32 bytes: whom a number in the addresses of PEER means
     uint8_t id[DONOR_ID_BYTES]  # all zeros: row unused
     uint64_t epoch              # of the donor's memory; with another one our pages are gone
-    uint64_t reserved
+    uint64_t seen_us            # CLOCK_MONOTONIC when it was last known to live; 0: it is gone, or nobody knows
 
 ctypedef struct DictionaryRow:  # 16 bytes
     uint32_t bytes              # of the dictionary; 0: row unused.  Written last

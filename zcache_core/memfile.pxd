@@ -22,6 +22,7 @@ cdef class MemoryFile:
     cdef BlobHeader *frame_headers
     cdef uint8_t *arena
 
+    cdef bint lower_of(self, uint64_t page, Entry e, uint64_t *lower) noexcept nogil
     cdef Superblock *_open_super(self) except NULL
     cdef object _attach(self, bint writable)
     cdef object _detach(self)

@@ -38,8 +38,9 @@ from libc.string cimport memcpy, memset
 from zcache_core.geometry cimport map_ahead, map_bytes
 from zcache_core.layout cimport (
     COUNTER_CELLS, COUNTER_SHARDS, DEVICE_NAME_BYTES, FORMAT_VERSION, KEY_BYTES, MAX_DEVICES,
-    NAME_BYTES, PAGE_BYTES, ST_DISK, ST_EMPTY, ST_LOST, ST_PEER, ST_RAM_EPHEMERAL, BlobHeader, Entry,
-    Keys, Superblock, is_backed, state_of, where_of,
+    HEADER_BYTES, NAME_BYTES, PAGE_BYTES, PAGE_SHIFT, ST_DISK, ST_EMPTY, ST_LOST, ST_PEER, ST_RAM_EPHEMERAL, BlobHeader,
+    Entry, Keys, Superblock, header_is_sound, header_lower, header_page, header_version, is_backed, length_of,
+    lower_state, state_of, version_of, where_of,
 )
 
 from zcache_core.counters import HISTOGRAM_CELL, STORED
@@ -392,18 +393,41 @@ cdef class MemoryFile:
             raise MemoryFileError("the memory file is closed; open it again")
         return self.super
 
-    def pages_below(self):
-        """(pages only on a lower tier, pages there and in RAM), by one look at the whole index."""
+    cdef bint lower_of(self, uint64_t page, Entry e, uint64_t *lower) noexcept nogil:
+        """Where an ephemeral page is below, by its blob's header; False: do not believe it."""
+        cdef uint64_t at = where_of(e.location)
+        cdef BlobHeader header
+        lower[0] = 0
+        if at >> PAGE_SHIFT >= self.super.pool_frames:
+            return False
+        if length_of(e.location) + HEADER_BYTES >= PAGE_BYTES:
+            header = self.frame_headers[at >> PAGE_SHIFT]
+        elif (at & (PAGE_BYTES - 1)) + HEADER_BYTES <= PAGE_BYTES:
+            header = (<BlobHeader *>(self.arena + at))[0]
+        else:
+            return False
+        lower[0] = header_lower(&header)
+        return (
+            header_is_sound(&header) and header_page(&header) == page
+            and header_version(&header) == version_of(e.version)
+        )
+
+    def pages_on_disk(self):
+        """(pages on a disk and not in RAM, pages there and in RAM), by one look at the whole index."""
         cdef uint64_t only = 0
         cdef uint64_t also = 0
-        cdef uint64_t page
-        cdef uint32_t state
+        cdef uint64_t page, lower
+        cdef Entry e
         cdef Superblock *s = self._open_super()
         with nogil:
             for page in range(s.device_pages):
-                state = state_of(self.index[page].version)
-                only += state == ST_DISK or state == ST_PEER
-                also += state == ST_RAM_EPHEMERAL
+                e = self.index[page]
+                if state_of(e.version) == ST_RAM_EPHEMERAL:
+                    if self.lower_of(page, e, &lower):
+                        also += lower_state(lower) == ST_DISK or is_backed(lower)
+                else:
+                    only += state_of(e.version) == ST_DISK
+                    only += state_of(e.version) == ST_PEER and is_backed(where_of(e.location))
         return only, also
 
     def pages_at_peers(self):

@@ -1,7 +1,8 @@
 """What is counted on at peers, what the node tells of it, and what it is told.
 
     note from the node  moved: the copies of a page are elsewhere -> its entry is told
-                        gone: of a page on the disk too -> that is its one copy for now
+                        gone: of a page on the disk too -> that is its one copy for now;
+                              of one in RAM too -> it is in RAM alone, and must not be dropped there
                         donor: who a number is -> the donor table
     drop                copies not needed any more -> the ring, to the node
 
@@ -16,16 +17,20 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
 from zcache_core.cold cimport ColdPage, cold_page
-from zcache_core.cooling cimport copy_moved, lower_now
-from zcache_core.counter_ids cimport C_BACKED_PAGES, C_PERS_PAGES_REMOTED, C_REMOTE_BYTES, C_REMOTE_MOVED_PAGES
-from zcache_core.crypt cimport SEAL_BYTES
-from zcache_core.layout cimport (
-    COPIES_MOST, DONOR_ID_BYTES, DONORS, DonorRow, backed_where, disk_part, donor_at, is_backed, length_of,
+from zcache_core.cooling cimport copy_moved, keep_in_ram, lower_now
+from zcache_core.counter_ids cimport (
+    C_BACKED_PAGES, C_PERS_PAGES_REMOTED, C_REMOTE_BYTES, C_REMOTE_MOVED_PAGES, C_RESCUED_PAGES,
 )
-from zcache_core.native cimport zc_acquire_fence, zc_add64, zc_load64, zc_store64
+from zcache_core.crypt cimport SEAL_BYTES
+from zcache_core.index cimport entry_load
+from zcache_core.layout cimport (
+    COPIES_MOST, DONOR_ID_BYTES, DONORS, DonorRow, Entry, backed_where, disk_part, donor_at, is_backed, length_of,
+    version_of,
+)
+from zcache_core.native cimport zc_acquire_fence, zc_add64, zc_load64, zc_store32, zc_store64
 from zcache_core.peerwhere cimport where_is_possible, where_without
 from zcache_core.pthread cimport lock_take, pthread_mutex_unlock
-from zcache_core.ring cimport DROPS, NOTE_DONOR, NOTE_GONE, NOTE_MOVED, NOTES, Drop, Note, RingHead
+from zcache_core.ring cimport DROPS, NOTE_DONOR, NOTE_GONE, NOTE_MOVED, NOTES, ROW_UNKNOWN, Drop, Note, RingHead
 
 cdef enum:
     NOTES_AT_ONCE = NOTES       # all that are there: a tick says that they are heard
@@ -118,10 +123,25 @@ cdef void hear_moved(Peers *p, const Note *note) noexcept nogil:
         tell_dropped(p, &old, where_without(where_without(new, note.old), lower_now(p.core, &old)))
 
 
+cdef void hear_gone_from_all(Peers *p, const Note *note, ColdPage *old) noexcept nogil:
+    """No donor has it any more: a page that is in RAM too is in RAM alone from now on."""
+    cdef Entry e = entry_load(&p.core.index, note.page)
+    if version_of(e.version) != note.version or lower_now(p.core, old) != note.old:
+        return                  # it is elsewhere by now
+    if keep_in_ram(p.core, note.page, e, &old.where):
+        p.core.lower.drop(p.core.lower.tiers, old)
+        zc_add64(&p.cells[C_RESCUED_PAGES], 1)
+
+
 cdef void hear_gone(Peers *p, const Note *note) noexcept nogil:
     """The donor's copy is not to be counted on: the page is on the disk alone, until it has another."""
     cdef ColdPage old = cold_page(note.page, note.version, note.old, note.length_codec)
-    if p.core == NULL or not is_backed(note.old) or not beside_disk(p, note, &old):
+    if p.core == NULL or note.page >= p.core.index.pages:
+        return
+    if not is_backed(note.old):
+        hear_gone_from_all(p, note, &old)
+        return
+    if not beside_disk(p, note, &old):
         return
     if copy_moved(p.core, &old, disk_part(old.where)):
         count_page(p, old.where, length_of(note.length_codec), -1)
@@ -133,6 +153,8 @@ cdef void hear_donor(Peers *p, const Note *note) noexcept nogil:
     cdef DonorRow *row
     if note.page < DONORS and zc_load64(&p.ring.head.copies[note.page]) == 0:
         row = &p.super.donors[note.page]
+        zc_store64(&row.seen_us, 0)
+        zc_store32(&p.ring.head.row_state[note.page], ROW_UNKNOWN)
         row.epoch = note.new
         memcpy(row.id, note.id, DONOR_ID_BYTES)
 

@@ -38,7 +38,7 @@ from zcache_core.counter_ids cimport (
     C_REMOTE_ROOM_BYTES, C_REMOTE_SHORT_PAGES, H_REMOTE_GET, H_REMOTE_PUT,
 )
 from zcache_core.crypt cimport FOR_PEER, SEAL_BYTES, Associated, crypt_open, crypt_seal
-from zcache_core.layout cimport COPIES_MOST, ST_PEER, Superblock, donor_at, length_of, lower_state
+from zcache_core.layout cimport COPIES_MOST, DONORS, ST_PEER, Superblock, donor_at, length_of, lower_state
 from zcache_core.native cimport (
     zc_acquire_fence, zc_add64, zc_cas32, zc_load32, zc_load64, zc_release_fence, zc_store32, zc_store64,
 )
@@ -46,7 +46,8 @@ from zcache_core.peernotes cimport count_page, hear_notes, tell_dropped
 from zcache_core.peerwhere cimport where_is_possible
 from zcache_core.pthread cimport lock_init, now_us, sched_yield
 from zcache_core.ring cimport (
-    PUT_ROOM, RING_ANSWERED, RING_ASKED, RING_CELLS, RING_FILLING, RING_MAGIC, RING_STATE, RING_VERSION, GetCell, PutRow, Ring,
+    PUT_ROOM, RING_ANSWERED, RING_ASKED, RING_CELLS, RING_FILLING, RING_MAGIC, RING_STATE, RING_VERSION,
+    ROW_GONE, ROW_LIVE, ROW_UNKNOWN, GetCell, PutRow, Ring,
     RingHead, zc_futex_wait, zc_is_locked, zc_kick, zc_memory_fd,
 )
 from zcache_core.slots cimport observe_shared
@@ -68,6 +69,9 @@ cdef enum:
     CELL_BUSY = 1
     CELL_LEFT = 2               # its asker has gone, an answer was still being written
     STEP_US = 10000             # how soon a put notices that the node died
+    # Nobody says of a donor whether it lives (a node or server has just begun): it is believed to,
+    # for as long as a get waits for that
+    TRUST_US = GET_BOUND_US
     BEAT_LATE_US = 1000000      # a node that did not show itself for so long takes nothing new
     CIPHER_AT = 7               # of a seal: the highest byte of its counter, which none reaches
 
@@ -350,6 +354,8 @@ cdef void peers_tick(ColdTier *tier) noexcept nogil:
     cdef RingHead *head = &p.ring.head
     cdef bint lives = node_lives(p)
     hear_notes(p)
+    if lives:
+        see_rows(p)
     p.cells[C_LIVE_PEERS] = zc_load64(&head.live_peers) if lives else 0
     p.cells[C_REMOTE_ROOM_BYTES] = 0
     if lives:
@@ -368,6 +374,40 @@ cdef bint peers_adopt(ColdTier *tier, uint64_t where, uint32_t length_bytes) noe
         return False
     count_page(p, where, length_bytes, 1)
     return True
+
+
+cdef bint is_there(Peers *p, uint32_t row) noexcept nogil:
+    """Whether a donor lives and has what it had: as the node says, or said a short while ago."""
+    cdef RingHead *head = &p.ring.head
+    cdef uint32_t state = zc_load32(&head.row_state[row])
+    cdef int64_t now = now_us()
+    if state == ROW_LIVE and now - <int64_t>zc_load64(<uint64_t *>&head.beat_us) < BEAT_LATE_US:
+        return True
+    return state != ROW_GONE and now - <int64_t>zc_load64(&p.super.donors[row].seen_us) < TRUST_US
+
+
+cdef bint peers_holds(ColdTier *tier, uint64_t where) noexcept nogil:
+    """Whether one donor of it is there: while the others are not, their copies are being renewed."""
+    cdef Peers *p = <Peers *>tier
+    cdef uint32_t i, donor
+    for i in range(COPIES_MOST):
+        donor = donor_at(where, i)
+        if donor and donor <= DONORS and is_there(p, donor - 1):
+            return True
+    return False
+
+
+cdef void see_rows(Peers *p) noexcept nogil:
+    """Who lives, noted where the next node, or the next server, finds it."""
+    cdef RingHead *head = &p.ring.head
+    cdef int64_t now = now_us()
+    cdef uint32_t row, state
+    if now - <int64_t>zc_load64(<uint64_t *>&head.beat_us) >= BEAT_LATE_US:
+        return
+    for row in range(DONORS):
+        state = zc_load32(&head.row_state[row])
+        if state != ROW_UNKNOWN:
+            zc_store64(&p.super.donors[row].seen_us, <uint64_t>now if state == ROW_LIVE else 0)
 
 
 cdef void peers_adopted(ColdTier *tier) noexcept nogil:
@@ -424,6 +464,7 @@ cdef bint peers_make(Peers *p, Superblock *super, uint32_t device, uint64_t *cel
     p.face.drop = peers_drop
     p.face.adopt = peers_adopt
     p.face.adopted = peers_adopted
+    p.face.holds = peers_holds
     p.face.takes = peers_takes
     p.face.has_room = peers_has_room
     p.face.resort = peers_resort

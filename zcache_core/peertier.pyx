@@ -1,7 +1,7 @@
 """The peer tier as Python makes it: one memory file's donors, and the ring for its node process."""
 
 from cpython.pycapsule cimport PyCapsule_New
-from libc.stdint cimport int64_t, uint32_t
+from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from zcache_core.cold cimport COLD_CAPSULE
 from zcache_core.crypt cimport Sealer
@@ -46,6 +46,10 @@ cdef class PeerTier:
     def set_bounds(self, int64_t get_us, int64_t put_us):
         """Other bounds of the waits, for tests."""
         self.peers.get_bound_us, self.peers.put_bound_us = get_us, put_us
+
+    def holds(self, uint64_t where):
+        """Whether the copies at this address may be counted on now."""
+        return bool(self.peers.face.holds(&self.peers.face, where))
 
     def donors(self):
         """[(id, epoch, copies that the index counts on)] by row; id None: unused."""

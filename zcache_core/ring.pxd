@@ -36,7 +36,7 @@ from zcache_core.native cimport zc_cas32, zc_release_fence
 
 cdef enum:
     RING_MAGIC = 0x5A435252
-    RING_VERSION = 3
+    RING_VERSION = 4
     RING_CELLS = 96             # every request slot, and two batches of those read ahead
     SEALED_MOST = PAGE_BYTES + SEAL_BYTES
     PUT_ROOM = (1 << 21) + COLD_BATCH * SEAL_BYTES     # as much as leaves RAM at once, sealed
@@ -51,9 +51,14 @@ cdef enum RingState:
     RING_FILLING = 4
     RING_STATE = 0xF            # the rest of a word is the turn
 
+cdef enum RowState:             # of a donor, as the node knows it
+    ROW_UNKNOWN = 0             # not met since the node began
+    ROW_LIVE = 1
+    ROW_GONE = 2                # away, empty, or not to be believed
+
 cdef enum NoteKind:
     NOTE_MOVED = 1              # the copies at `old` are at `new` from now on
-    NOTE_GONE = 3               # of a page with a copy on the disk: the one at `old`'s donor is not to be counted on
+    NOTE_GONE = 3               # no copy at the donors of `old` is to be counted on: the page is in RAM or on the disk too
     NOTE_DONOR = 2              # row `page` of the donor table is the donor `id` of epoch `new`
 
 ctypedef struct GetCell:
@@ -118,6 +123,7 @@ ctypedef struct RingHead:
     uint64_t short_pages        # with fewer copies than there should be
     uint64_t wrong_copies       # found by the node
     uint64_t hedged_gets
+    uint32_t row_state[DONORS]  # atomics: RowState of each
 
 ctypedef struct Ring:
     RingHead head

@@ -16,12 +16,10 @@ from posix.fcntl cimport O_RDWR, open
 from posix.mman cimport MAP_FAILED, MAP_SHARED, PROT_READ, PROT_WRITE, mmap, munmap
 from posix.unistd cimport close
 
-from zcache_core.allocator cimport object_bytes
 from zcache_core.cold cimport COLD_BATCH
 from zcache_core.crypt cimport SEAL_BYTES
 from zcache_core.layout cimport (
-    COPIES_MOST, DONOR_BITS, DONOR_ID_BYTES, DONORS, HEADER_BYTES, PAGE_BYTES, PAGE_SHIFT, ST_PEER, ST_RAM_EPHEMERAL,
-    BlobHeader, Entry, donor_at, entry_is_sound, header_is_sound, header_lower, header_page, header_version,
+    COPIES_MOST, DONOR_BITS, DONOR_ID_BYTES, DONORS, ST_PEER, ST_RAM_EPHEMERAL, Entry, donor_at, entry_is_sound,
     is_backed as where_is_backed, length_of, lower_state, state_of, version_of, where_of,
 )
 from zcache_core.memfile cimport MemoryFile
@@ -31,7 +29,7 @@ from zcache_core.native cimport (
 from zcache_core.pthread cimport now_us
 from zcache_core.ring cimport (
     DROPS, NOTE_DONOR, NOTE_GONE, NOTE_MOVED, NOTES, PUT_ROOM, RING_ANSWERED, RING_ASKED, RING_CELLS, RING_FILLING, RING_MAGIC,
-    RING_STATE, RING_TAKEN, RING_VERSION, SEALED_MOST, Drop, GetCell, Note, PutRow, Ring, cell_answer, cell_begin, cell_end, zc_is_locked, zc_lock_it,
+    RING_STATE, RING_TAKEN, RING_VERSION, ROW_GONE, ROW_LIVE, ROW_UNKNOWN, SEALED_MOST, Drop, GetCell, Note, PutRow, Ring, cell_answer, cell_begin, cell_end, zc_is_locked, zc_lock_it,
     zc_futex_wake,
 )
 
@@ -122,6 +120,8 @@ cdef class RingSide:
         self.ring.head.room_bytes = 0
         self.ring.head.room_one_bytes = 0
         self.ring.head.attached += 1
+        for i in range(DONORS):     # whom it knew to live, we have not met yet
+            zc_cas32(&self.ring.head.row_state[i], ROW_LIVE, ROW_UNKNOWN)
         for i in range(RING_CELLS):
             word = zc_load32(&self.ring.cell[i].word)
             if word & RING_STATE == RING_TAKEN or word & RING_STATE == RING_FILLING:
@@ -276,7 +276,7 @@ cdef class RingSide:
         return True
 
     def gone(self, uint32_t page, uint64_t version, uint32_t length_codec, uint64_t old):
-        """Of a page with a copy on the disk: that at the donor of `old` counts no more.  False: no room."""
+        """Of a page in RAM or on the disk too: no copy at the donors of `old` counts any more.  False: no room."""
         cdef Note *note = self._note()
         if note == NULL:
             return False
@@ -321,6 +321,11 @@ cdef class RingSide:
         self.ring.head.hedged_gets = hedged_gets
         zc_store32(&self.ring.head.ready, ready)
 
+    def tell_row(self, uint32_t row, bint live):
+        """Whether the donor of that row answers, with the pages that we count on."""
+        assert row < DONORS
+        zc_store32(&self.ring.head.row_state[row], ROW_LIVE if live else ROW_GONE)
+
     @property
     def disk_fails(self):
         """Whether the copies on the disk beside are not to be trusted now."""
@@ -356,8 +361,6 @@ def donors(MemoryFile memory not None):
 cdef bint copy_of(MemoryFile memory, uint64_t page, uint64_t *version, uint64_t *where, uint32_t *length_codec) noexcept nogil:
     """Whether the page has copies on peers, and which."""
     cdef Entry e = memory.index[page]
-    cdef BlobHeader header
-    cdef uint64_t at
     if not entry_is_sound(e.location, e.version):
         return False            # torn, most likely: looked at again the next time
     version[0] = version_of(e.version)
@@ -367,20 +370,7 @@ cdef bint copy_of(MemoryFile memory, uint64_t page, uint64_t *version, uint64_t 
         return True
     if state_of(e.version) != ST_RAM_EPHEMERAL:
         return False
-    at = where_of(e.location)
-    if at >> PAGE_SHIFT >= memory.super.pool_frames:
-        return False
-    if object_bytes(length_of(e.location)) >= PAGE_BYTES:
-        header = memory.frame_headers[at >> PAGE_SHIFT]
-    elif (at & (PAGE_BYTES - 1)) + HEADER_BYTES <= PAGE_BYTES:
-        header = (<BlobHeader *>(memory.arena + at))[0]
-    else:
-        return False
-    where[0] = header_lower(&header)
-    return (
-        header_is_sound(&header) and header_page(&header) == page and header_version(&header) == version[0]
-        and lower_state(where[0]) == ST_PEER
-    )
+    return memory.lower_of(page, e, where) and lower_state(where[0]) == ST_PEER
 
 
 def pages_on_peers(MemoryFile memory not None, uint64_t first, uint64_t n, uint32_t most):
@@ -400,6 +390,14 @@ def pages_on_peers(MemoryFile memory not None, uint64_t first, uint64_t n, uint3
             found.append((page, version, where, length_codec))
         page += 1
     return found, page
+
+
+def is_in_ram_too(MemoryFile memory not None, uint64_t page, uint64_t wanted):
+    """Whether that version of a page is below, and has its RAM copy still."""
+    if page >= memory.super.device_pages:
+        return False
+    cdef Entry e = memory.index[page]
+    return version_of(e.version) == wanted and state_of(e.version) == ST_RAM_EPHEMERAL
 
 
 def is_counted_on(MemoryFile memory not None, uint64_t page, uint64_t wanted, uint32_t row):

@@ -19,8 +19,8 @@ of the writes (2.1 with age^0.2); under uniform writes, where age says nothing, 
 One look at all segments chooses VICTIMS of them, so that a large disk is not looked through for
 each.  Free segments have a bitmap.
 
-Bound: 12 bytes and a bit for each segment.
-Lock: all but live_bytes, died and emptied is guarded by the disk's lock, held by the caller.
+Bound: 12 bytes and two bits for each segment.
+Lock: all but live_bytes, died, emptied and reading cut_bits is guarded by the disk's lock, held by the caller.
 """
 
 from libc.math cimport powf
@@ -28,7 +28,7 @@ from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
-from zcache_core.native cimport zc_add32, zc_ctz64, zc_load32, zc_store32
+from zcache_core.native cimport zc_add32, zc_ctz64, zc_load32, zc_load64, zc_store32, zc_store64
 
 cdef enum:
     # Segments with more life than this are not worth reading.  No less than 98: a promised
@@ -44,7 +44,8 @@ cdef int segments_make(Segments *s, uint64_t disk_bytes) noexcept nogil:
     s.count = <uint32_t>(disk_bytes // SEGMENT_BYTES)
     s.at = <Segment *>calloc(s.count, sizeof(Segment))
     s.free_bits = <uint64_t *>calloc(s.count // 64 + 1, 8)
-    if s.at == NULL or s.free_bits == NULL:
+    s.cut_bits = <uint64_t *>calloc(s.count // 64 + 1, 8)
+    if s.at == NULL or s.free_bits == NULL or s.cut_bits == NULL:
         return -1
     for i in range(1, s.count):
         s.free_bits[i // 64] |= <uint64_t>1 << (i % 64)
@@ -56,6 +57,8 @@ cdef int segments_make(Segments *s, uint64_t disk_bytes) noexcept nogil:
 cdef void segments_discard(Segments *s) noexcept nogil:
     free(s.at)
     free(s.free_bits)
+    free(s.cut_bits)
+    s.cut_bits = NULL
     s.at = NULL
     s.free_bits = NULL
 
@@ -103,6 +106,7 @@ cdef uint32_t segments_open(Segments *s, uint32_t wanted, uint32_t keep_free) no
     if number == 0:
         return 0
     segments_take(s, number)
+    zc_store64(&s.cut_bits[number // 64], s.cut_bits[number // 64] & ~(<uint64_t>1 << (number % 64)))
     s.clock += 1
     s.at[number].state = SEG_OPEN
     zc_store32(&s.at[number].died, s.clock)
@@ -114,6 +118,18 @@ cdef void segments_close(Segments *s, uint32_t number) noexcept nogil:
     s.at[number].state = SEG_FULL
     if zc_load32(&s.at[number].live_bytes) == 0:
         zc_add32(&s.emptied, 1)
+
+
+cdef void segments_cut(Segments *s, uint64_t bytes) noexcept nogil:
+    """Only so many bytes of the disk are left: what is in the segments behind is gone."""
+    cdef uint32_t number
+    for number in range(<uint32_t>min(<uint64_t>s.count, bytes // SEGMENT_BYTES), s.count):
+        zc_store64(&s.cut_bits[number // 64], s.cut_bits[number // 64] | <uint64_t>1 << (number % 64))
+
+
+cdef bint segments_is_cut(Segments *s, uint32_t number) noexcept nogil:
+    """Whether anything in it may have been cut off since it was opened.  Any thread, no lock."""
+    return zc_load64(&s.cut_bits[number // 64]) >> (number % 64) & 1
 
 
 cdef void segments_died(Segments *s, uint32_t number, uint32_t bytes) noexcept nogil:

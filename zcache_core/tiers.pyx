@@ -24,7 +24,7 @@ from zcache_core.cold cimport COLD_BATCH, COLD_CAPSULE, ColdPage, ColdTier
 from zcache_core.cooler cimport cooling_thread, tiers_wait_room
 from zcache_core.counter_ids cimport C_PRIVATE_TABLE_BYTES
 from zcache_core.crypt cimport Crypt, Sealer
-from zcache_core.disk cimport disk_discard, disk_make, disk_memory_bytes
+from zcache_core.disk cimport disk_cut, disk_discard, disk_make, disk_memory_bytes
 from zcache_core.diskrun cimport disk_get_many
 from zcache_core.diskstate cimport DISK_BYTES_LEAST
 from zcache_core.fetching cimport ghost_cells, tiers_fetch, tiers_mend
@@ -57,6 +57,11 @@ cdef bint tiers_adopt(void *tiers, uint64_t where, uint32_t length_bytes) noexce
     return t.cold.adopt(t.cold, where, length_bytes)
 
 
+cdef bint tiers_holds(void *tiers, uint64_t where) noexcept nogil:
+    cdef Tiers *t = <Tiers *>tiers
+    return t.cold.holds(t.cold, where)
+
+
 cdef void tiers_adopted(void *tiers) noexcept nogil:
     cdef Tiers *t = <Tiers *>tiers
     t.cold.adopted(t.cold)
@@ -71,13 +76,15 @@ cdef class Cooling:
     `peers` is the tier of those.  `fd` (-1: no disk) is an open file or block device of which `disk_bytes` are ours; `preallocated`
     says that its room was promised, `encrypt` that pages are encrypted on it (what is
     there already is read either way), `writeback_limit` how many bytes a day may be written
-    (0: as many as need be).  `backup`: a page that leaves has a copy at one peer and one on the disk.
+    (0: as many as need be).  `found_bytes`: a file that was there was only so long (0: long enough); what
+    pages have behind that is gone.  `backup`: a page that leaves has a copy at one peer and one on the disk.
     Raises ConfigError, MemoryFileError.
     """
 
     def __cinit__(
         self, Store store not None, int fd=-1, uint64_t disk_bytes=0, preallocated=False, int high=90, int low=80,
         bint encrypt=False, uint64_t writeback_limit=0, PeerTier peers=None, bint backup=False,
+        uint64_t found_bytes=0,
     ):
         cdef uint64_t io_bytes
         cdef Tiers *t = &self.tiers
@@ -116,6 +123,8 @@ cdef class Cooling:
             if self.disk == NULL:
                 raise MemoryFileError("no memory for the disk's tables; choose a smaller pool")
             self.disk.get_many = disk_get_many
+            if 0 < found_bytes < disk_bytes:
+                disk_cut(self.disk, found_bytes)
         t.cold = self._with_peers(backup)
         t.orders.cells = store.memory.counters + (SLOTS + 4) * COUNTER_CELLS
         orders_tell(&t.orders)
@@ -147,6 +156,7 @@ cdef class Cooling:
         store.core.lower.drop = tiers_drop
         store.core.lower.adopt = tiers_adopt
         store.core.lower.adopted = tiers_adopted
+        store.core.lower.holds = tiers_holds
         store.core.lower.wait_room = tiers_wait_room
         store.core.lower.peers = peers is not None
         store.core.lower.disk = self.disk != NULL

@@ -39,6 +39,7 @@ from cluster.seats import Copy, donor_id
 from zcache_core.ringside import rows_of_where, where_of_rows
 
 ROWS = 96
+GONE = 0  # no address: in a note, that no copy counts any more
 
 
 def bytes_of(page: int, version: int, length_codec: int) -> bytes:
@@ -229,6 +230,9 @@ class Owner:
         self.next_version = 1
         self.overflow: Overflow | None = None
         self.dropped: list[Copy] = []
+        self.keeps_ram = False  # what has left keeps its RAM copy, until `drop_ram`
+        self.ram: set[int] = set()  # pages that are below, and in RAM too
+        self.rescued = 0
         self.is_cooling = False  # a batch is on its way, or answered and not yet in the index
 
     # ---- the Ledger -------------------------------------------------------------------
@@ -250,7 +254,12 @@ class Owner:
         return True
 
     def gone(self, copy: Copy) -> bool:
-        raise AssertionError("no page of this owner is on a disk")
+        assert self.in_ram(copy), "no page of this owner is on a disk"
+        return self.moved(copy, GONE)
+
+    def in_ram(self, copy: Copy) -> bool:
+        entry = self.index.get(copy[0])
+        return entry is not None and entry[0] == copy[1] and copy[0] in self.ram
 
     def pages(self, first: int, n: int, most: int) -> tuple[list[Copy], int]:
         found: list[Copy] = []
@@ -284,6 +293,7 @@ class Owner:
     def leave(self, page: int) -> None:
         """The page's content is another from now on: what is below is dropped."""
         entry = self.index.pop(page, None)
+        self.ram.discard(page)
         if entry is not None and entry[1] is not None:
             self.count(entry[1], -1)
             self.dropped.append((page, entry[0], entry[1], entry[2]))
@@ -293,7 +303,10 @@ class Owner:
         notes, self.notes = self.notes, []
         for (page, version, old, length_codec), new in notes:
             entry = self.index.get(page)
-            if entry is not None and entry[0] == version and entry[1] == old:
+            if new == GONE:
+                if entry is not None and entry[:2] == (version, old):
+                    self.rescue(page)
+            elif entry is not None and entry[0] == version and entry[1] == old:
                 self.index[page] = version, new, length_codec
                 self.count(old, -1)
                 self.count(new, 1)
@@ -315,6 +328,29 @@ class Owner:
         rows = [row for row in rows_of_where(where) if row not in but]
         if rows:
             self.dropped.append((page, version, where_of_rows(rows), length_codec))
+
+    def rescue(self, page: int) -> None:
+        """No copy below is to be counted on: in RAM alone from now on, if it is there still."""
+        version, where, length_codec = self.index[page]
+        assert where is not None
+        if page in self.ram:
+            self.ram.discard(page)
+            self.index[page] = version, None, length_codec
+            self.count(where, -1)
+            self.dropped.append((page, version, where, length_codec))
+            self.rescued += 1
+
+    def drop_ram(self, page: int) -> bool:
+        """Room is needed: the RAM copy goes, if a donor that lives has the page."""
+        assert self.overflow is not None
+        where = self.index[page][1]
+        assert where is not None
+        met = self.overflow.rows_met()
+        if any(met.get(row) for row in rows_of_where(where)):
+            self.ram.discard(page)
+            return True
+        self.rescue(page)
+        return False
 
     def tell(self) -> None:
         """The ring of drops is emptied by the node."""
@@ -344,6 +380,8 @@ class Owner:
                 self.index[page] = version, new, length_codec
                 self.count(new, 1)
                 left += 1
+                if self.keeps_ram:
+                    self.ram.add(page)
             else:
                 self.dropped.append((page, version, new, length_codec))
         return left
