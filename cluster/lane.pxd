@@ -2,6 +2,7 @@
 
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
+from cluster.tls cimport Tls
 from zcache_core.pthread cimport pthread_cond_t, pthread_mutex_t, pthread_t
 
 cdef enum:
@@ -39,6 +40,7 @@ ctypedef struct Lane:
     uint8_t *out                # bytes that could not be sent yet
     uint64_t out_bytes
     uint64_t out_room
+    Tls tls                     # ssl NULL: plain.  Its wire belongs to who sends
 
 cdef bint lane_send(Lane *lane, Piece *pieces, uint32_t n) noexcept nogil
 cdef bint lane_send_or_keep(Lane *lane, const uint8_t *bytes, uint64_t n) noexcept nogil

@@ -1,8 +1,8 @@
 """A connection between two nodes with a compiled thread of its own, and Python for what is rare.
 
-    socket --> thread --whole frames of ours--> handler --> answer --> socket
-                  |
-                  '--anything else, as it came--> [handed over] --> session (Python) --> answer
+    socket -(TLS)-> thread --whole frames of ours--> handler --> answer -(TLS)-> socket
+                      |
+                      '--anything else, as it came--> [handed over] --> session (Python) --> answer
 
 The thread reads, and asks its handler about the bytes in front: a frame that the handler knows is
 dealt with at once, without the GIL.  All others are Python's: the bytes are handed over, the thread
@@ -13,15 +13,18 @@ for rules and errors (cluster/session, wire).
 Whatever is sent goes out in whole frames: one sender at a time, what Python writes while the
 thread sends is sent next.  Python never waits: what the socket does not take is kept (`out`).
 
+With TLS (`tls`) the thread shakes hands first, and then hands over nothing: that is how Python hears
+that the peer is let in.  Who sends makes records of what it sends, and what is kept is not one yet.
+
 Bound: a connection has one thread, ROOM_BYTES for what came (touched as far as frames are long),
 and what Python left to be sent; the session's high-water mark bounds that (`laneport`).  The
 thread waits for the socket and for Python; both end with `stop`, and whoever watches (Channel)
 stops what is overdue: `heard_us`, `partial_us`, `stuck_us` say since when.
-Lock: `lock`, a leaf, never held while anything is sent by the thread, nor by Python but for a send
-that does not wait.
+Lock: `lock`, then that of `tls`; never held while anything is sent by the thread, nor by Python but for
+a send that does not wait.
 """
 
-from libc.errno cimport EAGAIN, EINTR, errno
+from libc.errno cimport EAGAIN, EINTR, EPROTO, errno
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, realloc
 from libc.string cimport memcpy, memmove, memset
@@ -29,6 +32,9 @@ from posix.mman cimport MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, PROT_READ, PROT_
 from posix.unistd cimport close
 
 from cluster.frames cimport FRAME_MOST
+from cluster.tls cimport (
+    TLS_BAD, TLS_DONE, TLS_IN_BYTES, TLS_RECORD, TlsRules, name_in, tls_discard, tls_make, tls_open, tls_seal, tls_shake,
+)
 from zcache_core.native cimport zc_load32, zc_load64, zc_store32, zc_store64
 from zcache_core.pthread cimport (
     cond_init, lock_init, lock_take, now_us, pthread_cond_broadcast, pthread_cond_wait, pthread_join,
@@ -71,7 +77,7 @@ cdef enum:
 
 # ---- sending -------------------------------------------------------------------------
 
-cdef bint send_all(Lane *lane, Piece *pieces, uint32_t n) noexcept nogil:
+cdef bint send_bytes(Lane *lane, Piece *pieces, uint32_t n) noexcept nogil:
     """By the one that sends, waiting for the peer; False when the connection is over."""
     cdef iovec parts[PIECES_MOST]
     cdef msghdr message
@@ -112,12 +118,99 @@ cdef bint send_all(Lane *lane, Piece *pieces, uint32_t n) noexcept nogil:
     return good
 
 
+cdef bint send_wire(Lane *lane) noexcept nogil:
+    """All records that wait."""
+    cdef Piece records
+    records.at = lane.tls.wire + lane.tls.wire_begin
+    records.bytes = lane.tls.wire_end - lane.tls.wire_begin
+    lane.tls.wire_begin = lane.tls.wire_end = 0
+    return records.bytes == 0 or send_bytes(lane, &records, 1)
+
+
+cdef uint32_t gather(Piece *pieces, uint32_t n, uint8_t *room, Piece *first) noexcept nogil:
+    """`first`: the bytes of one record, from the pieces; how many pieces those are part of."""
+    cdef uint64_t bytes = 0
+    cdef uint64_t taken
+    cdef uint32_t i
+    if n == 1 or pieces[0].bytes >= TLS_RECORD:
+        first[0] = pieces[0]
+        return 1
+    for i in range(n):
+        taken = min(pieces[i].bytes, <uint64_t>TLS_RECORD - bytes)
+        memcpy(room + bytes, pieces[i].at, taken)
+        bytes += taken
+    first.at, first.bytes = room, bytes
+    return n
+
+
+cdef bint send_sealed(Lane *lane, Piece *pieces, uint32_t n) noexcept nogil:
+    """As send_bytes, in records; a small head and what follows are one."""
+    cdef uint8_t room[TLS_RECORD]
+    cdef Piece first
+    cdef uint32_t of
+    cdef uint64_t taken
+    cdef int64_t done
+    while n:
+        of = gather(pieces, n, room, &first)
+        done = tls_seal(&lane.tls, first.at, first.bytes) if first.bytes else 0
+        if done < 0:
+            return False
+        if done == 0 and first.bytes and not send_wire(lane):
+            return False
+        while n and <uint64_t>done >= pieces[0].bytes:
+            done -= <int64_t>pieces[0].bytes
+            pieces += 1
+            n -= 1
+        if n:
+            pieces[0].at += done
+            pieces[0].bytes -= <uint64_t>done
+    return send_wire(lane)
+
+
+cdef bint send_all(Lane *lane, Piece *pieces, uint32_t n) noexcept nogil:
+    """By the one that sends, waiting for the peer; False when the connection is over."""
+    return send_bytes(lane, pieces, n) if lane.tls.ssl == NULL else send_sealed(lane, pieces, n)
+
+
+cdef int64_t send_now(Lane *lane, const uint8_t *bytes, uint64_t n) noexcept nogil:
+    """Lock held, nobody else sends: how many of these bytes are done with, without waiting; -1: it is over."""
+    cdef uint64_t done = 0
+    cdef int64_t more
+    cdef ssize_t sent
+    if lane.tls.ssl == NULL:
+        sent = send(lane.fd, bytes, n, MSG_DONTWAIT | MSG_NOSIGNAL)
+        return sent if sent >= 0 else 0 if errno == EAGAIN or errno == EINTR else -1
+    while True:
+        more = 1
+        while done < n and more > 0:
+            more = tls_seal(&lane.tls, bytes + done, n - done)
+            done += <uint64_t>max(0, more)
+        if more < 0:
+            return -1
+        sent = 0
+        if lane.tls.wire_begin < lane.tls.wire_end:
+            sent = send(
+                lane.fd, lane.tls.wire + lane.tls.wire_begin, lane.tls.wire_end - lane.tls.wire_begin,
+                MSG_DONTWAIT | MSG_NOSIGNAL,
+            )
+            if sent < 0:
+                return <int64_t>done if errno == EAGAIN or errno == EINTR else -1
+            lane.tls.wire_begin += <uint64_t>sent
+        if lane.tls.wire_begin < lane.tls.wire_end or done == n:
+            return <int64_t>done
+
+
+cdef inline uint64_t unsent(const Lane *lane) noexcept nogil:
+    """Lock held."""
+    return lane.out_bytes + (lane.tls.wire_end - lane.tls.wire_begin)
+
+
 cdef bint send_kept(Lane *lane) noexcept nogil:
     """What was kept, lock held before and after; dropped meanwhile."""
     cdef Piece piece
     cdef uint8_t *kept
     cdef bint good = True
-    while good and lane.out_bytes:
+    while good and unsent(lane):
         kept, piece.at, piece.bytes = lane.out, lane.out, lane.out_bytes
         lane.out, lane.out_bytes, lane.out_room = NULL, 0, 0
         pthread_mutex_unlock(&lane.lock)
@@ -159,37 +252,35 @@ cdef bint keep(Lane *lane, const uint8_t *bytes, uint64_t n) noexcept nogil:
 
 cdef bint lane_send_or_keep(Lane *lane, const uint8_t *bytes, uint64_t n) noexcept nogil:
     """By anybody but the thread: never waits.  False: the connection is of no use."""
-    cdef ssize_t sent = 0
+    cdef int64_t sent = 0
     cdef bint good = True
     lock_take(&lane.lock)
-    if not lane.sending and not lane.handed and lane.out_bytes == 0:
-        sent = send(lane.fd, bytes, n, MSG_DONTWAIT | MSG_NOSIGNAL)
-        if sent < 0:
-            good = errno == EAGAIN or errno == EINTR
-            sent = 0
+    if not lane.sending and not lane.handed and unsent(lane) == 0:
+        sent = send_now(lane, bytes, n)
+        good = sent >= 0
     if good and <uint64_t>sent < n:
         good = keep(lane, bytes + sent, n - <uint64_t>sent)
-        if not lane.sending and not lane.handed:
-            eventfd_write(lane.wake_fd, 1)      # somebody has to flush it
+    if good and not lane.sending and not lane.handed and unsent(lane):
+        eventfd_write(lane.wake_fd, 1)          # somebody has to flush it
     pthread_mutex_unlock(&lane.lock)
     return good
 
 
 cdef bint flush_kept(Lane *lane) noexcept nogil:
     """As much of what is kept as the socket takes now; whether all is gone."""
-    cdef ssize_t sent
+    cdef int64_t sent
     cdef bint empty
     lock_take(&lane.lock)
-    if not lane.sending and not lane.handed and lane.out_bytes:
-        sent = send(lane.fd, lane.out, lane.out_bytes, MSG_DONTWAIT | MSG_NOSIGNAL)
+    if not lane.sending and not lane.handed and unsent(lane):
+        sent = send_now(lane, lane.out, lane.out_bytes)
         if sent > 0:
             lane.out_bytes -= <uint64_t>sent
             memmove(lane.out, lane.out + sent, lane.out_bytes)
-        if lane.out_bytes and lane.stuck_us == 0:
+        if unsent(lane) and lane.stuck_us == 0:
             zc_store64(<uint64_t *>&lane.stuck_us, <uint64_t>now_us())
-        elif lane.out_bytes == 0:
+        elif unsent(lane) == 0:
             zc_store64(<uint64_t *>&lane.stuck_us, 0)
-    empty = lane.out_bytes == 0
+    empty = unsent(lane) == 0
     pthread_mutex_unlock(&lane.lock)
     return empty
 
@@ -211,23 +302,68 @@ cdef bint hand_over(Lane *lane) noexcept nogil:
             return True
 
 
+cdef bint receive(Lane *lane, uint8_t *to, uint64_t room, uint64_t *end) noexcept nogil:
+    """Wait for bytes behind `end`; False at the end of the stream, of which `why` is told."""
+    cdef ssize_t came
+    while True:
+        came = recv(lane.fd, to + end[0], room - end[0], 0)
+        if came > 0:
+            end[0] += <uint64_t>came
+            return True
+        if came == 0 or errno != EINTR or zc_load32(&lane.closing):
+            lane.why = errno if came < 0 else 0
+            return False
+
+
+cdef bint receive_records(Lane *lane) noexcept nogil:
+    """As receive, of what TLS reads; all that came before is read by it."""
+    lane.tls.came_begin = lane.tls.came_end = 0
+    return receive(lane, lane.tls.came, TLS_IN_BYTES, &lane.tls.came_end)
+
+
+cdef bint shake(Lane *lane) noexcept nogil:
+    """Hands; False: the peer is not let in, or does not let us in, or is gone."""
+    cdef int state
+    while True:
+        state = tls_shake(&lane.tls)
+        if not send_wire(lane):
+            lane.why = EPROTO
+            return False
+        if state == TLS_DONE:
+            return True
+        if state == TLS_BAD:
+            lane.why = EPROTO
+            return False
+        if not receive_records(lane):
+            return False
+
+
+cdef bint open_records(Lane *lane) noexcept nogil:
+    """As read_more, with TLS."""
+    cdef int64_t got
+    while True:
+        got = tls_open(&lane.tls, lane.room + lane.end, ROOM_BYTES - lane.end)
+        if got > 0:
+            lane.end += <uint64_t>got
+            return True
+        if got == TLS_BAD:
+            lane.why = EPROTO if lane.tls.reason != NULL else 0
+            return False
+        if not receive_records(lane):
+            return False
+
+
 cdef bint read_more(Lane *lane) noexcept nogil:
     """Wait for bytes; False at the end of the stream, of which `why` is told."""
-    cdef ssize_t came
     if lane.begin == lane.end:
         lane.begin = lane.end = 0
     elif ROOM_BYTES - lane.end < READ_BYTES:
         memmove(lane.room, lane.room + lane.begin, lane.end - lane.begin)
         lane.end -= lane.begin
         lane.begin = 0
-    while True:
-        came = recv(lane.fd, lane.room + lane.end, ROOM_BYTES - lane.end, 0)
-        if came > 0:
-            lane.end += <uint64_t>came
-            return True
-        if came == 0 or errno != EINTR or zc_load32(&lane.closing):
-            lane.why = errno if came < 0 else 0
-            return False
+    if lane.tls.ssl != NULL:
+        return open_records(lane)
+    return receive(lane, lane.room, ROOM_BYTES, &lane.end)
 
 
 cdef bint deal(Lane *lane) noexcept nogil:
@@ -251,10 +387,16 @@ cdef bint deal(Lane *lane) noexcept nogil:
     return True
 
 
+cdef int64_t all_odd(Lane *lane, const uint8_t *bytes, uint64_t have) noexcept nogil:
+    """Nothing is ours."""
+    return LANE_ODD
+
+
 cdef void *lane_run(void *argument) noexcept nogil:
     cdef Lane *lane = <Lane *>argument
-    while deal(lane) and not zc_load32(&lane.closing) and read_more(lane):
-        pass
+    if lane.tls.ssl == NULL or (shake(lane) and hand_over(lane)):
+        while deal(lane) and not zc_load32(&lane.closing) and read_more(lane):
+            pass
     if lane.ended != NULL:
         lane.ended(lane)
     lock_take(&lane.lock)
@@ -267,7 +409,7 @@ cdef void *lane_run(void *argument) noexcept nogil:
 # ---- as Python has it -------------------------------------------------------------------
 
 cdef class LaneEnd:
-    """One end of a connection; subclasses set its handler.  `start`, then `stop`, once each.
+    """One end of a connection, all Python's; subclasses set its handler.  `start`, then `stop`, once each.
 
     All from one thread, the event loop's.  `wake_fd` is readable when `take` or `over` has
     something to say.  The descriptor stays the caller's, and open until `stop` has returned.
@@ -276,6 +418,7 @@ cdef class LaneEnd:
     def __cinit__(self, *args, **kwargs):
         memset(&self.lane, 0, sizeof(Lane))
         self.lane.fd = -1
+        self.lane.handle = all_odd
         self.lane.wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
         lock_init(&self.lane.lock)
         cond_init(&self.lane.turned)
@@ -295,14 +438,20 @@ cdef class LaneEnd:
         if self.lane.wake_fd >= 0:
             close(self.lane.wake_fd)
         free(self.lane.out)
+        tls_discard(&self.lane.tls)
         self.lane.room = self.lane.out = NULL
         self.lane.out_bytes = 0
         self.lane.wake_fd = -1
 
-    def start(self, int fd):
-        """Begin to read this connected, blocking socket.  Raises OSError without a thread."""
-        assert not self.started and self.lane.handle != NULL and self.lane.room != NULL
+    def start(self, int fd, TlsRules rules=None):
+        """Begin to read this connected, blocking socket, and with `rules` to shake hands.
+
+        Raises OSError without a thread.
+        """
+        assert not self.started and self.lane.room != NULL
         self.lane.fd = fd
+        if rules is not None and not tls_make(&self.lane.tls, rules.ctx, rules.server, self.alike):
+            raise OSError("no memory for TLS")
         self.lane.heard_us = now_us()
         if self.alike:
             memset(self.lane.room, 0, KEPT_BYTES)   # there may be no memory when it is needed
@@ -320,8 +469,8 @@ cdef class LaneEnd:
             self.started = False
             with nogil:
                 lock_take(&lane.lock)
-                if lane.out_bytes and not lane.sending:
-                    send(lane.fd, lane.out, lane.out_bytes, MSG_DONTWAIT | MSG_NOSIGNAL)
+                if unsent(lane) and not lane.sending:
+                    send_now(lane, lane.out, lane.out_bytes)
                 zc_store32(&lane.closing, 1)
                 pthread_cond_broadcast(&lane.turned)
                 pthread_mutex_unlock(&lane.lock)
@@ -343,6 +492,18 @@ cdef class LaneEnd:
     def over(self):
         """None, or why nothing comes any more: an errno, 0 when the peer has closed."""
         return self.lane.why if self.lane.over else None
+
+    @property
+    def reason(self):
+        """What TLS has to say of the end; "" when that is not why."""
+        if self.lane.why != EPROTO or self.lane.tls.reason == NULL:
+            return ""
+        return (<bytes>self.lane.tls.reason).decode()
+
+    def peer_name(self):
+        """In our turn, with TLS: the name in the peer's certificate, "" without one; plain: None."""
+        assert self.lane.handed
+        return name_in(&self.lane.tls) if self.lane.tls.ssl != NULL else None
 
     def take(self):
         """In our turn: the bytes that came, all of them."""
@@ -368,7 +529,7 @@ cdef class LaneEnd:
         """Send, or keep, without waiting; how much is kept, or None when it is of no use."""
         cdef bint good
         good = lane_send_or_keep(&self.lane, <const uint8_t *><const char *>data, len(data))
-        return self.lane.out_bytes if good else None
+        return self.kept_bytes if good else None
 
     def flush(self):
         """Send what is kept, as far as the socket takes it; whether all is gone."""
@@ -376,7 +537,8 @@ cdef class LaneEnd:
 
     @property
     def kept_bytes(self):
-        return self.lane.out_bytes
+        # (a moment old: the thread may be sending)
+        return self.lane.out_bytes + max(0, <int64_t>(self.lane.tls.wire_end - self.lane.tls.wire_begin))
 
     def times(self):
         """Seconds on the monotonic clock: a frame of ours was heard, is half there since, is not read since; 0.0: not."""

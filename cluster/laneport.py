@@ -8,9 +8,12 @@ not know.  While the protocol has its turn, nothing is read; what it writes is s
 over.  With more than the high-water mark unsent the protocol is paused, and has its turn again
 when that is gone.
 
+With TLS the lane's thread shakes hands first; its protocol hears of a connection when the peer is
+let in, and of one that is not, nothing.
+
 Bound: `set_write_buffer_limits` and one message.  `close` is `abort`: nothing is lost by it that
-the other side could rely on.
-What it is not: TLS; such connections are asyncio's own (`peersocket`).
+the other side could rely on.  Who listens has HANDSHAKES of HANDSHAKE_S at a time, the oldest goes
+for the next.
 """
 
 from __future__ import annotations
@@ -26,18 +29,23 @@ from typing import Any, Protocol, cast
 from cluster import addresses, unixsock
 from cluster.lane import LaneEnd
 from cluster.peeraddress import PeerAddress
-from cluster.peersocket import BACKLOG
+from cluster.tls import TlsRules
 
+BACKLOG = 64
 FLUSH_S = 0.02  # how soon a socket that was full is tried again; answers do not wait for it
 HIGH_BYTES = 64 * 1024
+HANDSHAKE_S = 5.0  # a stranger holds a descriptor and a thread for so long, and no more
+HANDSHAKES = (
+    32  # at once; a member's takes 2 ms, so who has not finished when one more comes is none
+)
 GONE = (errno.ECONNABORTED, errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EINTR)
 
 
 class Laned(Protocol):
     """A protocol for both kinds of transport (peerchannel.Channel)."""
 
-    def make_lane(self) -> LaneEnd | None:
-        """The lane for its connection; None: it has none, Python does everything."""
+    def make_lane(self) -> LaneEnd:
+        """The lane for its connection."""
 
     @property
     def is_between(self) -> bool:
@@ -45,12 +53,23 @@ class Laned(Protocol):
 
 
 class LanePort(asyncio.Transport):
-    """The transport of a connected, blocking socket; `start`, once."""
+    """The transport of a connected, blocking socket; `start`, once.
 
-    def __init__(self, sock: socket.socket, lane: LaneEnd, protocol: asyncio.Protocol) -> None:
+    `shaken` is done when the protocol has its connection, and OSError when it gets none.
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        lane: LaneEnd,
+        protocol: asyncio.Protocol,
+        tls: TlsRules | None = None,
+    ) -> None:
         super().__init__()
         self._loop = asyncio.get_running_loop()
-        self._sock, self._lane, self._protocol = sock, lane, protocol
+        self._sock, self._lane, self._protocol, self._tls = sock, lane, protocol, tls
+        self.shaken: asyncio.Future[None] = self._loop.create_future()
+        self._name: str | None = None
         self._high_bytes = HIGH_BYTES
         self._paused = self._closing = False
         self._flusher: asyncio.TimerHandle | None = None
@@ -58,16 +77,21 @@ class LanePort(asyncio.Transport):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def start(self) -> None:
-        """Tell the protocol, and begin to read.  Raises OSError, all closed, without a thread."""
-        self._protocol.connection_made(self)
+        """Begin, and tell the protocol, with TLS later.  OSError, all closed, without a thread."""
+        if self._tls is None:
+            self._made()
         if self._closing:
             return
         self._loop.add_reader(self._lane.wake_fd, self._woken)
         try:
-            self._lane.start(self._sock.fileno())
+            self._lane.start(self._sock.fileno(), self._tls)
         except OSError as error:
             self.abort(error)
             raise
+
+    def _made(self) -> None:
+        self.shaken.set_result(None)
+        self._protocol.connection_made(self)
 
     # ---- what the lane tells ---------------------------------------------------------
 
@@ -82,6 +106,11 @@ class LanePort(asyncio.Transport):
             self._flush_later()
 
     def _our_turn(self) -> None:
+        if not self.shaken.done():
+            self._name = self._lane.peer_name()
+            self._made()
+        if self._closing:
+            return
         if self._paused:  # all that was written before has been sent
             self._paused = False
             self._protocol.resume_writing()
@@ -96,7 +125,11 @@ class LanePort(asyncio.Transport):
             self._lane.turn_back(passing=not is_between, again=self._paused)
 
     def _end(self, why: int) -> None:
-        if not self._closing:
+        if self._closing:
+            return
+        if reason := self._lane.reason:
+            self.abort(ConnectionError(f"TLS: {reason}"))
+        else:
             self.abort(OSError(why, os.strerror(why)) if why else None)
 
     # ---- what the protocol asks --------------------------------------------------------
@@ -138,7 +171,11 @@ class LanePort(asyncio.Transport):
         self._loop.remove_reader(self._lane.wake_fd)
         self._lane.stop()
         self._sock.close()
-        self._loop.call_soon(self._protocol.connection_lost, error)
+        if not self.shaken.done():
+            self.shaken.set_exception(error or ConnectionResetError("the peer has closed it"))
+            self.shaken.exception()  # (nobody may wait for it)
+        elif not self.shaken.cancelled():
+            self._loop.call_soon(self._protocol.connection_lost, error)
 
     def close(self) -> None:
         """As abort."""
@@ -160,8 +197,9 @@ class LanePort(asyncio.Transport):
         return self._lane.kept_bytes
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
-        """`lane` and `socket`; there is no certificate."""
-        return {"lane": self._lane, "socket": self._sock}.get(name, default)
+        """`lane` and `socket`; of `peercert`, as ssl has it, the name."""
+        peer = None if self._name is None else {"subject": ((("commonName", self._name),),)}
+        return {"lane": self._lane, "socket": self._sock, "peercert": peer}.get(name, default)
 
 
 # ---- dialled and listened for --------------------------------------------------------------
@@ -170,9 +208,15 @@ class LanePort(asyncio.Transport):
 class Listening:
     """A listening socket whose connections have lanes; until `close`."""
 
-    def __init__(self, sock: socket.socket, protocol: Callable[[], asyncio.Protocol]) -> None:
+    def __init__(
+        self,
+        sock: socket.socket,
+        protocol: Callable[[], asyncio.Protocol],
+        tls: TlsRules | None = None,
+    ) -> None:
         sock.setblocking(False)
-        self._sock, self._protocol = sock, protocol
+        self._sock, self._protocol, self._tls = sock, protocol, tls
+        self._shaking: dict[LanePort, asyncio.TimerHandle] = {}  # in the order they came
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(sock, self._accept)
 
@@ -185,8 +229,23 @@ class Listening:
                     self._loop.remove_reader(self._sock)  # as asyncio does: again in a second
                     self._loop.call_later(1.0, self._again)
                 return
+            while len(self._shaking) >= HANDSHAKES:
+                oldest = next(iter(self._shaking))
+                self._forget(oldest)
+                oldest.abort()
             with contextlib.suppress(OSError):
-                open_port(sock, self._protocol())
+                self._watch(open_port(sock, self._protocol(), self._tls))
+
+    def _watch(self, port: LanePort) -> None:
+        """Until it is let in: HANDSHAKE_S."""
+        if port.shaken.done():
+            return
+        self._shaking[port] = self._loop.call_later(HANDSHAKE_S, port.abort)
+        port.shaken.add_done_callback(lambda _: self._forget(port))
+
+    def _forget(self, port: LanePort) -> None:
+        if (timer := self._shaking.pop(port, None)) is not None:
+            timer.cancel()
 
     def _again(self) -> None:
         if self._sock.fileno() >= 0:
@@ -197,33 +256,46 @@ class Listening:
         if self._sock.fileno() >= 0:
             self._loop.remove_reader(self._sock)
             self._sock.close()
+        for port in list(self._shaking):
+            port.abort()
 
 
-def open_port(sock: socket.socket, protocol: asyncio.Protocol) -> None:
+def open_port(
+    sock: socket.socket, protocol: asyncio.Protocol, tls: TlsRules | None = None
+) -> LanePort:
     """Give a connected socket to the protocol.  OSError, the socket closed, without a thread."""
     sock.setblocking(True)
-    lane = cast(Laned, protocol).make_lane()
-    assert lane is not None
-    LanePort(sock, lane, protocol).start()
+    port = LanePort(sock, cast(Laned, protocol).make_lane(), protocol, tls)
+    port.start()
+    return port
 
 
 async def serve(
-    address: PeerAddress, key: str, protocol: Callable[[], asyncio.Protocol]
+    address: PeerAddress,
+    key: str,
+    protocol: Callable[[], asyncio.Protocol],
+    tls: TlsRules | None = None,
 ) -> tuple[Listening, str]:
-    """As peersocket.serve without TLS; connections have lanes."""
+    """Listen there; what listens, and the address with the port that it got."""
     if address.path:
         sock = unixsock.listen(address.path, "the peers' socket", f"{key}=PATH", BACKLOG)
         return Listening(sock, protocol), address.path
     sock = addresses.listen(key, str(address))
-    return Listening(sock, protocol), addresses.bound_address(sock)
+    return Listening(sock, protocol, tls), addresses.bound_address(sock)
 
 
-async def connect(address: PeerAddress, protocol: asyncio.Protocol) -> None:
+async def connect(
+    address: PeerAddress, protocol: asyncio.Protocol, tls: TlsRules | None = None
+) -> None:
     """Dial it, one after the other of a name's addresses; OSError when all fail."""
     loop = asyncio.get_running_loop()
     found: list[Any] = [(socket.AF_UNIX, socket.SOCK_STREAM, 0, "", address.path)]
     if not address.path:
-        found = await loop.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
+        wanted, kind = (address.host, address.port), socket.SOCK_STREAM
+        try:  # no thread for what needs nobody asked
+            found = socket.getaddrinfo(*wanted, type=kind, flags=socket.AI_NUMERICHOST)
+        except socket.gaierror:
+            found = await loop.getaddrinfo(*wanted, type=kind)
     failed = OSError(errno.EADDRNOTAVAIL, "it has no address")
     for family, kind, number, _, where in found:
         sock = socket.socket(family, kind | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC, number)
@@ -236,6 +308,11 @@ async def connect(address: PeerAddress, protocol: asyncio.Protocol) -> None:
             sock.close()
             raise
         else:
-            open_port(sock, protocol)
+            port = open_port(sock, protocol, None if address.path else tls)
+            try:
+                await port.shaken
+            except asyncio.CancelledError:
+                port.abort()
+                raise
             return
     raise failed

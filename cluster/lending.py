@@ -193,7 +193,7 @@ class Lender:
         self._donation: Donation | None = None
         self._memory: MemoryFile | None = None
         self.donor: Donor | None = None
-        self._listening: peersocket.Listener | None = None
+        self._listening: laneport.Listening | None = None
         self._ticking: asyncio.Task[None] | None = None
         self._registration: Registration | None = None
 
@@ -206,15 +206,10 @@ class Lender:
         made = self.donor = Donor(
             self._donation, DonorOptions(chosen.name, chosen.quota, chosen.abandon)
         )
-        if chosen.tls is None:
-            self._listening, self.bound = await laneport.serve(
-                chosen.listen, "listen", made.connection
-            )
-        else:
-            tls = peersocket.context(chosen.tls, server=True)
-            self._listening, self.bound = await peersocket.serve(
-                chosen.listen, "listen", made.connection, tls
-            )
+        tls = peersocket.rules(chosen.tls, server=True) if chosen.tls else None
+        self._listening, self.bound = await laneport.serve(
+            chosen.listen, "listen", made.connection, tls
+        )
         self._ticking = asyncio.get_running_loop().create_task(_tick(made))
         if chosen.etcd is not None:
             address = reachable(PeerAddress.read("listen", self.bound))

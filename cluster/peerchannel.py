@@ -85,9 +85,9 @@ class Channel(asyncio.Protocol):
 
     # ---- for a transport with a lane (laneport) ------------------------------------------
 
-    def make_lane(self) -> LaneEnd | None:
-        """A thread of its own for what is frequent; None: there is no such thing."""
-        return None
+    def make_lane(self) -> LaneEnd:
+        """A thread of its own for what is frequent; this one's leaves all to us."""
+        return LaneEnd()
 
     @property
     def is_between(self) -> bool:

@@ -21,14 +21,14 @@ import asyncio
 import contextlib
 import logging
 import random
-import ssl
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
-from cluster import laneport, peersocket, peerwire
+from cluster import laneport, peerwire
 from cluster.courier import Courier, OwnerLane
+from cluster.lane import LaneEnd
 from cluster.link import RpcError
 from cluster.peeraddress import PeerAddress
 from cluster.peerchannel import Channel, ChannelClosedError, ChannelOptions
@@ -43,6 +43,7 @@ from cluster.peerwire import (
     Recall,
 )
 from cluster.session import TooManyCallsError
+from cluster.tls import TlsRules
 from cluster.wire import EncodeError, WireError
 
 NO_OFFER = Offer(0, 0, Health.SHORT)
@@ -83,11 +84,12 @@ class _OwnersEnd(Channel):
         self._link = link
         self.owners_lane: OwnerLane | None = None
 
-    def make_lane(self) -> OwnerLane | None:
+    def make_lane(self) -> LaneEnd:
         """The courier asks over the same connection (courier)."""
-        if self._link.courier is not None:
-            self.owners_lane = OwnerLane(self._link.courier)
-            self._session.settled_elsewhere = self.owners_lane.settled
+        if self._link.courier is None:
+            return super().make_lane()
+        self.owners_lane = OwnerLane(self._link.courier)
+        self._session.settled_elsewhere = self.owners_lane.settled
         return self.owners_lane
 
     def notified(self, method: str, params: list[Any]) -> None:
@@ -107,7 +109,7 @@ class _OwnersEnd(Channel):
 class PeerLink:
     """The donor at `address`; `start` in a running loop, `stop` at the end.
 
-    With a `courier`, and without `tls`, the connection is a lane that it may ask over.
+    With a `courier`, it may ask over the same connection.
     Raises ConfigError for an address of a network without `tls`.
     """
 
@@ -115,7 +117,7 @@ class PeerLink:
         self,
         address: PeerAddress,
         hello: Hello,
-        tls: ssl.SSLContext | None = None,
+        tls: TlsRules | None = None,
         times: LinkTimes | None = None,
         rng: random.Random | None = None,
         courier: Courier | None = None,
@@ -123,7 +125,7 @@ class PeerLink:
         if tls is None:
             address.require_safe("peers", None)
         self.address, self.name = address, str(address)
-        self.courier = None if tls else courier
+        self.courier = courier
         self.state = LinkState.CONNECTING
         self.epoch = 0
         self.is_listed = True
@@ -251,10 +253,7 @@ class PeerLink:
         try:
             async with asyncio.timeout(self._times.dial_s):
                 channel = _OwnersEnd(self, self._times.channel)
-                if self.courier is None:
-                    await peersocket.connect(self.address, lambda: channel, self._tls)
-                else:
-                    await laneport.connect(self.address, channel)
+                await laneport.connect(self.address, channel, self._tls)
                 self._channel = channel
                 result = await channel.call(
                     "hello", *self._hello.params(), deadline_s=self._times.dial_s

@@ -1,11 +1,10 @@
 """The node's side of overflow: the server's ring on one end, links to donors on the other.
 
     server's peer tier <==ring==> RingPump --> Overflow --> PeerLink --TLS or plain--> donors
-                          ring <-> Courier ---- gets, plain connections ----^
+                          ring <-> Courier ---- gets ---------------^
     memory file, read-only ------> RingLedger ---^
 
-Where a connection is plain, pages that are read come back through the courier, without Python; the
-pump gets what it cannot do.
+Pages that are read come back through the courier, without Python; the pump gets what it cannot do.
 
 Pages pass as they are, sealed: this process has no key and sees none in the clear.  It keeps
 nothing that a successor would need: what is where stands in the server's index.
@@ -265,7 +264,7 @@ class PeerSide:
 
     def __init__(self, fd: int, wake_fd: int, memory: MemoryFile, options: PeerOptions) -> None:
         self._fd, self._wake_fd, self._memory, self._options = fd, wake_fd, memory, options
-        self._tls = peersocket.context(options.tls, server=False) if options.tls else None
+        self._tls = peersocket.rules(options.tls, server=False) if options.tls else None
         self._owner = owner_name(options.tls, memory)
         self._links: list[PeerLink] = []
         self._ring: RingSide | None = None
@@ -280,7 +279,7 @@ class PeerSide:
         self._ring = await self._attach()
         tls = self._tls
         hello = Hello(self._owner, self._memory.epoch, turn=first_turn())
-        self._courier = courier = Courier(self._ring) if tls is None else None
+        self._courier = courier = Courier(self._ring)
         self._links = [
             PeerLink(PeerAddress.read("peers", text), hello, tls, courier=courier)
             for text in self._options.peers

@@ -5,17 +5,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import ssl
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
 from typing import Any
 
-from cluster import laneport, peersocket
+from cluster import addresses, certificates, laneport, unixsock
 from cluster.donor import Donor, DonorOptions
 from cluster.generosity import Generosity
-from cluster.peeraddress import PeerAddress
+from cluster.peeraddress import NODE, PeerAddress, certificates_in
 from cluster.peerchannel import Channel, ChannelOptions
 from cluster.peerlink import LinkTimes, PeerLink
 from cluster.peerwire import Hello, LinkState, Page, sealed_bytes
+from cluster.tls import TlsRules
 from zcache_core.donation import DEVICE, Donation, sizes
 from zcache_core.memfile import MemoryFile
 
@@ -75,24 +78,68 @@ def opened_donation(name: str | None = None, lent_bytes: int = LENT_BYTES) -> It
         memory.destroy()
 
 
+# ---- asyncio's own connections and Python's own TLS: another make of the same ---------------
+
+
+async def asyncio_connect(address: PeerAddress, protocol: Callable[[], asyncio.Protocol]) -> None:
+    """Dial it, plain."""
+    loop = asyncio.get_running_loop()
+    if address.path:
+        await loop.create_unix_connection(protocol, address.path)
+    else:
+        await loop.create_connection(protocol, address.host, address.port)
+
+
+async def asyncio_serve(
+    address: PeerAddress, protocol: Callable[[], asyncio.Protocol]
+) -> tuple[asyncio.Server, str]:
+    """Listen there, plain; what listens, and where."""
+    loop = asyncio.get_running_loop()
+    if address.path:
+        sock = unixsock.listen(address.path, "the peers' socket", "listen=PATH", 64)
+        return await loop.create_unix_server(protocol, sock=sock), address.path
+    sock = addresses.listen("listen", str(address))
+    return await loop.create_server(protocol, sock=sock), addresses.bound_address(sock)
+
+
+def python_tls(folder: Path, server: bool) -> ssl.SSLContext:
+    """The rules of peersocket.rules, as Python's ssl has them."""
+    made = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT)
+    made.minimum_version = ssl.TLSVersion.TLSv1_3
+    made.check_hostname = False
+    made.verify_mode = ssl.CERT_REQUIRED
+    made.load_cert_chain(folder / NODE)
+    made.load_verify_locations(cadata=certificates_in(folder)[-1])
+    return made
+
+
+def make_cluster(folder: Path) -> Path:
+    """A cluster of `lender` and `owner`."""
+    certificates.init(folder)
+    for name in ("lender", "owner"):
+        certificates.add(folder, name)
+    return folder
+
+
 @contextlib.asynccontextmanager
 async def listening(
     donation: Donation,
     options: DonorOptions | None = None,
     where: str = "127.0.0.1:0",
     lanes: bool = True,
+    tls: TlsRules | None = None,
 ) -> AsyncIterator[tuple[Donor, PeerAddress]]:
     """A donor that answers at an address; nobody ticks it but the test.
 
-    Its connections have lanes, as without TLS, or are asyncio's, as with it.
+    Its connections have lanes, or are asyncio's and plain.
     """
     donor = Donor(donation, options or DonorOptions("lender"), Calm())
     address = PeerAddress.read("listen", where)
-    server: peersocket.Listener
+    server: laneport.Listening | asyncio.Server
     if lanes:
-        server, bound = await laneport.serve(address, "listen", donor.connection)
+        server, bound = await laneport.serve(address, "listen", donor.connection, tls)
     else:
-        server, bound = await peersocket.serve(address, "listen", donor.connection, None)
+        server, bound = await asyncio_serve(address, donor.connection)
     try:
         yield donor, PeerAddress.read("peers", bound)
     finally:
@@ -102,10 +149,14 @@ async def listening(
 
 @contextlib.asynccontextmanager
 async def linked(
-    address: PeerAddress, owner: str = "owner", epoch: int = 7, times: LinkTimes = QUICK
+    address: PeerAddress,
+    owner: str = "owner",
+    epoch: int = 7,
+    times: LinkTimes = QUICK,
+    tls: TlsRules | None = None,
 ) -> AsyncIterator[PeerLink]:
     """An owner's link that is up."""
-    link = PeerLink(address, Hello(owner, epoch), times=times)
+    link = PeerLink(address, Hello(owner, epoch), tls, times)
     link.start()
     try:
         await wait_until("the link is up", lambda: link.state is LinkState.UP)
@@ -122,7 +173,7 @@ def short_channel() -> ChannelOptions:
 async def ask(address: PeerAddress, method: str, *params: Any) -> Any:
     """The answer of one call by somebody who has not said hello; its error as an exception."""
     channel = Channel()
-    await peersocket.connect(address, lambda: channel, None)
+    await asyncio_connect(address, lambda: channel)
     try:
         return await channel.call(method, *params, deadline_s=10)
     finally:

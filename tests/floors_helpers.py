@@ -34,7 +34,7 @@ FLOORS = {
         6: "device",
     },
     "cluster": {
-        1: "wire frames unixsock logrelay addresses connections peeraddress etcdurl "
+        1: "wire frames tls unixsock logrelay addresses connections peeraddress etcdurl "
         "certificates placement understudy",
         2: "lane session peerwire seats replicas peersocket expiry",
         3: "link webserver laneport peerchannel members",

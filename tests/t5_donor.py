@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from cluster import peersocket
 from cluster.donor import CONNECTIONS, DonorOptions
 from cluster.link import RpcError
 from cluster.peeraddress import PeerAddress
@@ -31,6 +30,8 @@ from cluster.peerwire import (
 )
 from cluster.wire import Request, encode
 from tests.donor_helpers import (
+    asyncio_connect,
+    asyncio_serve,
     QUICK,
     ask,
     linked,
@@ -333,7 +334,7 @@ def test_a_slow_reader_gets_every_answer(rng: random.Random) -> None:
                 records = pack(pages := [Page(0, i, 1, 4095 << 4) for i in range(100)])
                 sealed = b"".join(await put(link, pages, rng))
                 channel = Channel()
-                await peersocket.connect(address, lambda: channel, None)
+                await asyncio_connect(address, lambda: channel)
                 await channel.call("hello", *Hello("raw", 3).params(), deadline_s=20)
                 assert channel._transport is not None
                 channel._transport.pause_reading()
@@ -456,9 +457,7 @@ def test_a_donor_that_answers_nonsense_loses_its_connection(method: str, nonsens
 
     async def test() -> None:
         address = PeerAddress.read("listen", "127.0.0.1:0")
-        server, bound = await peersocket.serve(
-            address, "listen", lambda: Liar(method, nonsense), None
-        )
+        server, bound = await asyncio_serve(address, lambda: Liar(method, nonsense))
         link = PeerLink(PeerAddress.read("peers", bound), Hello("owner", 7), times=QUICK)
         states: list[LinkState] = []
         link.on_state = lambda changed: states.append(changed.state)

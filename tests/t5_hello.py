@@ -14,21 +14,24 @@ from typing import Any
 
 import pytest
 
-from cluster import certificates, peersocket
+from cluster import laneport
 from cluster.donor import Donor, DonorOptions
 from cluster.link import RpcError
 from cluster.peeraddress import PeerAddress
 from cluster.peerchannel import Channel
 from cluster.peerlink import PeerLink, first_turn
-from cluster.peersocket import HANDSHAKES, context, user_of
+from cluster.laneport import HANDSHAKES
+from cluster.peersocket import rules, user_of
 from cluster.peerwire import PEER_LIMITS, Code, Hello, LinkState, Page, PeerError, pack
 from cluster.wire import Request, encode
 from tests.donor_helpers import (
     QUICK,
     Calm,
     ask,
+    asyncio_serve,
     linked,
     listening,
+    make_cluster,
     make_sealed,
     opened_donation,
     wait_until,
@@ -178,7 +181,7 @@ class Deaf(Channel):
 def test_a_donor_that_knows_us_no_more_is_dialled_again() -> None:
     async def test() -> None:
         address = PeerAddress.read("listen", "127.0.0.1:0")
-        server, bound = await peersocket.serve(address, "listen", Deaf, None)
+        server, bound = await asyncio_serve(address, Deaf)
         times = replace(QUICK, dead_s=1000.0)
         link = PeerLink(PeerAddress.read("peers", bound), Hello("owner", 7), times=times)
         states: list[LinkState] = []
@@ -270,27 +273,23 @@ def test_who_says_no_hello_is_closed() -> None:
 
 def test_strangers_that_never_finish_their_handshake(tmp_path: Path) -> None:
     """They cost a bounded number of descriptors, and members come in meanwhile."""
-    folder = tmp_path / "ca"
-    certificates.init(folder)
-    for name in ("lender", "owner"):
-        certificates.add(folder, name)
+    folder = make_cluster(tmp_path / "ca")
 
     async def test() -> None:
         with opened_donation() as donation:
             donor = Donor(donation, DonorOptions("lender"), Calm())
             where = PeerAddress.read("listen", "127.0.0.1:0")
-            tls = context(folder / "lender", server=True)
-            server, bound = await peersocket.serve(where, "listen", donor.connection, tls)
+            tls = rules(folder / "lender", server=True)
+            server, bound = await laneport.serve(where, "listen", donor.connection, tls)
             address = PeerAddress.read("peers", bound)
-            listener: Any = server
             strangers: list[socket.socket] = []
             for n in range(4 * HANDSHAKES):
                 strangers.append(socket.create_connection((address.host, address.port)))
                 if n % 8 == 0:
                     await asyncio.sleep(0.01)
-                assert len(listener._shaking) <= HANDSHAKES
+                assert len(server._shaking) <= HANDSHAKES
             await wait_until("some were let go", lambda: sum(map(closed, strangers)) > HANDSHAKES)
-            link = PeerLink(address, Hello("owner", 7), context(folder / "owner", False), QUICK)
+            link = PeerLink(address, Hello("owner", 7), rules(folder / "owner", False), QUICK)
             link.start()
             await wait_until("a member is in", lambda: link.state is LinkState.UP)
             await link.stop()

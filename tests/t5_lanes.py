@@ -8,13 +8,16 @@ import gc
 import os
 import random
 import socket
+import ssl
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cluster.donor import DonorOptions
 from cluster.peeraddress import PeerAddress
+from cluster.peersocket import rules
 from cluster.peerwire import (
     BATCH_PAGES,
     PEER_LIMITS,
@@ -29,9 +32,11 @@ from tests.donor_helpers import (
     QUICK,
     linked,
     listening,
+    make_cluster,
     make_pages,
     make_sealed,
     opened_donation,
+    python_tls,
     wait_until,
 )
 
@@ -49,12 +54,12 @@ def run(test: Any) -> None:
 class Script:
     """What a peer says from beginning to end: good requests, odd and broken ones, in pieces."""
 
-    def __init__(self, rng: random.Random) -> None:
-        self.rng = rng
+    def __init__(self, rng: random.Random, name: str = "raw") -> None:
+        self.rng, self.name = rng, name
         self.msgid = rng.choice([0, 120, 65530, 2**32 - 40])
         self.pages = make_pages(rng, 30)
         self.sealed = {page: make_sealed(rng, page) for page in self.pages}
-        parts = [self.request("hello", *Hello("raw", 3).params())]
+        parts = [self.request("hello", *Hello(name, 3).params())]
         parts += [self.one() for _ in range(rng.randrange(3, 25))]
         if rng.random() < 0.3:
             parts.insert(0, self.get())  # before the hello
@@ -89,7 +94,7 @@ class Script:
         if dice < 0.94:
             return self.longer(self.get())
         if dice < 0.96:
-            return self.request("hello", *Hello("raw", 3).params())
+            return self.request("hello", *Hello(self.name, 3).params())
         return self.spoil(self.rng.choice([self.get, self.put])())
 
     def longer(self, data: bytes) -> bytes:
@@ -114,9 +119,61 @@ class Script:
         return [*found, data]
 
 
-async def conversation(address: PeerAddress, pieces: list[bytes]) -> bytes:
+async def conversation(
+    address: PeerAddress, pieces: list[bytes], tls: ssl.SSLContext | None = None
+) -> bytes:
     """Everything that is answered, to the end of the connection."""
+    if tls is not None:
+        return await sealed_conversation(address, pieces, tls)
     return await asyncio.to_thread(talk, address, pieces)
+
+
+async def sealed_conversation(
+    address: PeerAddress, pieces: list[bytes], tls: ssl.SSLContext
+) -> bytes:
+    """The same over Python's TLS: its records lie otherwise than the pieces, and those than ours.
+
+    It ends with half a record, so that all that was said before is answered.
+    """
+    sock = socket.create_connection((address.host, address.port))
+    sock.setblocking(False)
+    loop = asyncio.get_running_loop()
+    come, go, answer, ended = ssl.MemoryBIO(), ssl.MemoryBIO(), b"", False
+    talk = tls.wrap_bio(come, go)
+
+    async def exchange() -> None:
+        """What is to be sent is sent, and what is there taken."""
+        nonlocal answer, ended
+        while go.pending:
+            await loop.sock_sendall(sock, go.read())
+        with contextlib.suppress(BlockingIOError):
+            while not ended:
+                data = sock.recv(1 << 20)
+                ended = not data
+                come.write(data)
+        with contextlib.suppress(ssl.SSLWantReadError):
+            while data := talk.read(1 << 20):
+                answer += data
+
+    with sock, contextlib.suppress(OSError):
+        while True:
+            try:
+                talk.do_handshake()
+                break
+            except ssl.SSLWantReadError:
+                await loop.sock_sendall(sock, go.read())
+                come.write(await loop.sock_recv(sock, 1 << 16))
+        for piece in pieces:
+            if piece:
+                talk.write(piece)
+            await exchange()
+        talk.write(b"\x94")
+        await loop.sock_sendall(sock, go.read()[:-1])
+        sock.shutdown(socket.SHUT_WR)
+        while not ended:
+            await exchange()
+            await asyncio.sleep(0.001)
+    return answer
 
 
 def talk(address: PeerAddress, pieces: list[bytes]) -> bytes:
@@ -158,20 +215,24 @@ def heard(answer: bytes) -> list[Any]:
     return found
 
 
-def test_the_same_answers_as_without(rng: random.Random) -> None:
+@pytest.mark.parametrize("sealed", [False, True], ids=["plain", "TLS"])
+def test_the_same_answers_as_without(sealed: bool, rng: random.Random, tmp_path: Path) -> None:
     """In the same order, to every whole request before the one that ends the connection."""
+    ca = make_cluster(tmp_path / "ca")
+    tls = python_tls(ca / "owner", server=False) if sealed else None
+    lenders = rules(ca / "lender", server=True) if sealed else None
 
     async def test() -> None:
         with opened_donation() as one, opened_donation() as other:
             async with (
-                listening(one) as (_, with_lanes),
+                listening(one, tls=lenders) as (_, with_lanes),
                 listening(other, lanes=False) as (_, without),
             ):
                 for _ in range(ROUNDS):
-                    script = Script(rng)
+                    script = Script(rng, "owner" if sealed else "raw")
                     pieces = script.pieces()
                     expected = heard(await conversation(without, pieces))
-                    got = heard(await conversation(with_lanes, pieces))
+                    got = heard(await conversation(with_lanes, pieces, tls))
                     # (asyncio's own transport drops what it has not sent when it is aborted)
                     assert got[: len(expected)] == expected
                     assert len(got) <= script.bytes.count(b"\x94\x00")

@@ -12,43 +12,43 @@ from pathlib import Path
 
 import pytest
 
-from cluster import certificates, peersocket
-from cluster.donor import Donor, DonorOptions
+from cluster import certificates
+from cluster.donor import Donor
 from cluster.peeraddress import PeerAddress
 from cluster.peerlink import PeerLink
-from cluster.peersocket import context
-from cluster.peerwire import Hello, LinkState, Page, pack
-from tests.donor_helpers import QUICK, Calm, opened_donation, wait_until
+from cluster.peersocket import rules
+from cluster.peerwire import PEER_LIMITS, Hello, LinkState, Page, pack
+from cluster.tls import TlsRules
+from cluster.wire import Request, encode
+from tests.donor_helpers import (
+    QUICK,
+    listening,
+    make_cluster,
+    opened_donation,
+    python_tls,
+    wait_until,
+)
 from zcache_core.errors import ConfigError
+
+HELLO = encode(Request(0, "hello", Hello("owner", 7).params()), PEER_LIMITS)
+RECORDS, SEALED = pack([Page(0, 1, 2, 9 << 4)]), bytes(34)
 
 
 @pytest.fixture
 def ca(tmp_path: Path) -> Path:
-    """A cluster of `lender` and `owner`."""
-    folder = tmp_path / "cluster"
-    certificates.init(folder)
-    for name in ("lender", "owner"):
-        certificates.add(folder, name)
-    return folder
+    return make_cluster(tmp_path / "cluster")
 
 
 @contextlib.asynccontextmanager
 async def lender(ca: Path) -> AsyncIterator[tuple[Donor, PeerAddress]]:
     with opened_donation() as donation:
-        donor = Donor(donation, DonorOptions("lender"), Calm())
-        tls = context(ca / "lender", server=True)
-        address = PeerAddress.read("listen", "127.0.0.1:0")
-        server, bound = await peersocket.serve(address, "listen", donor.connection, tls)
-        try:
-            yield donor, PeerAddress.read("peers", bound)
-        finally:
-            server.close()
-            donor.close()
+        async with listening(donation, tls=rules(ca / "lender", server=True)) as found:
+            yield found
 
 
 @contextlib.asynccontextmanager
 async def owner(
-    address: PeerAddress, tls: ssl.SSLContext | None, name: str = "owner"
+    address: PeerAddress, tls: TlsRules | None, name: str = "owner"
 ) -> AsyncIterator[PeerLink]:
     link = PeerLink(address, Hello(name, 7), tls, QUICK)
     link.start()
@@ -58,76 +58,181 @@ async def owner(
         await link.stop()
 
 
+def of_owner(ca: Path) -> TlsRules:
+    return rules(ca / "owner", server=False)
+
+
 def test_members_talk(ca: Path) -> None:
     async def test() -> None:
         async with (
             lender(ca) as (donor, address),
-            owner(address, context(ca / "owner", server=False)) as link,
-            owner(address, context(ca / "owner", server=False), "owner/swap") as second,
+            owner(address, of_owner(ca)) as link,
+            owner(address, of_owner(ca), "owner/swap") as second,
         ):
             await wait_until("up", lambda: link.state is second.state is LinkState.UP)
-            records = pack([Page(0, 1, 2, 9 << 4)])
-            assert await link.put(records, bytes(34)) == b"\0"
-            assert await link.get(records) == (b"\0", bytes(34))
-            assert await second.get(records) == (b"\1", b""), "an owner of its own"
+            assert await link.put(RECORDS, SEALED) == b"\0"
+            assert await link.get(RECORDS) == (b"\0", SEALED)
+            assert await second.get(RECORDS) == (b"\1", b""), "an owner of its own"
             assert {end.peer_name for end in donor._connections} == {"owner"}
 
     asyncio.run(test())
 
 
-def stranger(tmp_path: Path) -> ssl.SSLContext:
-    other = tmp_path / "other"
+async def dialled(address: PeerAddress, tls: ssl.SSLContext | None) -> bytes:
+    """What the donor answers to a hello over Python's own TLS; b"" when nothing."""
+    answer = b""
+    with contextlib.suppress(OSError):
+        reader, writer = await asyncio.open_connection(
+            address.host, address.port, ssl=tls, server_hostname="lender" if tls else None
+        )
+        writer.write(HELLO)
+        async with asyncio.timeout(20):
+            answer = await reader.read(1000)
+        writer.close()
+    return answer
+
+
+def member(ca: Path) -> ssl.SSLContext:
+    return python_tls(ca / "owner", server=False)
+
+
+def stranger(ca: Path) -> ssl.SSLContext:
+    """A node of another cluster, which would talk to anybody."""
+    other = ca.parent / "other"
     certificates.init(other)
     certificates.add(other, "owner")
-    tls = context(other / "owner", server=False)
-    tls.verify_mode = ssl.CERT_NONE  # it would talk to anybody
+    return careless(python_tls(other / "owner", server=False))
+
+
+def careless(tls: ssl.SSLContext) -> ssl.SSLContext:
+    tls.verify_mode = ssl.CERT_NONE
     return tls
 
 
-def without_certificate(tmp_path: Path) -> ssl.SSLContext:
+def without_certificate(ca: Path) -> ssl.SSLContext:
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    tls.check_hostname, tls.verify_mode = False, ssl.CERT_NONE
+    tls.check_hostname = False
+    return careless(tls)
+
+
+def expired(ca: Path) -> ssl.SSLContext:
+    certificates.add(ca, "old", days=-1)
+    return python_tls(ca / "old", server=False)
+
+
+def of_the_node_itself(ca: Path) -> ssl.SSLContext:
+    """A certificate that a node signed, and not the CA."""
+    forged = ca.parent / "forged"
+    forged.mkdir()
+    pem = (ca / "owner" / "node.pem").read_text()
+    key, _, rest = pem.partition("-----BEGIN CERTIFICATE-----")
+    (forged / "ca.key").write_text(key)
+    (forged / "ca.pem").write_text("-----BEGIN CERTIFICATE-----" + rest.split("-----BEGIN")[0])
+    certificates.add(forged, "victim")
+    return careless(python_tls(forged / "victim", server=False))
+
+
+def older_tls(ca: Path) -> ssl.SSLContext:
+    tls = python_tls(ca / "owner", server=False)
+    tls.minimum_version = tls.maximum_version = ssl.TLSVersion.TLSv1_2
     return tls
 
 
-def expired(tmp_path: Path) -> ssl.SSLContext:
-    certificates.add(tmp_path / "cluster", "old", days=-1)
-    return context(tmp_path / "cluster" / "old", server=False)
-
-
-def plain(tmp_path: Path) -> None:
+def plain(ca: Path) -> None:
     return None
 
 
-@pytest.mark.parametrize("kind", [stranger, without_certificate, expired, plain])
-def test_others_get_nothing(kind: object, ca: Path, tmp_path: Path) -> None:
+OTHERS = [stranger, without_certificate, expired, of_the_node_itself, older_tls, plain]
+
+
+@pytest.mark.parametrize("kind", [member, *OTHERS])
+def test_others_get_nothing(kind: object, ca: Path) -> None:
     async def test() -> None:
-        tls = kind(tmp_path)  # type: ignore[operator]
-        async with lender(ca) as (donor, address), owner(address, tls) as link:
-            await wait_until("refused", lambda: link.state is LinkState.DOWN)
-            assert link.why_down
-            assert not donor.donation.owners(), "nobody's hello was heard"
-            assert not any(end.is_owner for end in donor._connections)
+        tls = kind(ca)  # type: ignore[operator]
+        async with lender(ca) as (donor, address):
+            answer = await dialled(address, tls)
+            if kind is member:
+                assert answer[:4] == b"\x94\x01\x00\xc0", "it is welcome"
+            else:
+                assert b"\x94\x01" not in answer, "at most an alert"
+                assert not donor.donation.owners(), "nobody's hello was heard"
+                assert not donor._connections
 
     asyncio.run(test())
 
 
-def test_an_owner_refuses_a_donor_of_another_cluster(ca: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["another cluster's", "expired", "plain"])
+def test_an_owner_of_ours_is_told_why_it_is_not_let_in(kind: str, ca: Path) -> None:
     async def test() -> None:
-        other = tmp_path / "other"
-        certificates.init(other)
-        certificates.add(other, "owner")
-        tls = context(other / "owner", server=False)
-        async with lender(ca) as (_, address), owner(address, tls) as link:
-            await wait_until("refused", lambda: "certificate" in link.why_down.lower())
+        if kind == "another cluster's":
+            tls = of_owner(make_cluster(ca.parent / "other"))
+        else:
+            certificates.add(ca, "old", days=-1)
+            tls = rules(ca / "old", server=False)
+        async with lender(ca) as (donor, address):
+            async with owner(address, tls if kind != "plain" else None) as link:
+                if kind == "plain":
+                    await wait_until("refused", lambda: link.why_down)
+                else:
+                    await wait_until("refused", lambda: "TLS: " in link.why_down)
+                    assert "certificate" in link.why_down
+            assert not donor.donation.owners()
+
+    asyncio.run(test())
+
+
+@contextlib.asynccontextmanager
+async def pythons_lender(tls: ssl.SSLContext) -> AsyncIterator[tuple[list[bytes], PeerAddress]]:
+    """A server over Python's TLS; what it has heard."""
+    heard: list[bytes] = []
+
+    async def hear(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            heard.append(await reader.read(1000))
+        writer.close()
+
+    server = await asyncio.start_server(hear, "127.0.0.1", 0, ssl=tls)
+    try:
+        port = server.sockets[0].getsockname()[1]
+        yield heard, PeerAddress.read("peers", f"127.0.0.1:{port}")
+    finally:
+        server.close()
+
+
+@pytest.mark.parametrize("kind", ["member", "another cluster's", "expired", "self-made"])
+def test_an_owner_refuses_a_donor_without_a_certificate_of_ours(kind: str, ca: Path) -> None:
+    async def test() -> None:
+        folder = ca / "lender"
+        if kind == "another cluster's":
+            folder = make_cluster(ca.parent / "other") / "lender"
+        elif kind == "expired":
+            certificates.add(ca, "old", days=-1)
+            folder = ca / "old"
+        elif kind == "self-made":
+            made = ca.parent / "alone"
+            certificates.init(made)
+            folder = made / "it"
+            folder.mkdir()
+            text = (made / "ca.key").read_text() + 2 * (made / "ca.pem").read_text()
+            (folder / "node.pem").write_text(text)
+        tls = careless(python_tls(folder, server=True))
+        async with pythons_lender(tls) as (heard, address), owner(address, of_owner(ca)) as link:
+            if kind == "member":
+                await wait_until("hello", lambda: any(b"hello" in said for said in heard))
+            else:
+                await wait_until("refused", lambda: "TLS: " in link.why_down)
+                assert "certificate" in link.why_down
+                assert not any(heard)
 
     asyncio.run(test())
 
 
 def test_nobody_takes_another_members_name(ca: Path) -> None:
     async def test() -> None:
-        tls = context(ca / "owner", server=False)
-        async with lender(ca) as (donor, address), owner(address, tls, "victim") as link:
+        async with (
+            lender(ca) as (donor, address),
+            owner(address, of_owner(ca), "victim") as link,
+        ):
             await wait_until("refused", lambda: "certificate is owner's" in link.why_down)
             assert not donor.donation.owners()
 
@@ -137,9 +242,8 @@ def test_nobody_takes_another_members_name(ca: Path) -> None:
 def test_a_donor_has_its_certificates_name(ca: Path) -> None:
     async def test() -> None:
         certificates.add(ca, "thief")
-        tls = context(ca / "owner", server=False)
         os.replace(ca / "thief" / "node.pem", ca / "lender" / "node.pem")
-        async with lender(ca) as (_, address), owner(address, tls) as link:
+        async with lender(ca) as (_, address), owner(address, of_owner(ca)) as link:
             await wait_until("refused", lambda: "certificate is thief's" in link.why_down)
 
     asyncio.run(test())
@@ -164,10 +268,18 @@ def test_files(ca: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cluster-add"):
         certificates.name_in(tmp_path)
     with pytest.raises(ConfigError, match="cluster-add"):
-        context(tmp_path, server=True)
-    (tmp_path / "node.pem").write_text("nonsense")
+        rules(tmp_path, server=True)
+    node = tmp_path / "node.pem"
+    node.write_text("nonsense")
     with pytest.raises(ConfigError, match="cluster-add"):
-        context(tmp_path, server=True)
+        rules(tmp_path, server=True)
+    certificates.add(ca, "another")
+    key, *rest = (ca / "owner" / "node.pem").read_text().partition("-----BEGIN CERTIFICATE")
+    other, *_ = (ca / "another" / "node.pem").read_text().partition("-----BEGIN CERTIFICATE")
+    for text in (other + "".join(rest), key + "".join(rest).replace("M", "N", 3)):
+        node.write_text(text)
+        with pytest.raises(ConfigError, match="does not hold a key, a certificate"):
+            rules(tmp_path, server=True)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from cluster import peersocket, peerwire
+from cluster import peerwire
 from cluster.link import RpcError
 from cluster.peeraddress import PeerAddress
 from cluster.peerchannel import Channel
@@ -24,6 +24,7 @@ from cluster.peerwire import BATCH_PAGES, Code, Health, Offer, Page, Welcome, pi
 from cluster.session import OTHERS_MSGID
 from cluster.wire import Request
 from tests.cold_helpers import DISK_BYTES, make_object
+from tests.donor_helpers import asyncio_serve
 from tests.peer_helpers import wait_until
 from tests.tiers_helpers import open_file
 from zcache_core.coldprobe import ColdProbe
@@ -131,7 +132,7 @@ class Node:
         for donor in self.donors:
             address = PeerAddress.read("listen", str(self.folder / donor.name))
             make = functools.partial(End, donor)
-            server, bound = await peersocket.serve(address, "listen", make, None)
+            server, bound = await asyncio_serve(address, make)
             servers.append(server)
             addresses.append(bound)
         self.side = PeerSide(
