@@ -20,7 +20,12 @@ ROOT = Path(__file__).resolve().parent
 PACKAGES = ("zcache_core", "cluster")
 sys.path.insert(0, str(ROOT))
 
-LIBRARIES = {"codec": ["lz4", "zstd"], "learning": ["zstd"], "crypt": ["crypto"], "tls": ["ssl", "crypto"]}
+LIBRARIES = {
+    "codec": ["lz4", "zstd"],
+    "learning": ["zstd"],
+    "crypt": ["crypto"],
+    "tls": ["ssl", "crypto"],
+}
 
 
 def write_counter_ids() -> None:

@@ -24,7 +24,8 @@ from posix.unistd cimport close, read
 from cluster.frames cimport (
     FRAME_MORE, HEAD_MOST, RECORD_BYTES, SEALED_LEAST, Answer, begins_answer, read_answer, write_get,
 )
-from cluster.lane cimport LANE_MORE, LANE_ODD, LANE_OVER, Lane, LaneEnd, lane_send_or_keep
+from cluster.lane cimport LaneEnd
+from cluster.lanesend cimport LANE_MORE, LANE_ODD, LANE_OVER, Lane, lane_send_or_keep
 from zcache_core.layout cimport COPIES_MOST, DONORS, donor_at
 from zcache_core.native cimport zc_acquire_fence, zc_cas32, zc_load32, zc_load64, zc_store32
 from zcache_core.pthread cimport (

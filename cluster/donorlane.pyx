@@ -19,7 +19,8 @@ from posix.mman cimport MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, PROT_READ, PROT_
 from cluster.frames cimport (
     ASKED_GET, FRAME_MORE, HEAD_MOST, PAYLOAD_MOST, RECORDS_MOST, Asked, read_asked, write_answer,
 )
-from cluster.lane cimport LANE_MORE, LANE_ODD, LANE_OVER, Lane, LaneEnd, Piece, lane_send
+from cluster.lane cimport LaneEnd
+from cluster.lanesend cimport LANE_MORE, LANE_ODD, LANE_OVER, Lane, Piece, lane_send
 from zcache_core.donation cimport Donation
 from zcache_core.foreign cimport OWNERS, PAGE_OVER, Foreign, Record, foreign_get, foreign_put, foreign_room
 from zcache_core.native cimport zc_load32, zc_load64, zc_store32

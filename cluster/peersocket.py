@@ -12,7 +12,6 @@ What it is not: connections (`laneport`), or TLS itself (`tls`).
 
 from __future__ import annotations
 
-import contextlib
 import os
 import socket
 import struct

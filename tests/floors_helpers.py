@@ -36,7 +36,7 @@ FLOORS = {
     "cluster": {
         1: "wire frames tls unixsock logrelay addresses connections peeraddress etcdurl "
         "certificates placement understudy",
-        2: "lane session peerwire seats replicas peersocket expiry",
+        2: "lanesend lane session peerwire seats replicas peersocket expiry",
         3: "link webserver laneport peerchannel members",
         4: "courier donorlane health steering metrics webpages peerlink generosity donor renewal "
         "overflow rack peerring",

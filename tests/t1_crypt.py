@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,11 +10,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.core_helpers import PAGE
+from tests.core_helpers import PAGE, run_counting_malloc
 from zcache_core.crypt import CIPHER_NAMES, Sealer, aead
 from zcache_core.memfile import MemoryFile
 
-ROOT = Path(__file__).resolve().parent.parent
 SEAL = 24  # counter 8, tag 16
 AES, CHACHA = 1, 2
 FIELDS = {
@@ -154,18 +151,6 @@ def test_a_range_that_ends(memory: MemoryFile) -> None:
     assert after == int.from_bytes(memory.peek(96, 8), "little") - (1 << 20)
 
 
-COUNTS_MALLOC = r"""
-#define _GNU_SOURCE
-#include <dlfcn.h>
-#include <stddef.h>
-static unsigned long calls;
-unsigned long malloc_calls(void) { return __atomic_load_n(&calls, __ATOMIC_SEQ_CST); }
-extern void *__libc_malloc(size_t), *__libc_calloc(size_t, size_t), *__libc_realloc(void *, size_t);
-static void count(void) { __atomic_fetch_add(&calls, 1, __ATOMIC_SEQ_CST); }
-void *malloc(size_t n) { count(); return __libc_malloc(n); }
-void *calloc(size_t n, size_t m) { count(); return __libc_calloc(n, m); }
-void *realloc(void *p, size_t n) { count(); return __libc_realloc(p, n); }
-"""
 COUNTED = """
 import ctypes
 from zcache_core.crypt import Sealer, time_seal
@@ -189,12 +174,4 @@ memory.close()
 
 def test_nothing_is_allocated_for_a_blob(tmp_path: Path) -> None:
     """As many calls of malloc for 5000 blobs as for 10."""
-    source, library = tmp_path / "count.c", tmp_path / "count.so"
-    source.write_text(COUNTS_MALLOC)
-    subprocess.run(["gcc", "-shared", "-fPIC", "-o", library, source], check=True, timeout=60)
-    done = subprocess.run(
-        [sys.executable, "-c", COUNTED],
-        cwd=ROOT, env={"LD_PRELOAD": str(library), "PYTHONMALLOC": "pymalloc"},
-        capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    run_counting_malloc(tmp_path, COUNTED)

@@ -30,10 +30,10 @@ from cluster.peerwire import (
 )
 from cluster.wire import Request, encode
 from tests.donor_helpers import (
-    asyncio_connect,
-    asyncio_serve,
     QUICK,
     ask,
+    asyncio_connect,
+    asyncio_serve,
     linked,
     listening,
     make_pages,

@@ -16,11 +16,11 @@ import pytest
 
 from cluster import laneport
 from cluster.donor import Donor, DonorOptions
+from cluster.laneport import HANDSHAKES
 from cluster.link import RpcError
 from cluster.peeraddress import PeerAddress
 from cluster.peerchannel import Channel
 from cluster.peerlink import PeerLink, first_turn
-from cluster.laneport import HANDSHAKES
 from cluster.peersocket import rules, user_of
 from cluster.peerwire import PEER_LIMITS, Code, Hello, LinkState, Page, PeerError, pack
 from cluster.wire import Request, encode

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import random
 import ssl
 import stat
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,15 +17,17 @@ import pytest
 from cluster import certificates
 from cluster.donor import Donor
 from cluster.peeraddress import PeerAddress
-from cluster.peerlink import PeerLink
+from cluster.peerlink import LinkTimes, PeerLink
 from cluster.peersocket import rules
-from cluster.peerwire import PEER_LIMITS, Hello, LinkState, Page, pack
+from cluster.peerwire import PEER_LIMITS, Code, Hello, LinkState, Page, PeerError, pack
 from cluster.tls import TlsRules
 from cluster.wire import Request, encode
 from tests.donor_helpers import (
     QUICK,
     listening,
     make_cluster,
+    make_pages,
+    make_sealed,
     opened_donation,
     python_tls,
     wait_until,
@@ -48,9 +52,9 @@ async def lender(ca: Path) -> AsyncIterator[tuple[Donor, PeerAddress]]:
 
 @contextlib.asynccontextmanager
 async def owner(
-    address: PeerAddress, tls: TlsRules | None, name: str = "owner"
+    address: PeerAddress, tls: TlsRules | None, name: str = "owner", times: LinkTimes = QUICK
 ) -> AsyncIterator[PeerLink]:
-    link = PeerLink(address, Hello(name, 7), tls, QUICK)
+    link = PeerLink(address, Hello(name, 7), tls, times)
     link.start()
     try:
         yield link
@@ -225,6 +229,99 @@ def test_an_owner_refuses_a_donor_without_a_certificate_of_ours(kind: str, ca: P
                 assert not any(heard)
 
     asyncio.run(test())
+
+
+class Meddler:
+    """Between owner and donor: passes on what is said, or something else, or nothing more."""
+
+    def __init__(self, rng: random.Random, donor: PeerAddress) -> None:
+        self.rng, self._donor, self.calm, self.meddled = rng, donor, True, 0
+        self.open = 0
+
+    async def start(self) -> PeerAddress:
+        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
+        port = self._server.sockets[0].getsockname()[1]
+        return PeerAddress.read("peers", f"127.0.0.1:{port}")
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.open += 1
+        there, back = await asyncio.open_connection(self._donor.host, self._donor.port)
+        passing = [
+            asyncio.ensure_future(self._pass(one, other))
+            for one, other in ((reader, back), (there, writer))
+        ]
+        await asyncio.wait(passing, return_when=asyncio.FIRST_COMPLETED)
+        for task, its in zip(passing, (back, writer), strict=True):
+            task.cancel()
+            its.transport.abort()
+        self.open -= 1
+
+    async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            while data := await reader.read(1 << 16):
+                told = data if self.calm or self.rng.random() < 0.9 else self._meddle(data)
+                self.meddled += told != data
+                writer.write(told)
+                await writer.drain()
+                if len(told) < len(data):
+                    break
+
+    def _meddle(self, data: bytes) -> bytes:
+        at, rng = self.rng.randrange(len(data)), self.rng
+        match rng.randrange(5):
+            case 0:
+                return data[:at]
+            case 1:
+                return data[:at] + bytes([data[at] ^ 1 << rng.randrange(8)]) + data[at + 1 :]
+            case 2:
+                return data + data  # said twice
+            case 3:
+                return rng.randbytes(rng.randrange(1, 40)) + data
+            case _:  # the longest record there may be, and longer ones
+                return b"\x17\x03\x03" + rng.choice([b"\x41\x00", b"\xff\xff"]) + data
+
+    def stop(self) -> None:
+        """After the owner: its connections end with it."""
+        self._server.close()
+
+
+def test_whoever_meddles_ends_the_connection_and_nothing_else(ca: Path, rng: random.Random) -> None:
+    """Every page that is answered is the right one; the link is there again whenever it can be."""
+
+    async def test() -> None:
+        async with lender(ca) as (donor, address):
+            meddler = Meddler(rng, address)
+            times = replace(QUICK, call_s=0.2, dead_s=0.3)
+            async with owner(await meddler.start(), of_owner(ca), times=times) as link:
+                model: dict[Page, bytes] = {}
+                for step in range(100):
+                    meddler.calm = True
+                    await wait_until("it is up", lambda: link.state is LinkState.UP)
+                    meddler.calm = False
+                    pages = make_pages(rng, rng.randrange(1, 40), 50 * step, 1000 * step)
+                    sealed = [make_sealed(rng, page) for page in pages]
+                    with contextlib.suppress(PeerError):
+                        codes = await link.put(pack(pages), b"".join(sealed))
+                        told = zip(pages, sealed, codes, strict=True)
+                        model |= {page: data for page, data, code in told if code == Code.OK}
+                    wanted = rng.sample(sorted(model), min(20, len(model)))
+                    if wanted:
+                        with contextlib.suppress(PeerError):
+                            codes, payload = await link.get(pack(wanted))
+                            assert not any(codes)
+                            assert payload == b"".join(model[page] for page in wanted)
+                    await asyncio.sleep(0)
+                assert meddler.meddled > 10
+                assert model
+            await wait_until("all are closed", lambda: not meddler.open)
+            meddler.stop()
+            assert donor.donation.check() == 0
+
+    async def bounded() -> None:
+        async with asyncio.timeout(90):
+            await test()
+
+    asyncio.run(bounded())
 
 
 def test_nobody_takes_another_members_name(ca: Path) -> None:

@@ -9,22 +9,23 @@ import os
 import random
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cluster import peerwire
+from cluster import certificates, laneport, peerwire
 from cluster.link import RpcError
 from cluster.peeraddress import PeerAddress
 from cluster.peerchannel import Channel
 from cluster.peerring import PeerOptions, PeerSide
+from cluster.peersocket import rules
 from cluster.peerwire import BATCH_PAGES, Code, Health, Offer, Page, Welcome, pieces, unpack
 from cluster.session import OTHERS_MSGID
 from cluster.wire import Request
 from tests.cold_helpers import DISK_BYTES, make_object
-from tests.donor_helpers import asyncio_serve
+from tests.donor_helpers import asyncio_serve, make_cluster
 from tests.peer_helpers import wait_until
 from tests.tiers_helpers import open_file
 from zcache_core.coldprobe import ColdProbe
@@ -117,9 +118,13 @@ class End(Channel):
 
 
 class Node:
-    """A node process's owner side, and two donors, in a thread with a loop of its own."""
+    """A node process's owner side, and two donors, in a thread with a loop of its own.
 
-    def __init__(self, tier: PeerTier, memory: MemoryFile, folder: Path) -> None:
+    Over Unix sockets; with a cluster's folder over TLS, both ends of which are ours.
+    """
+
+    def __init__(self, tier: PeerTier, memory: MemoryFile, folder: Path, ca: Path | None) -> None:
+        self.ca = ca
         self.donors = [Donor("one"), Donor("two")]
         self.tier, self.memory, self.folder = tier, memory, folder
         self.ready, self.ended = threading.Event(), False
@@ -130,13 +135,13 @@ class Node:
     async def _run(self) -> None:
         servers, addresses = [], []
         for donor in self.donors:
-            address = PeerAddress.read("listen", str(self.folder / donor.name))
             make = functools.partial(End, donor)
-            server, bound = await asyncio_serve(address, make)
+            server, bound = await self._serve(donor.name, make)
             servers.append(server)
             addresses.append(bound)
+        tls = str(self.ca / "owner") if self.ca else None
         self.side = PeerSide(
-            self.tier.fd, self.tier.wake_fd, self.memory, PeerOptions(tuple(addresses), 2, None)
+            self.tier.fd, self.tier.wake_fd, self.memory, PeerOptions(tuple(addresses), 2, tls)
         )
         await self.side.start()
         self.ready.set()
@@ -146,18 +151,28 @@ class Node:
         for server in servers:
             server.close()
 
+    async def _serve(self, name: str, make: Callable[[], Channel]) -> tuple[Any, str]:
+        if self.ca is None:
+            address = PeerAddress.read("listen", str(self.folder / name))
+            return await asyncio_serve(address, make)
+        certificates.add(self.ca, name)
+        address = PeerAddress.read("listen", "127.0.0.1:0")
+        return await laneport.serve(address, "listen", make, rules(self.ca / name, server=True))
+
     def stop(self) -> None:
         self.ended = True
         self._thread.join()
 
 
 class Rig:
-    def __init__(self, memory: MemoryFile, folder: Path, rng: random.Random) -> None:
+    def __init__(
+        self, memory: MemoryFile, folder: Path, rng: random.Random, ca: Path | None
+    ) -> None:
         self.rng = rng
         self.fd = open_file(folder / "unused", DISK_BYTES)
         self.probe = ColdProbe(memory, self.fd, DISK_BYTES)
         self.tier = self.probe.wrap(lambda _: PeerTier(memory))
-        self.node = Node(self.tier, memory, folder)
+        self.node = Node(self.tier, memory, folder, ca)
         self.things = [make_object(rng, page, page + 1) for page in range(50)]
         self.where: list[int] = []
 
@@ -210,10 +225,10 @@ class Rig:
         return len(self.probe.time_gets(wanted[:n], until_us))
 
 
-@pytest.fixture
-def rig(tmp_path: Path, rng: random.Random) -> Iterator[Rig]:
+@pytest.fixture(params=[False, True], ids=["plain", "TLS"])
+def rig(tmp_path: Path, rng: random.Random, request: pytest.FixtureRequest) -> Iterator[Rig]:
     memory = MemoryFile.create(None, 64 * 4096, 16 * 4096)
-    rig = Rig(memory, tmp_path, rng)
+    rig = Rig(memory, tmp_path, rng, make_cluster(tmp_path / "ca") if request.param else None)
     yield rig
     rig.node.stop()
     os.close(rig.fd)

@@ -1,0 +1,1 @@
+"""What a lane sends; its face is C only (lanesend.pxd)."""
