@@ -189,7 +189,11 @@ def hold_memory(size_bytes: int) -> mmap.mmap:
 
 
 def keep_heap(size_bytes: int) -> None:
-    """Have so much free in malloc's heap, touched, and never give any of it back to the kernel."""
+    """Have so much free in malloc's heap, touched, and never give any of it back to the kernel.
+
+    For threads too: one that had a heap of its own would fault it in.
+    """
+    _libc.mallopt(M_ARENA_MAX, 1)
     _libc.mallopt(M_TRIM_THRESHOLD, HEAP_BYTES_MAX)
     _libc.mallopt(M_MMAP_THRESHOLD, HEAP_BYTES_MAX)
     _libc.mallopt(M_TOP_PAD, size_bytes)
