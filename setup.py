@@ -68,7 +68,7 @@ def extensions() -> list[Extension]:
             f"{source.parent.name}.{source.stem}",
             [str(source.relative_to(ROOT))],
             include_dirs=["zcache_core"],
-            depends=["zcache_core/native.h", "zcache_core/callbacks.h"],
+            depends=[f"zcache_core/{name}.h" for name in ("native", "callbacks", "mapped")],
             libraries=[*LIBRARIES.get(source.stem, []), "xxhash"],
             extra_compile_args=flags() + sanitize,
             extra_link_args=["-Wl,--as-needed", *sanitize],

@@ -1,12 +1,11 @@
 """What denser pages cost those who use them: other requests meanwhile, and who reads one.
 
     recompression   MiBs read and overwritten while others are recompressed / without, in turns
-    compaction      the same while frames are emptied / the mean of before and after
+    compaction      the same while frames are emptied / while that rests, in turns
     one page        read at random from three stores with the same pages, one after the other: LZ4,
                     zstd, and recompressed with a dictionary
 
-Compaction cannot be told to pause, so its rounds are before, during, after; what drifts with time
-drifts through all three.
+Both have work left at the end of each round, and did some in each turn: it is checked.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ from zcache_core.store import Store
 MIB = 1 << 20
 PAGE_BYTES = 4096
 PARTS = 32
+SLICE = 8
 REQUEST_BYTES = 128 << 10
 READ_MIB = 64
 READS = 40_000
@@ -70,28 +70,38 @@ def beside_recompression(data: memoryview, rounds: int) -> list[float]:
 
 
 def beside_compaction(data: memoryview, rounds: int) -> tuple[list[float], list[int]]:
-    """Speed of foreground requests while frames are emptied, of before and after; pages moved."""
+    """Speed of foreground requests while frames are emptied, of their speed without; pages moved.
+
+    A ratio for each SLICE of parts, in turns: with, without, without, with.  There is more to move
+    than the thread gets done meanwhile.
+    """
     half = min(len(data) // 2 // MIB, 4 * PARTS) * MIB
     ratios, moved = [], []
     cold = range(PARTS * MIB, 2 * half, PAGE_BYTES)
+    spots = range(0, PARTS * MIB, MIB)
     for number in range(rounds):
         gone = random.Random(number).sample(cold, int(FREED_SHARE * len(cold)))
         with device(2 * half, 2 * half, allocator="zsmalloc") as (target, store):
-            spots = range(0, PARTS * MIB, MIB)
             parts = [Part(target, data[at : at + PART_BYTES], at) for at in spots]
             fill(target, data[: 2 * half])
-            turn(parts)
-            before = turn(parts)
+            store.pause_compaction()
             for at in gone:
                 target.trim(None, PAGE_BYTES, at, 0)
-            while now(store, "moved_pages") == 0:
-                turn(parts[:1])
-            start = now(store, "moved_pages")
-            during = turn(parts)
-            moved.append(now(store, "moved_pages") - start)
-            store.compact()
             turn(parts)
-            ratios.append((before + turn(parts)) / 2 / during)
+            begun = now(store, "moved_pages")
+            for first in [*range(0, PARTS, SLICE)] * 2:
+                spent = {False: 0.0, True: 0.0}
+                for paused in (False, True, True, False):
+                    store.pause_compaction(paused)
+                    time.sleep(0.003)
+                    start = now(store, "moved_pages")
+                    spent[paused] += turn(parts[first : first + SLICE])
+                    assert not paused or now(store, "moved_pages") == start
+                ratios.append(spent[True] / spent[False])
+            moved.append(now(store, "moved_pages") - begun)
+            begun = now(store, "moved_pages")
+            store.compact()
+            assert now(store, "moved_pages") > begun, "there was not enough to do"
     return ratios, moved
 
 

@@ -26,8 +26,8 @@ FLOORS = {
         1: "inventory geometry memfile headroom backing arena committer adoption stacks samefill "
         "slots codec crypt crew",
         2: "allocator accounting budframe buds zbud z3fold sizeclass zspage zsmalloc several index",
-        3: "cold ring ringside core ramtier cooling takeover moving tidying dictionary learning "
-        "denser store probe foreign foreignfound donation",
+        3: "cold ring ringside core ramtier cooling takeover moving share tidying dictionary "
+        "learning denseroom denser store probe foreign foreignfound donation",
         5: "diskfile diskobject diskio segments quota diskstate diskput disk diskrun orders "
         "peerwhere peernotes peers peertier bothstate backup both ahead below fullness eviction "
         "cooler fetching tiers pressure steward faulty coldprobe",

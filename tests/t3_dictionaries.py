@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
+import os
+import platform
 import random
 import struct
 import threading
@@ -162,6 +166,77 @@ def test_damage_is_found(name: str, rng: random.Random) -> None:
                 store.get(page)
         else:
             assert store.get(page) == model[page]
+    store.stop()
+    memory.destroy()
+
+
+def refuse_memory(least_bytes: int, most_bytes: int) -> None:
+    """From now on the kernel has none for this process when it asks for so many bytes (madvise)."""
+    number = {"x86_64": 28, "aarch64": 233}[platform.machine()]
+    load, equal, at_least, above, answer = 0x20, 0x15, 0x35, 0x25, 0x06
+    program = b"".join(
+        struct.pack("<HBBI", *step)
+        for step in [
+            (load, 0, 0, 0),  # number of the call
+            (equal, 0, 5, number),
+            (load, 0, 0, 24),  # its second argument: length
+            (at_least, 0, 3, least_bytes),
+            (above, 2, 0, most_bytes),
+            (answer, 0, 0, 0x00050000 | errno.ENOMEM),
+            (answer, 0, 0, 0x7FFF0000),  # goes on
+            (answer, 0, 0, 0x7FFF0000),
+        ]
+    )
+    steps = ctypes.create_string_buffer(program)
+    filters = struct.pack("HxxxxxxQ", len(program) // 8, ctypes.addressof(steps))
+    call = ctypes.CDLL(None, use_errno=True).prctl
+    assert call(38, 1, 0, 0, 0) == 0, "PR_SET_NO_NEW_PRIVS"
+    assert call(22, 2, ctypes.create_string_buffer(filters), 0, 0) == 0, "PR_SET_SECCOMP"
+
+
+def start_without_memory(memory_name: str, least_bytes: int, most_bytes: int) -> str:
+    """What a start says, in a process of its own, when there is no memory for a dictionary."""
+    ours, its = os.pipe()
+    if (child := os.fork()) == 0:
+        try:
+            memory = MemoryFile.open(memory_name)
+            refuse_memory(least_bytes, most_bytes)
+            Store(memory, allocator="zsmalloc", tidy=False).start()
+            os.write(its, b"it started")
+        except BaseException as error:
+            os.write(its, f"{type(error).__name__}: {error}".encode())
+        finally:
+            os._exit(0)
+    os.close(its)
+    os.waitpid(child, 0)
+    with os.fdopen(ours) as said:
+        return said.read()
+
+
+def test_a_start_without_memory_for_them_is_refused(name: str, rng: random.Random) -> None:
+    """Not taken for damage: nothing is lost, and the next start, with memory, finds all."""
+    memory = MemoryFile.create(name, PAGES * PAGE, PAGES * PAGE)
+    store = Store(memory, allocator="zsmalloc", tidy=False)
+    store.start()
+    model = fill(store, phrases(rng), rng)
+    store.recompress("zstd:3")
+    assert any(codec_of(store, page) >= WITH_DICTIONARY for page in model)
+    store.stop()
+    memory.close()
+    # a copy of one as it lies in the file, and the room for reading with one
+    for least, most in ((112 << 10, 112 << 10), (113 << 10, 200 << 10)):
+        said = start_without_memory(name, least, most)
+        assert said == (
+            "MemoryFileError: no memory to read recompressed pages with; free some, and start again"
+        )
+    assert start_without_memory(name, 1, 2) == "it started"
+    memory = MemoryFile.open(name)
+    store = Store(memory, allocator="zsmalloc", tidy=False)
+    store.start()
+    store.wait_ready()
+    assert all(store.get(page) == data for page, data in model.items())
+    assert now(store, "lost_pages") == 0
+    assert store.check() == 0
     store.stop()
     memory.destroy()
 

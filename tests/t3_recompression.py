@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from functools import partial
+from pathlib import Path
 
 import pytest
 
 from tests.core_helpers import PAGE, make_page, opened_store, try_put
 from tests.plugin_helpers import wait_for
+from tests.t2_committer import System
 from tests.t3_takeover import (
     PAGES as KILLED_PAGES,
 )
@@ -139,6 +142,48 @@ def test_the_thread_takes_what_is_cold(rng: random.Random) -> None:
         assert all(store.get(page) == data for page, data in model.items())
         assert store.check() == 0
         assert now(store, "private_table_bytes") > before + (1 << 20), "what it takes is counted"
+
+
+def test_what_it_needs_goes_back_when_there_is_nothing_to_do(tmp_path: Path) -> None:
+    """And is had again for the next cold page, which waits until there is memory for it."""
+    rng = random.Random(1)
+    system = System(tmp_path / "zoneinfo")
+    memory = MemoryFile.create(None, PAGES * PAGE, PAGES * PAGE)
+    store = Store(memory, allocator="zsmalloc", zoneinfo=str(system.path))
+    try:
+        system.has(free=1 << 20)
+        store.start()
+        nothing = now(store, "private_table_bytes")
+        store.set_recompress("zstd:15", 1)
+        wait_for("the order", lambda: now(store, "recompress_level") == 15)
+        model = {page: text(rng) for page in range(300)}
+        for page, data in model.items():
+            store.put(page, data)
+        wait_for("recompression", lambda: now(store, "recompressed_pages") == 300)
+        taken = now(store, "private_table_bytes")
+        wait_for("giving back", lambda: now(store, "private_table_bytes") < taken - (400 << 10))
+        assert now(store, "private_table_bytes") > nothing + (1 << 20), "what readers need stays"
+        system.has(free=0)
+        for page in range(300, 400):
+            model[page] = text(rng)
+            store.put(page, model[page])
+        time.sleep(2)  # it is long cold: time for what must not happen
+        assert now(store, "recompressed_pages") == 300
+        system.has(free=1 << 20)
+        wait_for("the others", lambda: now(store, "recompressed_pages") == 400)
+        assert now(store, "refused_commands") == 0
+        assert now(store, "recompress_level") == 15
+        wait_for("giving back", lambda: now(store, "private_table_bytes") < taken - (400 << 10))
+        store.set_recompress("zstd:3", 1)
+        wait_for("the order", lambda: now(store, "recompress_level") == 3)
+        store.set_recompress("none", 1)
+        wait_for("the order", lambda: now(store, "recompress_level") == 0)
+        wait_for("giving back", lambda: now(store, "private_table_bytes") < taken - (400 << 10))
+        assert all(store.get(page) == data for page, data in model.items())
+        assert store.check() == 0
+    finally:
+        store.stop()
+        memory.close()
 
 
 @pytest.mark.parametrize("words", ["lz4", "zstd:20", "brotli"])

@@ -60,6 +60,7 @@ ctypedef struct Arena:
     bint stopping
     bint failing                # no memory is to be had: who needs some is refused at once
     int64_t short_since_us      # memory is short: nothing was committed since; 0: it is not
+    int64_t punching_us         # spent on giving memory back, in all
     int64_t punch_after_us      # the kernel refused to take memory back: try again then
     uint32_t held               # atomic: a Held, 0 in the ordinary case
     bint settling               # quiet: the reserve is enough

@@ -14,6 +14,8 @@ cdef bint codec_expect_zstd(Slots *slots) noexcept nogil
 cdef bint codec_make(Slot *slot, CodecChoice choice) noexcept nogil
 cdef void codec_unmake(Slot *slot) noexcept nogil
 cdef bint codec_load_dictionary(Slot *slot, const uint8_t *bytes, uint32_t length_bytes, int level) noexcept nogil
+cdef bint codec_expect_copy(Slots *slots) noexcept nogil
+cdef void codec_forget_copy(Slots *slots) noexcept nogil
 cdef bint codec_expect_dictionary(Slots *slots, uint32_t number) noexcept nogil
 cdef bint codec_dictionary_make(Slots *slots, uint32_t number, const uint8_t *bytes, uint32_t length_bytes) noexcept nogil
 cdef uint64_t codec_context_bytes(const Slot *slot) noexcept nogil

@@ -10,7 +10,7 @@ a peer, or be read while they change.
 States and contexts belong to the slots and are warmed at start: compressing
 allocates nothing.  Those for reading zstd lie in memory of ours, 94 KiB a slot; what a page
 needs of it, about 36 KiB, is there before the first such page.  So is the room for what reading
-with a dictionary needs: 140 KiB for each of them.
+with a dictionary needs: 140 KiB for each of them.  Contexts for compressing are mapped each on its own.
 
 Sources: lz4 block format (lz4_Block_format.md), RFC 8878 for zstd.
 """
@@ -45,6 +45,11 @@ cdef extern from *:
     #define ZSTD_STATIC_LINKING_ONLY    /* contexts in memory of our own */
     """
 
+cdef extern from "mapped.h" nogil:
+    ctypedef struct ZSTD_customMem:
+        pass
+    ZSTD_customMem zc_mapped
+
 cdef extern from "<zstd.h>" nogil:
     ctypedef struct ZSTD_CCtx:
         pass
@@ -58,7 +63,7 @@ cdef extern from "<zstd.h>" nogil:
         ZSTD_c_experimentalParam2   # ZSTD_c_format
     enum ZSTD_dParameter:
         ZSTD_d_experimentalParam1   # ZSTD_d_format
-    ZSTD_CCtx *ZSTD_createCCtx()
+    ZSTD_CCtx *ZSTD_createCCtx_advanced(ZSTD_customMem)
     size_t ZSTD_freeCCtx(ZSTD_CCtx *)
     size_t ZSTD_sizeof_CCtx(const ZSTD_CCtx *)
     size_t ZSTD_estimateDCtxSize()
@@ -74,13 +79,10 @@ cdef extern from "<zstd.h>" nogil:
         pass
     ctypedef struct ZSTD_compressionParameters:
         pass
-    ctypedef struct ZSTD_customMem:
-        pass
     enum ZSTD_dictLoadMethod_e:
         ZSTD_dlm_byCopy
     enum ZSTD_dictContentType_e:
         ZSTD_dct_auto
-    ZSTD_customMem ZSTD_defaultCMem
     ZSTD_compressionParameters ZSTD_getCParams(int level, unsigned long long source_bytes, size_t dictionary_bytes)
     ZSTD_CDict *ZSTD_createCDict_advanced(
         const void *bytes, size_t length, ZSTD_dictLoadMethod_e, ZSTD_dictContentType_e, ZSTD_compressionParameters,
@@ -189,7 +191,7 @@ cdef bint codec_make(Slot *slot, CodecChoice choice) noexcept nogil:
     cdef size_t refused
     codec_unmake(slot)
     if choice.codec == CODEC_ZSTD:
-        c = ZSTD_createCCtx()
+        c = ZSTD_createCCtx_advanced(zc_mapped)
         slot.zstd_compress = c
         if c == NULL:
             return False
@@ -266,7 +268,8 @@ cdef void codec_discard(Slots *slots) noexcept nogil:
         slots.dictionary[i] = NULL
     if slots.dictionary_at != NULL:
         munmap(slots.dictionary_at, slots.dictionary_bytes)
-    slots.dictionary_at = slots.dictionary_copy = NULL
+    slots.dictionary_at = NULL
+    codec_forget_copy(slots)
     slots.dictionaries_backed = 0
 
 
@@ -279,7 +282,7 @@ cdef void codec_unmake(Slot *slot) noexcept nogil:
 cdef bint codec_load_dictionary(Slot *slot, const uint8_t *bytes, uint32_t length_bytes, int level) noexcept nogil:
     """Have what codec_make made compress with this dictionary, of which a copy is kept; False: no memory."""
     cdef ZSTD_CDict *c = ZSTD_createCDict_advanced(
-        bytes, length_bytes, ZSTD_dlm_byCopy, ZSTD_dct_auto, ZSTD_getCParams(level, PAGE_BYTES, length_bytes), ZSTD_defaultCMem
+        bytes, length_bytes, ZSTD_dlm_byCopy, ZSTD_dct_auto, ZSTD_getCParams(level, PAGE_BYTES, length_bytes), zc_mapped
     )
     if c == NULL or ZSTD_isError(ZSTD_CCtx_refCDict(<ZSTD_CCtx *>slot.zstd_compress, c)):
         ZSTD_freeCDict(c)
@@ -296,25 +299,44 @@ cdef inline uint64_t dictionary_room() noexcept nogil:
 
 
 cdef bint make_dictionary_rooms(Slots *slots) noexcept nogil:
-    """Room for all of them and one as it lies in the file; untouched it is address space only."""
+    """Room for all of them; untouched it is address space only."""
     cdef void *at
-    slots.dictionary_bytes = DICTIONARIES * dictionary_room() + DICTIONARY_MOST
+    slots.dictionary_bytes = DICTIONARIES * dictionary_room()
     at = mmap(NULL, slots.dictionary_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
     if at == MAP_FAILED:
         return False
     slots.dictionary_at = <uint8_t *>at
-    slots.dictionary_copy = slots.dictionary_at + DICTIONARIES * dictionary_room()
     return True
+
+
+cdef bint codec_expect_copy(Slots *slots) noexcept nogil:
+    """A dictionary may have to be taken from the file: have memory for a copy; False: there is none."""
+    cdef void *at
+    if slots.dictionary_copy != NULL:
+        return True
+    at = mmap(NULL, DICTIONARY_MOST, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
+    if at == MAP_FAILED:
+        return False
+    if back_range(<uint8_t *>at, DICTIONARY_MOST):
+        munmap(at, DICTIONARY_MOST)
+        return False
+    slots.dictionary_copy = <uint8_t *>at
+    slots.dictionary_backed_bytes += DICTIONARY_MOST
+    return True
+
+
+cdef void codec_forget_copy(Slots *slots) noexcept nogil:
+    """Until it is expected again."""
+    if slots.dictionary_copy != NULL:
+        munmap(slots.dictionary_copy, DICTIONARY_MOST)
+        slots.dictionary_backed_bytes -= DICTIONARY_MOST
+    slots.dictionary_copy = NULL
 
 
 cdef bint codec_expect_dictionary(Slots *slots, uint32_t number) noexcept nogil:
     """Pages with the dictionary of this row may have to be read from now on: have memory; False: there is none."""
     if slots.dictionaries_backed >> number & 1:
         return True
-    if slots.dictionaries_backed == 0:
-        if back_range(slots.dictionary_copy, DICTIONARY_MOST):
-            return False
-        slots.dictionary_backed_bytes += DICTIONARY_MOST
     if back_range(slots.dictionary_at + number * dictionary_room(), dictionary_room()):
         return False
     slots.dictionary_backed_bytes += dictionary_room()

@@ -165,6 +165,7 @@ cdef void punch_batch(Arena *arena, uint32_t most) noexcept nogil:
     cdef uint32_t gone = 0
     cdef uint32_t kept_count = 0
     cdef uint32_t run, i
+    cdef int64_t start
     while n < min(most, <uint32_t>BATCH) and arena.free_head != NO_FRAME:
         batch[n] = arena.free_head
         arena.free_head = arena.frames[batch[n]].next
@@ -176,6 +177,7 @@ cdef void punch_batch(Arena *arena, uint32_t most) noexcept nogil:
     pthread_mutex_unlock(&arena.lock)
     if arena.quiesce != NULL:
         arena.quiesce(arena.quiesce_argument)
+    start = now_us()
     qsort(batch, n, sizeof(uint32_t), by_number)
     while at < n:
         run = run_from(batch, at, n)
@@ -189,6 +191,7 @@ cdef void punch_batch(Arena *arena, uint32_t most) noexcept nogil:
                 gone += 1
         at += run
     lock_take(&arena.lock)
+    arena.punching_us += now_us() - start
     arena.moving -= n
     for i in range(kept_count):     # the memory is still there, and still ours
         frame_gets_memory(arena, kept[kept_count - 1 - i])

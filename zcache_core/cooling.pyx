@@ -19,7 +19,7 @@ from libc.string cimport memcpy
 
 from zcache_core.allocator cimport object_blob, object_bytes, object_fill, object_header
 from zcache_core.cold cimport ColdPage
-from zcache_core.core cimport Core
+from zcache_core.core cimport Core, note_arrival
 from zcache_core.counter_ids cimport C_DAMAGED_LOWER_ADDRESSES
 from zcache_core.index cimport entry_flip, entry_load
 from zcache_core.layout cimport (
@@ -27,7 +27,7 @@ from zcache_core.layout cimport (
     backed_where, codec_of, disk_part, donor_at, entry_is_sound, header_fill, header_is_sound, header_lower, header_matches, header_page, header_set_lower,
     is_backed, length_of, lower_state, place_word, state_of, version_of, version_word, where_of,
 )
-from zcache_core.native cimport zc_acquire_fence, zc_add64, zc_load32, zc_release_fence
+from zcache_core.native cimport zc_acquire_fence, zc_load32, zc_release_fence
 from zcache_core.pthread cimport lock_take, pthread_mutex_unlock
 from zcache_core.ramtier cimport is_below, note_new, room_at_once
 from zcache_core.slots cimport Slot
@@ -196,7 +196,7 @@ cdef bint promote(Core *core, Slot *slot, uint64_t page, Entry entry, const uint
     header_fill(header, version_of(entry.version), core.device, <uint32_t>page, length, codec, blob)
     if state == ST_RAM_EPHEMERAL:
         header_set_lower(header, where_of(entry.location))
-    zc_add64(&core.arrivals, 1)
+    note_arrival(core, page)
     zc_release_fence()
     lock_take(&core.allocator.lock)
     done = entry_flip(&core.index, page, entry, same_page(entry, state, place_word(where, length, codec)))

@@ -10,6 +10,7 @@ from zcache_core.cold cimport ColdPage
 from zcache_core.crew cimport Crew
 from zcache_core.index cimport Index
 from zcache_core.layout cimport DictionaryRow, Entry
+from zcache_core.native cimport zc_add64, zc_load64
 from zcache_core.pthread cimport pthread_cond_t, pthread_mutex_t, pthread_t
 from zcache_core.slots cimport Slots
 
@@ -41,6 +42,7 @@ ctypedef struct Tidy:
     pthread_t thread
     bint running
     bint stopping
+    bint paused                 # moves nothing for now (to measure what it costs)
 
 # The thread that recompresses cold pages (denser.pyx).
 ctypedef struct Dense:
@@ -54,11 +56,13 @@ ctypedef struct Dense:
     bint running
     bint readers_counted        # memory for reading zstd is in private_table_bytes
     Backing backing             # of the thread: what may be taken
-    void *batch                 # contexts and buffers, or NULL: nothing was recompressed yet
+    void *batch                 # denseroom.pxd, or NULL: nothing was recompressed yet
+    int64_t worked_us           # when there was a cold page last
     uint64_t *cells             # counter shard, written by who has the turn
 
 cdef enum:
     PAGE_LOCKS = 64
+    ARRIVALS = 512              # counters of arrivals, by page
     # A page's mark: quarters of recompress_age since it was asked for, and whether it was
     # tried in vain since it was written.
     MARK_AGE = 7
@@ -84,7 +88,14 @@ ctypedef struct Core:
     uint32_t ready              # atomic: the allocator knows what is taken
     uint32_t clock_hand[2]      # of persistent and of ephemeral frames
     uint64_t same_filled        # atomic
-    uint64_t arrivals           # atomic: pages that came to a place with the version they had
+    uint64_t arrivals[ARRIVALS]     # atomic: pages that came to a place with the version they had
     pthread_mutex_t page_lock[PAGE_LOCKS]
     pthread_t rebuilder
     bint rebuilding
+
+cdef inline void note_arrival(Core *core, uint64_t page) noexcept nogil:
+    """Before its entry is flipped to the new place.  (One counter for all had readers look twice at what stood still.)"""
+    zc_add64(&core.arrivals[page % ARRIVALS], 1)
+
+cdef inline uint64_t arrivals_of(Core *core, uint64_t page) noexcept nogil:
+    return zc_load64(&core.arrivals[page % ARRIVALS])

@@ -13,7 +13,8 @@ A row is used again when all four are taken: then the index is looked through, a
 entry names any more, and that no request under way may have seen there, is given up.  Until there
 is one, the dictionaries that there are do.
 
-Bounds: four of 112 KiB at most, each in frames, as a copy here and as tables beside it (27 KiB).  A
+Bounds: four of 112 KiB at most, each in frames, as a copy here and as tables beside it (27 KiB).  A start
+that has no memory for these is refused, for it could read no page that needs them.  A
 standby has the memory for all four before it waits.
 Written by the thread that recompresses, with dense.turn, or before there is one.
 """
@@ -23,7 +24,9 @@ from libc.string cimport memcpy
 from posix.time cimport nanosleep, timespec
 
 from zcache_core.arena cimport FRAME_DICTIONARY, NO_FRAME, Arena, arena_give, arena_take, frame_address
-from zcache_core.codec cimport codec_dictionary_make, codec_expect_dictionary, codec_expect_zstd
+from zcache_core.codec cimport (
+    codec_dictionary_make, codec_expect_copy, codec_expect_dictionary, codec_expect_zstd, codec_forget_copy,
+)
 from zcache_core.core cimport Core
 from zcache_core.counter_ids cimport C_DICTIONARIES, C_DICTIONARY_FRAMES
 from zcache_core.index cimport entry_load
@@ -79,37 +82,50 @@ cdef void tell(Core *core) noexcept nogil:
 
 
 cdef uint32_t dictionary_read(Core *core, uint32_t number) noexcept nogil:
-    """Copy a dictionary from its frames to slots.dictionary_copy; its length, 0 when it is damaged, or no memory."""
+    """Copy a dictionary from its frames to slots.dictionary_copy; its length, 0 when it is damaged.
+
+    Without memory for the copy (`codec_expect_copy`) 0 too.
+    """
     cdef DictionaryRow *row = &core.dictionary_rows[number]
-    cdef uint8_t *bytes = core.slots.dictionary_copy
+    cdef uint8_t *bytes
     cdef uint32_t frames[FRAMES_MOST]
     cdef uint32_t n = chain_of(core, row, frames)
     cdef uint32_t i
-    if not codec_expect_dictionary(&core.slots, number):
+    if not codec_expect_copy(&core.slots):
         return 0
+    bytes = core.slots.dictionary_copy
     for i in range(n):
         memcpy(bytes + i * PAGE_BYTES, frame_address(&core.arena, frames[i]), min(PAGE_BYTES, row.bytes - i * PAGE_BYTES))
     return row.bytes if n and <uint32_t>zc_hash(bytes, row.bytes) == row.checksum else 0
 
 
-cdef void load(Core *core, uint32_t number) noexcept nogil:
-    """Make a predecessor's ready to be read with.  Of a damaged one the pages answer EIO."""
+cdef bint load(Core *core, uint32_t number) noexcept nogil:
+    """Make a predecessor's ready to be read with.  Of a damaged one the pages answer EIO; False: no memory."""
     cdef uint32_t frames[FRAMES_MOST]
-    cdef uint32_t n, i
-    cdef uint32_t length = dictionary_read(core, number)
+    cdef uint32_t n, i, length
+    if not codec_expect_copy(&core.slots) or not codec_expect_dictionary(&core.slots, number):
+        return False
+    length = dictionary_read(core, number)
     if length and codec_dictionary_make(&core.slots, number, core.slots.dictionary_copy, length):
         n = chain_of(core, &core.dictionary_rows[number], frames)
         for i in range(n):
             core.arena.frames[frames[i]].state = FRAME_DICTIONARY
+    return True
 
 
-cdef void dictionaries_open(Core *core) noexcept nogil:
-    """Of a file that is taken over, before its first page is read, or a frame is looked at."""
+cdef bint dictionaries_open(Core *core) noexcept nogil:
+    """Of a file that is taken over, before its first page is read, or a frame is looked at.
+
+    False: no memory.  Then nobody may serve: good pages would answer EIO, and a frame that a
+    dictionary lies in would be given to others.
+    """
     cdef uint32_t i
     for i in range(DICTIONARIES):
-        if core.dictionary_rows[i].bytes:
-            load(core, i)
+        if core.dictionary_rows[i].bytes and not load(core, i):
+            return False
+    codec_forget_copy(&core.slots)
     tell(core)
+    return True
 
 
 cdef bint dictionaries_expect(Core *core) noexcept nogil:
@@ -118,7 +134,7 @@ cdef bint dictionaries_expect(Core *core) noexcept nogil:
     for i in range(DICTIONARIES):
         if not codec_expect_dictionary(&core.slots, i):
             return False
-    return codec_expect_zstd(&core.slots)
+    return codec_expect_copy(&core.slots) and codec_expect_zstd(&core.slots)
 
 
 cdef int dictionary_newest(Core *core) noexcept nogil:

@@ -19,14 +19,14 @@ from libc.stdint cimport uint32_t, uint64_t
 from libc.string cimport memcpy
 
 from zcache_core.allocator cimport object_blob, object_bytes, object_fill, object_header
-from zcache_core.core cimport Core
+from zcache_core.core cimport Core, note_arrival
 from zcache_core.counter_ids cimport C_MOVED_PAGES
 from zcache_core.index cimport entry_flip, entry_load
 from zcache_core.layout cimport (
     PAGE_BYTES, ST_RAM_EPHEMERAL, BlobHeader, Entry, codec_of, entry_is_sound, header_matches, header_page,
     length_of, place_word, state_of, version_of, version_word, where_of,
 )
-from zcache_core.native cimport zc_acquire_fence, zc_add64, zc_release_fence
+from zcache_core.native cimport zc_acquire_fence, zc_release_fence
 from zcache_core.pthread cimport lock_take, pthread_mutex_unlock
 from zcache_core.ramtier cimport in_ram
 from zcache_core.slots cimport Slot, count
@@ -52,7 +52,7 @@ cdef bint point_to(Core *core, uint64_t page, Entry e, uint64_t to) noexcept nog
     now = entry_load(&core.index, page)
     if now.location == e.location and now.version == e.version:
         object_header(&core.arena, to, length)[0] = object_header(&core.arena, where_of(e.location), length)[0]
-        zc_add64(&core.arrivals, 1)
+        note_arrival(core, page)
         zc_release_fence()
         done = entry_flip(&core.index, page, e, new)
         if done and state_of(e.version) == ST_RAM_EPHEMERAL:

@@ -9,7 +9,7 @@ as it was.  Of two writes at once the one that flips last came last; versions on
 grow, so it takes a new one if the other's is higher.  A reader takes no lock: it reads the entry, checks
 and decompresses, and looks at the entry again; if it changed, what was read may
 be rubbish and is read anew.  A page can leave its place and be back while its reader sleeps, and its
-entry looks as before: `arrivals` tells.  Then the blob is copied before it is checked, and that
+entry looks as before: `arrivals`, counted by page, tells.  Then the blob is copied before it is checked, and that
 copy is decompressed, wherever the page is by then.
 
 Recency is one bit per frame (of a zspage: of any of its frames), set by a read, cleared by
@@ -26,7 +26,7 @@ from zcache_core.allocator cimport frame_next, object_blob, object_bytes, object
 from zcache_core.arena cimport FRAME_TAIL, FRAME_TAKEN, FRAME_ZSMALLOC, NO_FRAME, Frame, arena_wait
 from zcache_core.codec cimport codec_compress, codec_decompress
 from zcache_core.cold cimport ColdPage, cold_page
-from zcache_core.core cimport MARK_AGE, RAN_OUT, WOULD_BLOCK, Core
+from zcache_core.core cimport MARK_AGE, RAN_OUT, WOULD_BLOCK, Core, arrivals_of
 from zcache_core.counter_ids cimport (
     C_COMMIT_WAIT_US, C_COMMIT_WAITS, C_COMPRESS_POOR, C_CORRUPT_LOADS, C_DAMAGED_LOWER_ADDRESSES,
     C_FAILED_STORES,
@@ -43,7 +43,7 @@ from zcache_core.layout cimport (
     version_of, version_word, where_of,
 )
 from zcache_core.native cimport (
-    zc_acquire_fence, zc_add64, zc_fill_words, zc_load32, zc_load64, zc_prefetch, zc_release_fence,
+    zc_acquire_fence, zc_add64, zc_fill_words, zc_load32, zc_prefetch, zc_release_fence,
     zc_same_filled,
 )
 from zcache_core.pthread cimport lock_take, now_us, pthread_mutex_unlock
@@ -305,11 +305,11 @@ cdef bint load_blob(Core *core, Slot *slot, uint64_t page, Entry e, uint8_t *dat
     return codec_decompress(slot, codec_of(e.location), blob, length, data)
 
 
-cdef inline bint stayed(Core *core, Entry e, Entry again, uint64_t arrivals) noexcept nogil:
+cdef inline bint stayed(Core *core, uint64_t page, Entry e, Entry again, uint64_t arrivals) noexcept nogil:
     """Whether what was read in place from the entry `e` stood there all the time."""
     return (
         in_ram(state_of(again.version)) and again.location == e.location
-        and zc_load64(&core.arrivals) == arrivals
+        and arrivals_of(core, page) == arrivals
     )
 
 
@@ -336,7 +336,7 @@ cdef int store_get(
     cdef bint apart = False
     cdef int64_t began_ns = sample(slot)
     for tries in range(MOST_READ_TRIES):
-        arrivals = zc_load64(&core.arrivals)
+        arrivals = arrivals_of(core, page)
         e = entry_load(&core.index, page)
         state = state_of(e.version)
         good = entry_is_sound(e.location, e.version)
@@ -358,7 +358,7 @@ cdef int store_get(
         again = entry_load(&core.index, page)
         if good and version_of(again.version) == version_of(e.version):
             # The same version is the same content, wherever it is by now.
-            if apart or not in_ram(state) or stayed(core, e, again, arrivals):
+            if apart or not in_ram(state) or stayed(core, page, e, again, arrivals):
                 break
             apart = True
         elif again.version == e.version and again.location == e.location:

@@ -42,7 +42,7 @@ ctypedef struct Slots:
     uint8_t *io                 # SLOTS x IO_ROOM; has memory only with a tier below
     void *dictionary[DICTIONARIES]  # tables for reading, in the room at dictionary_at; NULL: no such
     uint8_t *dictionary_at
-    uint8_t *dictionary_copy    # one of them as it lies in the file, while it is looked at
+    uint8_t *dictionary_copy    # one of them as it lies in the file, while it is looked at; else NULL
     uint64_t dictionary_bytes
     uint64_t dictionary_backed_bytes
     uint32_t dictionaries_backed    # rows whose room has memory, a bit each

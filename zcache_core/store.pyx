@@ -34,10 +34,8 @@ from zcache_core.committer cimport arena_commit_now, arena_free, arena_start
 from zcache_core.core cimport PAGE_LOCKS, Core
 from zcache_core.counter_ids cimport C_DEVICE_PAGES, C_PRIVATE_TABLE_BYTES
 from zcache_core.crew cimport crew_memory_bytes, crew_start, crew_stop
-from zcache_core.denser cimport (
-    dense_all, dense_begin, dense_choose, dense_free, dense_init, dense_prepare, dense_start, dense_stop,
-    dense_tell,
-)
+from zcache_core.denser cimport dense_all, dense_begin, dense_choose, dense_init, dense_start, dense_stop
+from zcache_core.denseroom cimport dense_free, dense_prepare, dense_tell
 from zcache_core.dictionary cimport dictionaries_expect
 from zcache_core.index cimport entry_load, index_init, versions_take
 from zcache_core.layout cimport (
@@ -54,7 +52,7 @@ from zcache_core.ramtier cimport (
 from zcache_core.several cimport allocator_broken, several_make, several_tell
 from zcache_core.slots cimport Slot, slot_release, slot_take, slots_free, slots_init, slots_quiesce
 from zcache_core.takeover cimport takeover
-from zcache_core.tidying cimport tidy_all, tidy_choose, tidy_start, tidy_stop
+from zcache_core.tidying cimport tidy_all, tidy_choose, tidy_pause, tidy_start, tidy_stop
 
 from zcache_core import codec as codec_names
 from zcache_core import process
@@ -164,8 +162,8 @@ cdef class Store:
             + core.allocator.table_bytes
         )
         core.dictionary_rows = self.memory.super.dictionaries
-        if not self.memory.fresh:
-            dense_begin(core)           # before anybody reads
+        if not self.memory.fresh and not dense_begin(core):     # before anybody reads
+            raise MemoryFileError("no memory to read recompressed pages with; free some, and start again")
         core.dense.readers_counted = core.slots.readers_backed
         dense_tell(core)
 
@@ -355,6 +353,11 @@ cdef class Store:
         with nogil:
             done = tidy_all(&self.core)
         return done
+
+    def pause_compaction(self, bint paused=True):
+        """Move nothing together in the background, until told to go on: what it costs others is measured so."""
+        self._require_open()
+        tidy_pause(&self.core, paused)
 
     def entry(self, uint64_t page):
         """(location word, version word) of a page."""

@@ -1,0 +1,1 @@
+# no names for Python: the C face is in the .pxd
