@@ -18,7 +18,8 @@ RUN_PACKAGES := nbdkit nbdkit-plugin-python nbd-client libnbd-bin \
     gcc libc6-dev make pkg-config python3 python3-dev python3-venv \
     liblz4-dev libzstd-dev libxxhash-dev libssl-dev
 # The tests: a second kernel that swaps (user-mode-linux), its tools, its network; a terminal.
-TEST_PACKAGES := git python3-libnbd libnbd-dev user-mode-linux busybox-static stress-ng iproute2 tmux
+TEST_PACKAGES := git python3-libnbd libnbd-dev user-mode-linux busybox-static stress-ng iproute2 \
+    systemd tmux
 # The measurements.  redis-tools holds the server's program too (as redis-check-rdb),
 # but no service that would start by itself.
 BENCH_PACKAGES := fio nodejs redis-tools

@@ -160,6 +160,10 @@ def _add_serving(commands: Any) -> None:
     serving.add_argument("words", nargs="*", metavar="key=value", help="as for the plugin")
     serving.add_argument("--config", metavar="FILE", help="a TOML file with the same keys")
     serving.add_argument("--detach", action="store_true", help="return when it serves")
+    serving.add_argument(
+        "--swap", action="store_true",
+        help="for this machine's own swap: commit=all, unless commit= or pressure= is given",
+    )  # fmt: skip
     serving.set_defaults(run=_serve)
     stopping = commands.add_parser("stop", help="end a server, and free its memory")
     stopping.add_argument(
@@ -178,6 +182,8 @@ def _add_serving(commands: Any) -> None:
 def _serve(args: argparse.Namespace) -> int:
     instance = Instance(args.name)
     words = serve.words_of(serve.read_toml(args.config), args.words) if args.config else args.words
+    if args.swap:
+        words = serve.own_machine_words(words)
     serve.start(instance, words, args.detach)
     print(f"zcache: {args.name} is served on {serve.address(instance)}")
     return 0

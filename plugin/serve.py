@@ -234,6 +234,15 @@ def words_of(table: dict[str, Any], given: Sequence[str]) -> list[str]:
     return [*words, *given]
 
 
+def own_machine_words(words: Sequence[str]) -> list[str]:
+    """The whole pool from the start, unless commit= or pressure= says otherwise.
+
+    This machine swaps onto it: a pool that has to grow when there is no memory may never do so.
+    """
+    given = dict(map(split, words))
+    return list(words) + ([] if {"commit", "pressure"} & given.keys() else ["commit=all"])
+
+
 def split(word: str) -> tuple[str, str]:
     """key and value of a word.  Raises ConfigError."""
     key, equals, value = word.partition("=")

@@ -112,7 +112,7 @@ def _serve(plan: Plan, say: Say) -> None:
     state = servestate.read(instance)
     if state is None or not state.is_supervised:
         words = plan.words or default_words(state.words if state else ())
-        serve.start(instance, own_machine_words(words))
+        serve.start(instance, serve.own_machine_words(words))
         now = servestate.read(instance)
         shown = map(without_password, now.words if now else ())
         say(f"the server {instance.name} is running: {' '.join(shown)}")
@@ -155,15 +155,6 @@ def _with_size(given: dict[str, str]) -> dict[str, str]:
 
 def _plain(value: Any) -> Any:
     return [_plain(one) for one in value] if isinstance(value, list | tuple) else value
-
-
-def own_machine_words(words: Sequence[str]) -> list[str]:
-    """The whole pool from the start, unless commit= or pressure= says otherwise.
-
-    This machine swaps onto it: a pool that has to grow when there is no memory may never do so.
-    """
-    given = dict(map(serve.split, words))
-    return list(words) + ([] if {"commit", "pressure"} & given.keys() else ["commit=all"])
 
 
 def default_words(words: Sequence[str]) -> list[str]:
