@@ -48,16 +48,21 @@ class Kills:
             time.sleep(self.rng.uniform(0, 0.2))
             self.at_s.append(time.monotonic())
             kill()
-            self._wait_for_pages(PAGES_AFTER)
+            # Not the newest sample's: it may lag by what moved before the kill.
+            now = self.guest.vmstat()
+            self._wait_until(now["pswpin"] + now["pswpout"] + PAGES_AFTER)
             self.well_s.append(time.monotonic())
 
     def _wait_for_pages(self, pages: int) -> None:
-        """Until so many more have moved.  The job must not end before that."""
-        goal = self._moved() + pages
+        """Until so many more have moved."""
+        self._wait_until(self._moved() + pages)
+
+    def _wait_until(self, goal: int) -> None:
+        """Until so many pages have moved since boot.  The job must not end before that."""
         self.guest.link.wait_for(
             lambda: self.job.done() or self._moved() >= goal,
             RECOVERY_S,
-            f"{pages} pages to move, after {len(self.at_s)} kills",
+            f"pages to move, after {len(self.at_s)} kills",
         )
         assert not self.job.done(), (
             f"{self.job.name} ended after {len(self.at_s)} kills: "

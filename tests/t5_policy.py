@@ -6,12 +6,17 @@ Also the bounds of waiting: what one request waits in all, and for a disk that f
 from __future__ import annotations
 
 import errno
+import os
 import random
 import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
+import pytest
+
 from tests.core_helpers import PAGE
-from tests.tiers_helpers import Cold, cold_store, errno_of, noise, wait_for
+from tests.tiers_helpers import Cold, cold_store, errno_of, noise, open_file, wait_for
 from zcache_core import counters
 from zcache_core.device import Device
 
@@ -212,15 +217,90 @@ def test_more_writers_than_slots_wait_and_are_served(tmp_path: Path, rng: random
 
 
 def test_waits_of_one_request_add_up(tmp_path: Path, rng: random.Random) -> None:
-    """Each page would find room after 0.8 s; the request may not wait for all of them."""
+    """Each page would find room after 1 s; the request may not wait for all of them."""
     with cold_store(tmp_path, 4000 * PAGE, 1 * MIB, 32 * MIB) as cold:
         device = Device(cold.store)
-        cold.faulty.set(put_delay_us=800_000)
+        cold.faulty.set(put_delay_us=1_000_000)
         error = errno_of(device.pwrite, None, rng.randbytes(2560 * PAGE), 0, 0)
         assert error == errno.ENOSPC
         cold.faulty.set()
         for first in range(0, 2560, 64):  # each has its own time, however busy the disk is
             device.pwrite(None, rng.randbytes(64 * PAGE), first * PAGE, 0)
+
+
+@pytest.mark.parametrize("taken_over", [False, True])
+def test_who_waits_while_pages_leave_waits_on(
+    tmp_path: Path, rng: random.Random, taken_over: bool
+) -> None:
+    """A slow disk, a full pool, and a write that needs more rounds than one wait is long.
+
+    Taken over: the predecessor left a pool in which nothing may be dropped.
+    """
+    with cold_store(tmp_path, 4000 * PAGE, 1 * MIB, 32 * MIB, high=99, low=50) as first:
+        held = {page: noise(rng) for page in range(250)}
+        for page, data in held.items():
+            first.store.put(page, data)
+        with taking_over(first, tmp_path / "disk") if taken_over else nullcontext(first) as cold:
+            cold.faulty.set(put_delay_us=350_000)  # for 64 pages
+            assert cold.counters()["eph_zpages"] == 0
+            more = rng.randbytes(384 * PAGE)  # 2 s, where what never moves is given up after 1.5
+            Device(cold.store).pwrite(None, more, 1000 * PAGE, 0)
+            assert cold.counters()["failed_stores"] == 0
+            assert cold.counters()["pool_wait_us"] > 1_500_000, "this proves nothing"
+            cold.faulty.set()
+            held |= {1000 + n: more[n * PAGE : (n + 1) * PAGE] for n in range(384)}
+            assert_holds(cold, held)
+            cold.assert_sound()
+
+
+def test_who_makes_room_has_the_class_of_who_waits_for_it(
+    tmp_path: Path, rng: random.Random
+) -> None:
+    """Else a real-time writer waits for whoever has the CPU; and no longer than it waits."""
+    usual = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))  # this thread's
+    except PermissionError:
+        pytest.skip("needs CAP_SYS_NICE")
+    with ExitStack() as stack:
+        try:
+            cold = stack.enter_context(cold_store(tmp_path, 2000 * PAGE, 1 * MIB, 16 * MIB))
+        finally:
+            os.sched_setscheduler(0, *usual)
+        assert class_of("zc-cool") == os.SCHED_OTHER
+        cold.faulty.set(put_delay_us=60_000_000)
+        stack.callback(cold.faulty.set)
+        for page in range(256):
+            cold.store.put(page, noise(rng))
+        data = noise(rng)
+        writer = threading.Thread(target=errno_of, args=(cold.store.put, 300, data))
+        writer.start()
+        wait_for(lambda: class_of("zc-cool") == os.SCHED_FIFO)
+        writer.join()
+        cold.faulty.set()
+        wait_for(lambda: class_of("zc-cool") == os.SCHED_OTHER)
+        cold.store.put(300, data)
+
+
+def class_of(name: str) -> int:
+    """The scheduling class of our thread of that name."""
+    for task in Path("/proc/self/task").iterdir():
+        if (task / "comm").read_text().strip() == name:
+            return os.sched_getscheduler(int(task.name))
+    raise AssertionError(f"no thread {name}")
+
+
+@contextmanager
+def taking_over(first: Cold, disk: Path) -> Iterator[Cold]:
+    """A successor on the same memory and disk."""
+    first.stop()
+    fd = open_file(disk, 32 * MIB)
+    cold = Cold(first.memory, fd, 32 * MIB, 99, 50)
+    try:
+        yield cold
+    finally:
+        cold.stop()
+        os.close(fd)
 
 
 def test_a_short_failure_of_the_disk_is_waited_for(tmp_path: Path, rng: random.Random) -> None:

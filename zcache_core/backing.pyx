@@ -21,7 +21,7 @@ from libc.stdint cimport uint8_t, uint64_t
 
 from zcache_core.headroom cimport headroom_bytes, headroom_close, headroom_is_plenty, headroom_open
 from zcache_core.layout cimport PAGE_BYTES
-from zcache_core.pthread cimport SCHED_OTHER, sched_param, sched_yield
+from zcache_core.pthread cimport SCHED_OTHER, sched_getparam, sched_getscheduler, sched_param, sched_yield
 
 cdef extern from *:
     """
@@ -37,8 +37,6 @@ cdef extern from "<sys/mman.h>" nogil:
     int madvise(void *addr, size_t length, int advice)
 
 cdef extern from "<sched.h>" nogil:
-    int sched_getscheduler(int thread)
-    int sched_getparam(int thread, sched_param *answer)
     int sched_setscheduler(int thread, int policy, const sched_param *param)
 
 

@@ -46,5 +46,7 @@ ctypedef struct Tiers:
     bint stopping
     bint cooling                # between high and low
     uint64_t rounds             # turns of the thread that made progress
+    bint raised                 # the thread has the waiters' class
     pthread_t thread
+    int policy, priority        # the class of the threads that serve
     bint running

@@ -20,6 +20,7 @@ ctypedef struct Lower:
     void *tiers
     bint peers                  # what is there: pages of a tier that is not are left as they are
     bint disk
+    uint64_t moved_us           # atomic: when pages last left RAM, or became free to; 0: not yet
     # read a page whose copy is below: 0, or EIO
     int (*fetch)(void *tiers, void *slot, uint64_t page, Entry e, uint8_t *data) noexcept nogil
     # read a page whose RAM copy (entry e, ephemeral) is damaged from below; True: `data` is right
@@ -31,7 +32,7 @@ ctypedef struct Lower:
     void (*adopted)(void *tiers) noexcept nogil
     # whether the copy there may be counted on now: a page leaves RAM for no other
     bint (*holds)(void *tiers, uint64_t where) noexcept nogil
-    # wait, in a parked slot, until there may be room in RAM again; False: there will be none in time
+    # wait, in a parked slot, until there may be room in RAM again; False: too late, or there will be none
     bint (*wait_room)(void *tiers, void *slot, int64_t deadline_us) noexcept nogil
 
 # The thread that moves objects together (tidying.pyx).

@@ -29,12 +29,18 @@ from zcache_core.counter_ids cimport (
 from zcache_core.fullness cimport frames_ephemeral
 from zcache_core.index cimport entry_load
 from zcache_core.layout cimport PAGE_BYTES, ST_RAM_EPHEMERAL, Entry, length_of, state_of, version_of, where_of
-from zcache_core.pthread cimport lock_take, pthread_mutex_unlock
+from zcache_core.pthread cimport lock_take, pthread_mutex_unlock, sched_yield
 from zcache_core.ramtier cimport store_victims
 from zcache_core.slots cimport Slot, slot_release, slot_take_own, slots_quiesce
 
 cdef enum:
     MOST_OBJECTS = 64           # in one frame, of any allocator
+
+
+cdef inline void let_others(Tiers *t) noexcept nogil:
+    """While the thread has the class of those that serve, and perhaps their CPU: they come in between."""
+    if t.raised:
+        sched_yield()
 
 
 # ---- persistent pages go down -----------------------------------------------------------
@@ -73,6 +79,7 @@ cdef uint32_t gather_batch(Tiers *t, uint64_t most_bytes) noexcept nogil:
         found == most and known + most <= COLD_BATCH and n + most * objects_at_once <= COLD_BATCH
         and filled + most * bytes_at_once <= most_bytes
     ):
+        let_others(t)
         found = new_victims(t, frames, known, most)
         for i in range(known, known + found):
             objects = t.core.allocator.objects(t.core.allocator, frames[i], where, bytes, MOST_OBJECTS)
@@ -101,6 +108,8 @@ cdef uint32_t cool_batch(Tiers *t, uint64_t most_bytes) noexcept nogil:
     t.cells[C_OUTSTANDING_WRITEBACK_PAGES] = n
     t.cold.put(t.cold, t.batch, n)
     for i in range(n):
+        if i % FRAMES_AT_ONCE == 0:
+            let_others(t)
         if t.batch[i].error == EAGAIN:
             pass                    # it comes again with others
         elif t.batch[i].error:

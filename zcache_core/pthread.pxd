@@ -29,6 +29,7 @@ cdef extern from "<pthread.h>" nogil:
     enum: PTHREAD_PRIO_INHERIT
     int pthread_attr_init(pthread_attr_t *)
     int pthread_attr_setstacksize(pthread_attr_t *, size_t)
+    int pthread_setschedparam(pthread_t thread, int policy, const sched_param *param)
     int pthread_setname_np(pthread_t, const char *)
     int pthread_join(pthread_t, void **)
     int pthread_mutexattr_init(pthread_mutexattr_t *)
@@ -51,6 +52,8 @@ cdef extern from "<time.h>" nogil:
 
 cdef extern from "<sched.h>" nogil:
     int sched_yield()
+    int sched_getscheduler(int thread)
+    int sched_getparam(int thread, sched_param *answer)
 
 
 cdef inline void lock_init(pthread_mutex_t *lock) noexcept nogil:

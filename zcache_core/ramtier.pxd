@@ -17,7 +17,6 @@ cdef void store_expect(Core *core, uint64_t page) noexcept nogil
 cdef void store_invalidate(Core *core, Slot *slot, uint64_t page, uint64_t version) noexcept nogil
 cdef void store_wait_ready(Core *core) noexcept nogil
 cdef uint32_t store_victims(Core *core, uint32_t *frames, uint32_t most, bint ephemeral) noexcept nogil
-cdef bint room_at_once(Core *core, uint32_t bytes, uint64_t *where) noexcept nogil
 cdef void count_same_filled(Core *core, Slot *slot) noexcept nogil
 cdef bint place_is_possible(Core *core, uint64_t location) noexcept nogil
 cdef bint load_blob(Core *core, Slot *slot, uint64_t page, Entry e, uint8_t *data, bint apart) noexcept nogil
@@ -35,3 +34,8 @@ cdef inline bint is_below(uint32_t state) noexcept nogil:
 
 cdef inline bint in_ram(uint32_t state) noexcept nogil:
     return state == ST_RAM or state == ST_RAM_EPHEMERAL
+
+
+cdef inline bint room_at_once(Core *core, uint32_t bytes, uint64_t *where) noexcept nogil:
+    """Room for an object if there is any now."""
+    return core.allocator.alloc(core.allocator, bytes, where)

@@ -29,21 +29,18 @@ from zcache_core.cold cimport ColdPage, cold_page
 from zcache_core.core cimport MARK_AGE, RAN_OUT, WOULD_BLOCK, Core, arrivals_of
 from zcache_core.counter_ids cimport (
     C_COMMIT_WAIT_US, C_COMMIT_WAITS, C_COMPRESS_POOR, C_CORRUPT_LOADS, C_DAMAGED_LOWER_ADDRESSES,
-    C_FAILED_STORES,
-    C_FLIP_RETRIES, C_INVALIDATES, C_LOADS, C_LOADS_EMPTY, C_LOADS_SAME_FILLED, C_LOST_PAGES,
-    C_MENDED_LOADS,
-    C_POOL_WAIT_US, C_POOL_WAITS, C_READ_RETRIES, C_RESTAMPED_STORES, C_SAME_FILLED_PAGES, C_SAME_FILLED_PAGES_MAX, C_SUCC_STORES,
-    H_COMMIT_WAIT, H_GET_RAM, H_GET_SAME, H_POOL_WAIT, H_PUT,
+    C_FAILED_STORES, C_FLIP_RETRIES, C_INVALIDATES, C_LOADS, C_LOADS_EMPTY, C_LOADS_SAME_FILLED, C_LOST_PAGES,
+    C_MENDED_LOADS, C_POOL_WAIT_US, C_POOL_WAITS, C_READ_RETRIES, C_RESTAMPED_STORES, C_SAME_FILLED_PAGES,
+    C_SAME_FILLED_PAGES_MAX, C_SUCC_STORES, H_COMMIT_WAIT, H_GET_RAM, H_GET_SAME, H_POOL_WAIT, H_PUT,
 )
 from zcache_core.index cimport entry_flip, entry_load, versions_take
 from zcache_core.layout cimport (
-    CODEC_RAW, HEADER_BYTES, PAGE_BYTES, PAGE_SHIFT, ST_DISK, ST_EMPTY, ST_LOST, ST_RAM,
-    ST_RAM_EPHEMERAL, ST_SAME, BlobHeader, Entry,
-    codec_of, entry_is_sound, header_fill, header_is_sound, header_lower, header_matches, length_of, place_word, state_of,
-    version_of, version_word, where_of,
+    CODEC_RAW, HEADER_BYTES, PAGE_BYTES, PAGE_SHIFT, ST_DISK, ST_EMPTY, ST_LOST, ST_RAM, ST_RAM_EPHEMERAL,
+    ST_SAME, BlobHeader, Entry, codec_of, entry_is_sound, header_fill, header_is_sound, header_lower,
+    header_matches, length_of, place_word, state_of, version_of, version_word, where_of,
 )
 from zcache_core.native cimport (
-    zc_acquire_fence, zc_add64, zc_fill_words, zc_load32, zc_prefetch, zc_release_fence,
+    zc_acquire_fence, zc_add64, zc_fill_words, zc_load32, zc_load64, zc_prefetch, zc_release_fence,
     zc_same_filled,
 )
 from zcache_core.pthread cimport lock_take, now_us, pthread_mutex_unlock
@@ -53,9 +50,10 @@ cdef extern from "<errno.h>":
     enum: ESHUTDOWN
 
 cdef enum:
-    # Longest wait for room of one request, however many pages it has; NBD clients give it
-    # 2 to 3 s at least.
+    # Longest wait for room of one request, however many pages it has, in which nothing leaves RAM (NBD clients
+    # give it 2 to 3 s at least); and in all: on a disk of 1 MB/s sixteen requests of 128 KiB take 2 s.
     ROOM_WAIT_US = 1500000
+    ROOM_WAIT_MOST_US = 6000000
     # Of it: so long a write waits for the tiers to make room before it takes the pool above
     # the target that memory pressure set.  A batch of 1 MiB is on a disk in 2 to 10 ms.
     OVER_TARGET_AFTER_US = 100000
@@ -136,8 +134,14 @@ cdef void count_same_filled(Core *core, Slot *slot) noexcept nogil:
 
 # ---- put ----------------------------------------------------------------------------
 
+cdef inline int64_t wait_ends_us(Core *core, Slot *slot) noexcept nogil:
+    """Until when this request waits for room, if nothing happens: longer while pages leave."""
+    cdef int64_t moved_us = <int64_t>zc_load64(&core.lower.moved_us)
+    return min(max(slot.room_since_us, moved_us) + ROOM_WAIT_US, slot.room_since_us + ROOM_WAIT_MOST_US)
+
+
 cdef bint find_room(Core *core, Slot *slot, uint32_t bytes, uint64_t *where) noexcept nogil:
-    """Room for an object; waits, bounded, while memory is being committed."""
+    """Room for an object; waits, bounded, while memory is being committed or pages leave."""
     cdef int64_t start, until
     cdef bint found = False
     cdef bint over = False
@@ -146,12 +150,12 @@ cdef bint find_room(Core *core, Slot *slot, uint32_t bytes, uint64_t *where) noe
     if core.allocator.alloc(core.allocator, bytes, where):
         return True
     start = now_us()
-    if slot.room_until_us == 0:
-        slot.room_until_us = start + ROOM_WAIT_US
-    until = slot.room_until_us
+    if slot.room_since_us == 0:
+        slot.room_since_us = start
     slot_park(slot)             # the committer may be waiting for every slot to leave a frame
-    while not found:
-        over |= now_us() >= until - ROOM_WAIT_US + OVER_TARGET_AFTER_US
+    until = wait_ends_us(core, slot)
+    while not found and not slot_is_fenced(slot):   # who is, keeps the slot from who has taken its place
+        over |= now_us() >= slot.room_since_us + OVER_TARGET_AFTER_US
         if not arena_wait(&core.arena, core.allocator.frames_at_once, until, over):
             if core.lower.tiers != NULL and core.lower.wait_room(core.lower.tiers, slot, until):
                 full = True
@@ -160,6 +164,7 @@ cdef bint find_room(Core *core, Slot *slot, uint32_t bytes, uint64_t *where) noe
             else:
                 over = True     # no hope below: pressure must not refuse what would have fitted
         found = core.allocator.alloc(core.allocator, bytes, where)
+        until = wait_ends_us(core, slot)
     slot_unpark(slot)
     waited_us = <uint64_t>(now_us() - start)
     if full:
@@ -174,11 +179,6 @@ cdef bint find_room(Core *core, Slot *slot, uint32_t bytes, uint64_t *where) noe
         core.allocator.release(core.allocator, where[0], bytes)
         return False
     return found
-
-
-cdef bint room_at_once(Core *core, uint32_t bytes, uint64_t *where) noexcept nogil:
-    """Room for an object if there is any now."""
-    return core.allocator.alloc(core.allocator, bytes, where)
 
 
 cdef int place_page(

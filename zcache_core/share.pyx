@@ -50,7 +50,7 @@ cdef bint room_is_wanted(Core *core) noexcept nogil:
     """Whether a request waits for room in the pool, or one soon may: who makes room does not rest then."""
     cdef uint32_t i, used
     for i in range(REQUEST_SLOTS):
-        if zc_load32(&core.slots.slot[i].busy) == 2 and core.slots.slot[i].room_until_us:
+        if zc_load32(&core.slots.slot[i].busy) == 2 and core.slots.slot[i].room_since_us:
             return True
     lock_take(&core.arena.lock)
     used = core.arena.committed - core.arena.free_count - core.arena.moving

@@ -23,7 +23,7 @@ ctypedef struct Slot:
     uint8_t *blob               # BLOB_ROOM bytes: a page after compression
     uint8_t *page               # 4096 bytes: a page before or after a partial write
     uint8_t *io                 # IO_ROOM bytes, aligned to 4096: for reading from below
-    int64_t room_until_us       # this request waits for room no longer; 0: it did not yet
+    int64_t room_since_us       # when this request first waited for room; 0: it did not yet
     const uint8_t *ahead        # the next page's blob, if the crew has made it; else NULL
     uint64_t ahead_bytes        # its length; 0: the page does not compress
     const uint64_t *fence       # the device's newest generation, in the memory file

@@ -114,7 +114,7 @@ cdef Slot *take_one(Slots *slots, uint32_t start, uint32_t n) noexcept nogil:
             at = start + (first + i) % n
             if zc_load32(&slots.slot[at].busy) == 0 and zc_cas32(&slots.slot[at].busy, 0, 1):
                 zc_last_slot = at - start
-                slots.slot[at].room_until_us = 0
+                slots.slot[at].room_since_us = 0
                 slots.slot[at].ahead = NULL
                 slots.slot[at].generation = 0
                 if rounds:

@@ -32,7 +32,7 @@ from zcache_core.layout cimport BACKED_BITS, COUNTER_CELLS, Entry
 from zcache_core.orders cimport orders_tell
 from zcache_core.pthread cimport (
     cond_init, lock_init, lock_take, pthread_cond_broadcast, pthread_cond_signal, pthread_join,
-    pthread_mutex_unlock, thread_start,
+    pthread_mutex_unlock, sched_getparam, sched_getscheduler, sched_param, thread_start,
 )
 from zcache_core.peers cimport peers_memory_bytes
 from zcache_core.peertier cimport PeerTier
@@ -175,7 +175,10 @@ cdef class Cooling:
         return &self.both.face
 
     def start(self):
-        """Start the threads; the store is started."""
+        """Start the threads, from one of the class of those that serve; the store is started."""
+        cdef sched_param param
+        self.tiers.policy = sched_getscheduler(0)
+        self.tiers.priority = param.sched_priority if sched_getparam(0, &param) == 0 else 0
         self.tiers.ahead.cold = self.tiers.cold
         if ahead_start(&self.tiers.ahead) or thread_start(&self.tiers.thread, cooling_thread, &self.tiers, b"zc-cool"):
             raise MemoryFileError("no thread could be started; raise the limit of processes")
