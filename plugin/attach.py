@@ -257,7 +257,7 @@ def _connect(
     if relays is not None:
         relays.keep()
     with link.sock:
-        page = StatePage.create(fd, _values(wish, generations))
+        page = StatePage.create(fd, _values(wish, target, generations))
         index = nbdnetlink.connect(link, wish.index, wish.timeouts, backend(instance))
         page.update(device=f"/dev/nbd{index}")
         try:
@@ -296,7 +296,7 @@ def _adopt(
         )
     size_bytes = int((nbdnetlink.SYSFS / f"nbd{index}" / "size").read_text()) * SECTOR_BYTES
     generations = Generations(int(state.get("generation", 0)))
-    StatePage.create(fd, _values(wish, generations) | {"device": f"/dev/nbd{index}"})
+    StatePage.create(fd, _values(wish, target, generations) | {"device": f"/dev/nbd{index}"})
     numbers = nbdnetlink.family()
     last, limit_s = generations.last, wish.timeouts.request_s
     start = Start(instance, target, index, size_bytes, last, numbers, limit_s, relays)
@@ -305,9 +305,10 @@ def _adopt(
     return Attached(index, pid)
 
 
-def _values(wish: Wish, generations: Generations) -> dict[str, Any]:
+def _values(wish: Wish, target: Target, generations: Generations) -> dict[str, Any]:
     return {
         "uri": wish.uri,
+        "address": target.host,
         "plain": wish.plain,
         "tls": wish.tls,
         "tls_name": wish.tls_name,
@@ -420,8 +421,6 @@ def start_mender(start: Start, page_fd: int, sock: socket.socket | None) -> int:
 
 def detach(instance: Instance, say: Say) -> None:
     """Take the device away, if there is one.  Raises AttachError, InUseError."""
-    if found := look(instance):
-        refuse_if_in_use(found)
     fd = _locked_without_helper(instance)
     try:
         if found := look(instance):  # another one, if somebody has attached meanwhile
@@ -473,6 +472,8 @@ def end_mender(instance: Instance) -> None:
     while pid := mender_pid(statepage.read(instance.attach)):  # a killed one's spare is the next
         if time.monotonic() > end:
             raise AttachError(f"the helper (process {pid}) does not end; try again")
+        if found := look(instance):  # and the next may be another `attach`'s, and swap by now
+            refuse_if_in_use(found)
         with contextlib.suppress(ProcessLookupError):
             _end(pid)
 

@@ -46,22 +46,7 @@ from pathlib import Path
 from typing import Any
 
 import zcache_core
-from cluster.link import BlockingClient
-from plugin import (
-    attachcli,
-    drain,
-    estimate,
-    fitness,
-    fitswap,
-    lent,
-    nodecli,
-    reach,
-    serve,
-    servestate,
-    show,
-    top,
-    watching,
-)
+from plugin import attachcli, estimatecli, nodecli, watching
 from plugin.instance import DEFAULT_NAME, Instance
 from zcache_core.errors import ControlError, ZcacheError
 
@@ -144,7 +129,7 @@ def build_parser() -> argparse.ArgumentParser:
     check.set_defaults(run=_check)
 
     watching.add(commands, lambda: the_only_control(or_node=True))
-    estimate.add(commands)
+    estimatecli.add(commands)
     complete = commands.add_parser("completion", help="print a script that completes this command")
     complete.add_argument("shell", choices=("bash", "zsh"), help="source <(zcache completion bash)")
     complete.set_defaults(run=_completion)
@@ -180,6 +165,8 @@ def _add_serving(commands: Any) -> None:
 
 
 def _serve(args: argparse.Namespace) -> int:
+    from plugin import serve
+
     instance = Instance(args.name)
     words = serve.words_of(serve.read_toml(args.config), args.words) if args.config else args.words
     if args.swap:
@@ -190,18 +177,24 @@ def _serve(args: argparse.Namespace) -> int:
 
 
 def _stop(args: argparse.Namespace) -> int:
+    from plugin import serve
+
     found = serve.stop(Instance(args.name), args.force, args.keep)
     print(f"zcache: {args.name} is stopped" if found else f"zcache: {args.name} was not running")
     return 0
 
 
 def _upgrade(args: argparse.Namespace) -> int:
+    from plugin import serve
+
     state = serve.upgrade(Instance(args.name))
     print(f"zcache: {args.name} is served by version {state.version} (process {state.server_pid})")
     return 0
 
 
 def _status(args: argparse.Namespace) -> int:
+    from plugin import lent, reach, show
+
     control = args.control or the_only_control(or_node=True)
     with contextlib.closing(reach.reach(control)) as call:
         answers = reach.answers(call)
@@ -222,11 +215,17 @@ def _status(args: argparse.Namespace) -> int:
 
 
 def _drain(args: argparse.Namespace) -> int:
+    from cluster.link import BlockingClient
+    from plugin import drain
+
     with BlockingClient(args.control or the_only_control()) as client:
         return drain.off(client.call) if args.off else drain.run(client.call, args.keep)
 
 
 def _set(args: argparse.Namespace) -> int:
+    from cluster.link import BlockingClient
+    from plugin import top
+
     wanted = top.changes(" ".join(args.words))
     with BlockingClient(args.control or the_only_control()) as client:
         holds = client.call("set", wanted)
@@ -236,6 +235,8 @@ def _set(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> int:
+    from plugin import fitness, fitswap, servestate, show
+
     found = [look() for look in (*fitness.LOOKS, *fitswap.LOOKS)]
     if all(f.level == fitness.OK for f in found if f.subject == "compiled core"):
         wanted = args.remove_leftovers

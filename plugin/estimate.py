@@ -21,7 +21,7 @@ import json
 import sys
 from bisect import bisect_left
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
 from plugin import amounts, config, sampling, show
 from zcache_core import PAGES_PER_FRAME, counters
@@ -34,7 +34,6 @@ from zcache_core.sizeclass import size_classes
 PAGE_BYTES = 4096
 HEADER_BYTES = 24
 INDEX_BYTES = 16
-PAGES = 8192  # 32 MiB: shares of a percent are told apart
 PAGES_MAX = 1 << 18
 PAGES_LEAST = 64  # fewer say nothing
 CODECS = ("lz4", "zstd:1", "zstd:3")
@@ -142,23 +141,6 @@ def recommended(found: Sequence[Row]) -> Row:
         if row.codec == codec and row.ram_bytes_per_page <= SAME * best[codec]:
             return row
     raise AssertionError("the densest is within its own bound")
-
-
-def add(commands: Any) -> None:
-    """The command, beside the others."""
-    parser = commands.add_parser(
-        "estimate", help="how well the memory of live processes would compress"
-    )
-    whose = parser.add_mutually_exclusive_group(required=True)
-    whose.add_argument("--pid", type=int, nargs="+", metavar="PID", help="of these processes")
-    whose.add_argument("--all", action="store_true", help="of all that may be read")
-    parser.add_argument("--json", action="store_true", help="everything, for scripts")
-    parser.add_argument(
-        "--pool", default="20%", metavar="SIZE", help="capacity for this pool (20%%)"
-    )
-    parser.add_argument("--pages", type=int, default=PAGES, metavar="N",
-                        help=f"most pages looked at ({PAGES}, which is 32 MiB)")  # fmt: skip
-    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -11,6 +11,9 @@ Two timeouts make a device outlive its server.  After `timeout_s` the kernel sen
 that was on its way when the connection died (sooner where it `can_be_swift`); for `dead_timeout_s`
 it keeps all requests when there is no connection, instead of failing them.
 
+pyroute2, which makes the messages (`nbdmessage`), is imported when one is made: it costs 19 MB.
+DISCONNECT is made without it (`genetlink`), because `zcache down` is called where memory is short.
+
 What it is not: the resident helper, which gets the finished message and the numbers of family and
 group, because pyroute2 would cost it 24 MiB of locked memory (measured: 34 MiB resident instead
 of 10).
@@ -29,17 +32,20 @@ import struct
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pyroute2.netlink import NLM_F_ACK, NLM_F_REQUEST, genlmsg, nla
-from pyroute2.netlink.exceptions import NetlinkError
-from pyroute2.netlink.generic import GenericNetlinkSocket
-
+from plugin import genetlink
 from plugin.dialer import Link
 from zcache_core.errors import AttachError
 
+if TYPE_CHECKING:
+    from pyroute2.netlink.generic import GenericNetlinkSocket
+
+    from plugin.nbdmessage import NbdMessage
+
 CONNECT, DISCONNECT, RECONFIGURE, LINK_DEAD, STATUS = range(1, 6)
 FAMILY, GROUP, VERSION = "nbd", "nbd_mc_group", 1
+ATTR_INDEX = 1
 BLOCK_BYTES = 4096
 SYSFS = Path("/sys/block")
 MODULE = Path("/sys/module/nbd")
@@ -48,41 +54,6 @@ FD_UNSET = 0x7FFFFFFF
 # 5.8: a request of a replaced link is sent again when its timer rings, also with timeout 0.  6.13:
 # a half-sent one (its sender was signalled while the send buffer was full) fails when it rings.
 SWIFT_FROM, SWIFT_BELOW = (5, 8), (6, 13)
-
-
-class NbdMessage(genlmsg):  # type: ignore[misc]
-    """Every command and answer of the family."""
-
-    prefix = "NBD_ATTR_"
-    nla_map = (
-        ("NBD_ATTR_UNSPEC", "none"),
-        ("NBD_ATTR_INDEX", "uint32"),
-        ("NBD_ATTR_SIZE_BYTES", "uint64"),
-        ("NBD_ATTR_BLOCK_SIZE_BYTES", "uint64"),
-        ("NBD_ATTR_TIMEOUT", "uint64"),
-        ("NBD_ATTR_SERVER_FLAGS", "uint64"),
-        ("NBD_ATTR_CLIENT_FLAGS", "uint64"),
-        ("NBD_ATTR_SOCKETS", "sockets"),
-        ("NBD_ATTR_DEAD_CONN_TIMEOUT", "uint64"),
-        ("NBD_ATTR_DEVICE_LIST", "devices"),
-        ("NBD_ATTR_BACKEND_IDENTIFIER", "asciiz"),
-    )
-
-    class sockets(nla):  # type: ignore[misc]  # noqa: N801
-        nla_map = (("NBD_SOCK_ITEM_UNSPEC", "none"), ("NBD_SOCK_ITEM", "item"))
-
-        class item(nla):  # type: ignore[misc]  # noqa: N801
-            nla_map = (("NBD_SOCK_UNSPEC", "none"), ("NBD_SOCK_FD", "uint32"))
-
-    class devices(nla):  # type: ignore[misc]  # noqa: N801
-        nla_map = (("NBD_DEVICE_ITEM_UNSPEC", "none"), ("NBD_DEVICE_ITEM", "item"))
-
-        class item(nla):  # type: ignore[misc]  # noqa: N801
-            nla_map = (
-                ("NBD_DEVICE_UNSPEC", "none"),
-                ("NBD_DEVICE_INDEX", "uint32"),
-                ("NBD_DEVICE_CONNECTED", "uint8"),
-            )
 
 
 class Family(NamedTuple):
@@ -102,6 +73,11 @@ class Timeouts(NamedTuple):
 @contextlib.contextmanager
 def _kernel() -> Iterator[GenericNetlinkSocket]:
     """The family's socket; loads the module if need be.  Raises AttachError."""
+    from pyroute2.netlink.exceptions import NetlinkError
+    from pyroute2.netlink.generic import GenericNetlinkSocket
+
+    from plugin.nbdmessage import NbdMessage
+
     load_module()
     with GenericNetlinkSocket() as sock:
         try:
@@ -180,6 +156,8 @@ def _reconfigured(index: int, backend: str, timeout_s: int) -> list[tuple[str, A
 
 
 def _finished(command: int, family: int, attrs: list[tuple[str, Any]]) -> bytes:
+    from pyroute2.netlink import NLM_F_ACK, NLM_F_REQUEST
+
     message = _message(command, attrs)
     message["header"]["type"] = family
     message["header"]["flags"] = NLM_F_REQUEST | NLM_F_ACK
@@ -198,7 +176,10 @@ def can_be_swift(index: int, release: str) -> bool:
 
 def disconnect(index: int) -> None:
     """End the device's connection.  Raises AttachError."""
-    _ask(DISCONNECT, [("NBD_ATTR_INDEX", index)])
+    try:
+        genetlink.call(FAMILY, DISCONNECT, VERSION, genetlink.attribute(ATTR_INDEX, index))
+    except OSError as error:
+        raise AttachError(_sentence(DISCONNECT, error.errno or 0)) from error
 
 
 def statuses() -> dict[int, bool]:
@@ -248,6 +229,8 @@ def _sockets(fd: int) -> tuple[str, Any]:
 
 
 def _message(command: int, attrs: list[tuple[str, Any]]) -> NbdMessage:
+    from plugin.nbdmessage import NbdMessage
+
     message = NbdMessage()
     message["cmd"], message["version"] = command, VERSION
     message["attrs"] = attrs
@@ -255,6 +238,9 @@ def _message(command: int, attrs: list[tuple[str, Any]]) -> NbdMessage:
 
 
 def _ask(command: int, attrs: list[tuple[str, Any]]) -> tuple[Any, ...]:
+    from pyroute2.netlink import NLM_F_ACK, NLM_F_REQUEST
+    from pyroute2.netlink.exceptions import NetlinkError
+
     with _kernel() as sock:
         try:
             return tuple(

@@ -16,9 +16,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cluster.addresses import read_address
-from cluster.link import BlockingClient
-from plugin import drain
 from plugin.amounts import size_bytes, total_ram_bytes
 from zcache_core.errors import ConfigError
 from zcache_core.owner import runtime_dir
@@ -87,6 +84,9 @@ def _node(args: argparse.Namespace) -> int:
         words = lending_words(args, control)
         sys.stdout.flush()
         os.execve(sys.executable, [sys.executable, "-m", "cluster.lending", *words], node_env())
+    from cluster.link import BlockingClient
+    from plugin import drain
+
     with BlockingClient(control) as client:
         if args.off:
             return drain.off(client.call, what=drain.NODE)
@@ -95,6 +95,8 @@ def _node(args: argparse.Namespace) -> int:
 
 def lending_words(args: argparse.Namespace, control: str) -> list[str]:
     """The words for `cluster.lending`; what is wrong is said here.  Raises ConfigError."""
+    from cluster.addresses import read_address
+
     if not args.listen or not args.donate:
         raise ConfigError(
             "zcache node needs --listen and --donate, like --listen 127.0.0.1:7900 --donate 4G"

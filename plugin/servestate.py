@@ -19,6 +19,7 @@ import json
 import mmap
 import os
 import signal
+import socket
 import time
 import urllib.parse
 from dataclasses import asdict, dataclass, field, fields
@@ -147,20 +148,51 @@ def _is_served(told: dict[str, Any], instance: Instance, own_name: bool) -> bool
     if "uri" not in told:
         return own_name
     parts = urllib.parse.urlsplit(str(told["uri"]))
-    socket = urllib.parse.parse_qs(parts.query).get("socket", [""])[0]
-    if socket:
-        return os.path.realpath(socket) == os.path.realpath(instance.socket)
-    return (str(parts.hostname), parts.port or NBD_PORT) in _addresses(instance)
+    path = urllib.parse.parse_qs(parts.query).get("socket", [""])[0]
+    if path:
+        return os.path.realpath(path) == os.path.realpath(instance.socket)
+    found = str(told.get("address") or parts.hostname)
+    return _listens_at(instance, str(parts.hostname), found, parts.port or NBD_PORT)
 
 
-def _addresses(instance: Instance) -> list[tuple[str, int]]:
-    """(host, port) by which a program of this machine may have reached a server with nbd=."""
+LOOPBACK = {"localhost", "127.0.0.1", "::1"}
+WILDCARDS = {"", "0.0.0.0", "::"}
+
+
+def _listens_at(instance: Instance, name: str, address: str, port: int) -> bool:
+    """Whether a program of this machine that dialled `name`, in numbers `address`, found this one.
+
+    A server on every address, or on a name, is found at any address that is this machine's own:
+    better a `stop` that asks for --force than one that takes swap away.
+    """
     state = read(instance)
     given = dict(word.partition("=")[::2] for word in state.words) if state is not None else {}
-    host, _, port = given.get("nbd", "").rpartition(":")
-    if not port.isdigit():
-        return []
-    return [(one, int(port)) for one in {host.strip("[]"), "localhost", "127.0.0.1", "::1"}]
+    host, _, own_port = given.get("nbd", "").rpartition(":")
+    host = host.strip("[]")
+    if not own_port.isdigit() or int(own_port) != port:
+        return False
+    if {name, address} & {host, *LOOPBACK}:
+        return True
+    return (host in WILDCARDS or not _family(host)) and _is_own(address)
+
+
+def _family(host: str) -> int:
+    """Of an address in numbers; 0 for a name."""
+    for family in (socket.AF_INET, socket.AF_INET6):
+        with contextlib.suppress(OSError):
+            socket.inet_pton(family, host)
+            return family
+    return 0
+
+
+def _is_own(address: str) -> bool:
+    """Whether this machine has this address, in numbers; no name is asked for."""
+    if not (family := _family(address)):
+        return False
+    with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as one:
+        one.bind((address, 0))
+        return True
+    return False
 
 
 def _is_connected(name: str) -> bool:
@@ -174,10 +206,10 @@ def tell_attached(instance: Instance, uri: str = "") -> None:
     uri: of the server, where that is another instance's.
     """
     words = urllib.parse.parse_qs(urllib.parse.urlsplit(uri).query)
-    socket = Path(words.get("socket", [""])[0])
-    if socket.parent == instance.socket.parent and socket.suffix == ".sock":
+    path = Path(words.get("socket", [""])[0])
+    if path.parent == instance.socket.parent and path.suffix == ".sock":
         with contextlib.suppress(ConfigError):
-            instance = Instance(socket.stem)
+            instance = Instance(path.stem)
     state = read(instance)
     if state is not None and state.looks and state.is_supervised:
         with contextlib.suppress(ProcessLookupError, PermissionError):

@@ -23,8 +23,6 @@ from typing import Any, TextIO
 from urllib.parse import quote
 
 from cluster import unixsock
-from cluster.etcdurl import without_password
-from cluster.link import BlockingClient
 from plugin import attach, serve, servestate, show, statepage, swaparea
 from plugin.attach import Attached, Wish
 from plugin.config import AHEAD, parse
@@ -108,6 +106,8 @@ def down(instance: Instance, force: bool, say: Say, out: TextIO | None = None) -
 
 
 def _serve(plan: Plan, say: Say) -> None:
+    from cluster.etcdurl import without_password
+
     instance = plan.instance
     state = servestate.read(instance)
     if state is None or not state.is_supervised:
@@ -133,6 +133,8 @@ def _serve(plan: Plan, say: Say) -> None:
 
 def refuse_other_settings(plan: Plan) -> dict[str, Any]:
     """What the server runs with; InUseError when those are other values than were asked for."""
+    from cluster.link import BlockingClient  # asyncio: 10 MB, which `down` has to do without
+
     given = dict(map(serve.split, plan.words))
     wanted = parse(_with_size(given).items()).as_dict()
     with BlockingClient(plan.instance.control) as client:

@@ -19,18 +19,13 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from cluster import health as rules
-from plugin import doctor, plot, record, show, statsfs, terminal, top
 from plugin.amounts import size_bytes
-from plugin.reach import reach
-from plugin.recording import Recorder
 from zcache_core.errors import ConfigError, ControlError
 
 LENDS = (
     "this is a node that lends RAM, without a swap device to record; 'zcache top' and 'zcache "
     "status' show whose pages are there"
 )
-HEALTH_CODES = {rules.OK: 0, rules.DEGRADED: 1, rules.CRITICAL: 2}
 CONTROL = "its control socket (found if only one), or http://HOST:PORT as its metrics= says"
 Find = Callable[[], str]  # the control socket of the only server; raises ControlError
 
@@ -83,6 +78,9 @@ def _control(parser: argparse.ArgumentParser) -> None:
 
 
 def _top(args: argparse.Namespace, find: Find) -> int:
+    from plugin import terminal, top
+    from plugin.reach import reach
+
     interval_s = top.interval(args.interval)
     control = args.control or find()
     call = reach(control)
@@ -95,6 +93,10 @@ def _top(args: argparse.Namespace, find: Find) -> int:
 
 
 def _health(args: argparse.Namespace, find: Find) -> int:
+    from cluster import health as rules
+    from plugin import show
+    from plugin.reach import reach
+
     with contextlib.closing(reach(args.control or find())) as call:
         found = call("health")
     if args.json:
@@ -104,10 +106,13 @@ def _health(args: argparse.Namespace, find: Find) -> int:
         for reason in found["reasons"]:
             rows += [show.Line("", reason["what"]), show.Line("", f"-> {reason['do']}")]
         show.print_lines(rows)
-    return HEALTH_CODES[found["status"]]
+    return {rules.OK: 0, rules.DEGRADED: 1, rules.CRITICAL: 2}[found["status"]]
 
 
 def _stats_fs(args: argparse.Namespace, find: Find) -> int:
+    from plugin import statsfs
+    from plugin.reach import reach
+
     with contextlib.closing(reach(args.control or find())) as call:
         call("ping")
 
@@ -119,6 +124,10 @@ def _stats_fs(args: argparse.Namespace, find: Find) -> int:
 
 
 def _record(args: argparse.Namespace, find: Find) -> int:
+    from plugin import record, show, top
+    from plugin.reach import reach
+    from plugin.recording import Recorder
+
     interval_s = top.interval(args.interval)
     if args.count is not None and args.count < 1:
         raise ConfigError(f"--count {args.count} is not possible; write 1 or more")
@@ -131,11 +140,15 @@ def _record(args: argparse.Namespace, find: Find) -> int:
 
 
 def _plot(args: argparse.Namespace) -> int:
+    from plugin import plot, top
+
     last_s = None if args.last is None else top.interval(args.last, "--last", 10**9)
     print(plot.run(args.file, args.output, last_s))
     return 0
 
 
 def _doctor(args: argparse.Namespace) -> int:
+    from plugin import doctor, show
+
     show.print_lines(doctor.run(args.file))
     return 0

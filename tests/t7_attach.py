@@ -7,6 +7,7 @@ import os
 import select
 import socket
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 
 from bench.servers import is_listening
-from plugin import attach, nbdnetlink, statepage, swaparea, swapping, upfile
+from plugin import attach, genetlink, nbdnetlink, statepage, swaparea, swapping, upfile
 from plugin.dialer import Generations, Target, dial
 from plugin.instance import Instance
 from plugin.mender import DeviceGoneError, Mender
@@ -173,6 +174,22 @@ def test_the_message_that_hands_a_socket_over() -> None:
         1,
     ]
     assert fd[4:] == b"\xff\xff\xff\x7f"
+
+
+def test_a_request_without_pyroute2() -> None:
+    """The same bytes, and the kernel takes such: its family of families is always there."""
+    message = nbdnetlink._message(nbdnetlink.DISCONNECT, [("NBD_ATTR_INDEX", 7)])
+    message.encode()
+    body = genetlink.GENERIC.pack(nbdnetlink.DISCONNECT, nbdnetlink.VERSION, 0)
+    assert bytes(message.data)[16:] == body + genetlink.attribute(nbdnetlink.ATTR_INDEX, 7)
+
+    def ask(family: str, of: bytes) -> None:
+        genetlink.call(family, genetlink.GETFAMILY, 1, genetlink.attribute(2, of + b"\0"))
+
+    ask("nlctrl", b"nlctrl")
+    for family, of in (("nosuchfamily", b"nlctrl"), ("nlctrl", b"nosuchfamily")):
+        with pytest.raises(FileNotFoundError):
+            ask(family, of)
 
 
 # ---- the helper, with a kernel that is played ----------------------------------
@@ -336,6 +353,29 @@ def test_a_device_is_attached_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     attach.refuse_second(one, attach.parse_uri(told["uri"]))
 
 
+def test_detach_ends_no_helper_of_a_device_in_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another `attach` comes when the first helper has ended, and its device is swap at once."""
+    monkeypatch.setenv("ZCACHE_RUNTIME_DIR", str(tmp_path))
+    helpers, ended = [11, 12], []
+    monkeypatch.setattr(attach, "mender_pid", lambda state: helpers[0] if helpers else 0)
+    monkeypatch.setattr(attach, "look", lambda instance: attach.Attached(3, helpers[0]))
+
+    def end(pid: int) -> None:
+        ended.append(helpers.pop(0))
+
+    def refuse(found: attach.Attached) -> None:
+        if found.mender_pid == 12:
+            raise InUseError("it is swap")
+
+    monkeypatch.setattr(attach, "_end", end)
+    monkeypatch.setattr(attach, "refuse_if_in_use", refuse)
+    with pytest.raises(InUseError):
+        attach.detach(Instance("one"), print)
+    assert ended == [11]
+
+
 def test_the_helper_mends_what_a_killed_server_leaves(helper: Helper) -> None:
     wait_for("the first connection", helper.kernel.lives)
     for _ in range(3):
@@ -376,6 +416,14 @@ def test_a_late_notice_disturbs_no_living_link(helper: Helper) -> None:
         helper.kernel.say_link_dead()
         assert helper.kernel.takes == takes + 1
         assert helper.kernel.lives()
+
+
+def test_down_imports_little() -> None:
+    """It runs where memory is short, and what it takes is missing for the pages that come back."""
+    code = "import sys, plugin.cli as c, plugin.swapping; c.build_parser(); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    heavy = {"pyroute2", "asyncio", "ssl", "rich", "msgpack", "http", "matplotlib"}
+    assert not heavy & {name.split(".")[0] for name in done.stdout.split()}
 
 
 def test_the_helper_imports_next_to_nothing() -> None:

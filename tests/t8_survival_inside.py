@@ -70,13 +70,6 @@ def kill_exhausted(guest: Guest) -> None:
     kill_server_in(guest)
 
 
-def down(guest: Guest) -> None:
-    """With 63 MB available at the end `down` itself refuses now and then: for 13.6 MiB, the node
-    process, it found 3.7 beside its own memory and the 16 MiB that have to stay free.
-    """
-    zcache_in(guest, "down", "--force")
-
-
 def upgrade_in(guest: Guest) -> None:
     zcache_in(guest, "upgrade")
 
@@ -144,7 +137,7 @@ def hog_run(
             stats = json.loads(zcache_in(guest, "status", "--json"))["stats"]
             assert stats["written_back_pages"] > 5000
             assert stats["disk_corrupt_pages"] == stats["corrupt_loads"] == 0
-        down(guest)
+        zcache_in(guest, "down")
 
 
 @pytest.mark.timeout(200)
@@ -185,4 +178,4 @@ def test_twenty_kills_of_its_own_server_while_stress_ng_verifies(rng: random.Ran
         report = read_stress(result)
         assert report.failures == ()
         assert report.passed
-        down(guest)
+        zcache_in(guest, "down")

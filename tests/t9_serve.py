@@ -299,6 +299,21 @@ def test_it_does_not_stop_under_any_of_its_devices(
         ("nbd://10.0.0.1:12345", False),
     ):
         assert it_is({"uri": uri}, other, False) == is_ours, uri
+    # on every address: any of this machine's own, also by a name; the page tells its number
+    for listens, uri, address, is_ours in (
+        ("0.0.0.0", "nbd://127.5.6.7:12345", "127.5.6.7", True),
+        ("0.0.0.0", "nbd://this.host:12345", "127.5.6.7", True),
+        ("0.0.0.0", "nbd://other.host:12345", "192.0.2.1", False),
+        ("0.0.0.0", "nbd://127.5.6.7", "127.5.6.7", False),
+        ("[::]", "nbd://[::1]:12345", "::1", True),
+        ("this.host", "nbd://127.5.6.7:12345", "127.5.6.7", True),
+        ("127.5.6.7", "nbd://this.host:12345", "127.5.6.7", True),
+        ("127.5.6.8", "nbd://this.host:12345", "127.5.6.7", False),
+    ):
+        words = [*state.words, f"nbd={listens}:12345"]
+        other.serve.write_text(json.dumps({**dataclasses.asdict(state), "words": words}))
+        told_at = {"uri": uri, "address": address}
+        assert it_is(told_at, other, False) == is_ours, (listens, uri)
     # another server's is no matter of this one
     page.write_text(json.dumps(told | {"uri": f"nbd+unix:///b?socket={tmp_path}/other.sock"}))
     assert servestate.attached(it.instance) == []

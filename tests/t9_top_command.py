@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from plugin import cli, top, topview, watching
+from plugin import cli, top, topview
 from plugin.reach import reach
 from tests.plugin_helpers import ROOT, Server, environment, swap_like, wait_for
 from tests.tmux_helpers import Tmux
@@ -204,7 +204,7 @@ def test_health_codes(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(watching, "reach", lambda control: FakeServer(**stats))
+    monkeypatch.setattr("plugin.reach.reach", lambda control: FakeServer(**stats))
     assert cli.main(["health", "--control", "x"]) == code
     assert capsys.readouterr().out.startswith("health  ")
 
