@@ -44,9 +44,10 @@ def turn(parts: list[Part]) -> float:
 
 
 def beside_recompression(data: memoryview, rounds: int) -> list[float]:
-    """Speed of foreground requests while others are recompressed, of their speed without; by round.
+    """Speed of foreground requests while others are recompressed, of their speed without.
 
-    In turns; more pages are cold than the thread gets done meanwhile.
+    Four ratios a round, in turns: with, without, without, with.  More pages are cold than the
+    thread gets done meanwhile.
     """
     half = min(len(data) // 2 // MIB, 4 * PARTS) * MIB
     ratios = []
@@ -58,13 +59,19 @@ def beside_recompression(data: memoryview, rounds: int) -> list[float]:
             done = now(store, "recompressed_pages")
             while now(store, "recompressed_pages") == done:
                 time.sleep(0.05)
-            spent: dict[str, float] = {"zstd": 0.0, "none": 0.0}
-            for number in range(8):
-                word = ("zstd", "none")[number % 2]
-                store.set_recompress(word, 1)
-                time.sleep(0.02)
-                spent[word] += turn(parts)
-            ratios.append(spent["none"] / spent["zstd"])
+            done = now(store, "recompressed_pages")
+            for _ in range(4):
+                spent = {False: 0.0, True: 0.0}
+                for paused in (False, True, True, False):
+                    store.pause_background(paused)
+                    time.sleep(0.02)
+                    spent[paused] += turn(parts)
+                ratios.append(spent[True] / spent[False])
+            store.pause_background(False)
+            assert now(store, "recompressed_pages") > done, "it did nothing"
+            done = now(store, "recompressed_pages")
+            while now(store, "recompressed_pages") == done:  # it has something left to do
+                time.sleep(0.05)
             store.set_recompress("none", 1)
     return ratios
 
@@ -84,7 +91,7 @@ def beside_compaction(data: memoryview, rounds: int) -> tuple[list[float], list[
         with device(2 * half, 2 * half, allocator="zsmalloc") as (target, store):
             parts = [Part(target, data[at : at + PART_BYTES], at) for at in spots]
             fill(target, data[: 2 * half])
-            store.pause_compaction()
+            store.pause_background()
             for at in gone:
                 target.trim(None, PAGE_BYTES, at, 0)
             turn(parts)
@@ -92,7 +99,7 @@ def beside_compaction(data: memoryview, rounds: int) -> tuple[list[float], list[
             for first in [*range(0, PARTS, SLICE)] * 2:
                 spent = {False: 0.0, True: 0.0}
                 for paused in (False, True, True, False):
-                    store.pause_compaction(paused)
+                    store.pause_background(paused)
                     time.sleep(0.003)
                     start = now(store, "moved_pages")
                     spent[paused] += turn(parts[first : first + SLICE])

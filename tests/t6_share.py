@@ -52,7 +52,7 @@ def store() -> Iterator[Store]:
 
 def fill_and_thin_out(store: Store, rng: random.Random) -> dict[int, bytes]:
     """Pages with holes between them, and nothing is moved yet."""
-    store.pause_compaction()
+    store.pause_background()
     model = {
         page: rng.randbytes(rng.randrange(8, 2600)).ljust(PAGE, b"\0") for page in range(PAGES)
     }
@@ -80,7 +80,7 @@ def test_compaction_beside_a_request(store: Store, rng: random.Random) -> None:
         device = Device(store)
         reader = Running(lambda: device.pread(None, gate.memory, 0))
         gate.wait_for(0)
-        store.pause_compaction(False)
+        store.pause_background(False)
         assert share_of("zc-tidy", store, "moved_pages", 4000) < MOST_SHARE
         gate.open(0)
         gate.open(1)

@@ -66,6 +66,7 @@ cdef enum:
     AGE_STEPS = MARK_COLD - 1   # of recompress_age; a page becomes cold after one to one and a quarter
     MOST_REST_US = 200000
     NOT_READY_US = 100000
+    PAUSED_US = 5000
     PIECE = 1 << 16             # marks, between two looks at whether to end
     # While a dictionary is made 30 MiB are taken, in 2 to 4 s; others take memory meanwhile.
     LEARNING_BYTES = 64 << 20
@@ -256,6 +257,9 @@ cdef bint one_pass(Core *core, Share *share, int level) noexcept nogil:
     while page < core.index.pages:
         end = min(page + PIECE, core.index.pages)
         while page < end:
+            while core.tidy.paused:         # both, or none
+                if not nap(core, now_us() + PAUSED_US, level):
+                    return False
             share_begin(share)
             page = one_batch(core, level, page, end, MARK_COLD, &lacking)
             if core.dense.stopping or core.dense.level != level:

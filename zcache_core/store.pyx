@@ -354,8 +354,8 @@ cdef class Store:
             done = tidy_all(&self.core)
         return done
 
-    def pause_compaction(self, bint paused=True):
-        """Move nothing together in the background, until told to go on: what it costs others is measured so."""
+    def pause_background(self, bint paused=True):
+        """Move and recompress nothing in the background, until told to go on: what it costs others is measured so."""
         self._require_open()
         tidy_pause(&self.core, paused)
 
