@@ -5,8 +5,9 @@
     3  the server inside of the guest that swaps, its disk a block device there: what the tier
        needs to write must never wait for a page that only the tier could take
 
-The workload is stress-ng with --verify, bounded by work: it fills its memory and verifies it.
-What is waited for is counted in pages, never in seconds.  Together about two minutes.
+Each has another allocator, with recompression at its most hasty; `make soak` has the other pairs.
+The workload is stress-ng with --verify, bounded by work: it fills its memory and verifies it.  What
+is waited for is counted in pages, never in seconds.  Together about two minutes.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from tests.swaplab import (
     trouble,
     zcache,
 )
+from tests.t8_swaplab import HASTY, every_allocator
 
 pytestmark = pytest.mark.skipif(
     os.geteuid() != 0, reason="; ".join(fitness.missing()) or "needs root for its network"
@@ -54,8 +56,9 @@ HARMLESS = ("allocation",)
 """A small guest's network finds no memory at once, and tries again."""
 
 
-def with_disk(path: Path, mib: int) -> Recipe:
-    return zcache(size=SIZE, pool=f"{POOL_MIB}M", disk=os.fspath(path), disk_size=f"{mib}M")
+def with_disk(path: Path, mib: int, allocator: str) -> Recipe:
+    keys = {"disk": os.fspath(path), "disk_size": f"{mib}M", "allocator": allocator, **HASTY}
+    return zcache(None, (), size=SIZE, pool=f"{POOL_MIB}M", **keys)
 
 
 def assert_verified(result: Result, mib: int, pool_mib: int) -> None:
@@ -85,9 +88,12 @@ def swap_off_again(guest: Guest, expected: tuple[str, ...] = HARMLESS) -> None:
 
 
 @pytest.mark.timeout(330)
-def test_three_pools_onto_a_disk_file(tmp_path: Path) -> None:
+@every_allocator("zsmalloc")
+def test_three_pools_onto_a_disk_file(tmp_path: Path, allocator: str) -> None:
     with Lab(limit_s=300) as lab:
-        server = lab.serve(with_disk(tmp_path / "disk", DISK_MIB))  # promised: refuses nothing
+        server = lab.serve(
+            with_disk(tmp_path / "disk", DISK_MIB, allocator)
+        )  # promised: refuses nothing
         guest = lab.boot(SWAPPING)
         attach(guest, server)
         swap_on(guest)
@@ -139,9 +145,10 @@ def stands_still(guest: Guest, since: int) -> bool:
 
 @pytest.mark.skipif(bool(faulty_disk.missing()), reason=faulty_disk.missing())
 @pytest.mark.timeout(330)
-def test_a_disk_that_fails_and_recovers_meanwhile(tmp_path: Path) -> None:
+@every_allocator("z3fold")
+def test_a_disk_that_fails_and_recovers_meanwhile(tmp_path: Path, allocator: str) -> None:
     with FaultyDisk(tmp_path, SMALL_DISK_MIB * MIB) as disk, Lab(limit_s=300) as lab:
-        server = lab.serve(with_disk(disk.path, SMALL_DISK_MIB))
+        server = lab.serve(with_disk(disk.path, SMALL_DISK_MIB, allocator))
         guest = lab.boot(SWAPPING)
         attach(guest, server)
         swap_on(guest)
@@ -166,7 +173,8 @@ OWN_SYSCTL = {**SELF_SERVING_SYSCTL, "vm.overcommit_memory": "1"}
 
 
 @pytest.mark.timeout(330)
-def test_a_guest_swaps_onto_its_own_disk(tmp_path: Path) -> None:
+@every_allocator("zbud")
+def test_a_guest_swaps_onto_its_own_disk(tmp_path: Path, allocator: str) -> None:
     disk = tmp_path / "disk"
     with open(disk, "wb") as file:
         file.truncate(DISK_MIB * MIB)
@@ -174,7 +182,8 @@ def test_a_guest_swaps_onto_its_own_disk(tmp_path: Path) -> None:
     with Lab(limit_s=300) as lab:
         guest = lab.boot(config)
         pool = f"{OWN_POOL_MIB}M"
-        server = serve_inside(guest, zcache(size=SIZE, pool=pool, commit="all", disk="/dev/ubda"))
+        keys = {"commit": "all", "disk": "/dev/ubda", "allocator": allocator, **HASTY}
+        server = serve_inside(guest, zcache(None, (), size=SIZE, pool=pool, **keys))
         attach(guest, server)
         swap_on(guest)
         result = lab.watch(lambda: stress_ng(guest, OWN_STRESS_MIB, limit_s=280))
