@@ -3,6 +3,7 @@
 the whole way   up twice, kill -9 of server, supervisor and helper under load, down refused
                 while memory is short, down twice
 cut off         up and down killed after each of their steps, and run again
+half way        down interrupted, then killed, while pages come back
 """
 
 from __future__ import annotations
@@ -11,12 +12,16 @@ import os
 import random
 import signal
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import zip_longest
+from pathlib import Path
 
 import pytest
 
 from bench.corpus import pages_file
+from plugin import swaparea
 from tests.survival_helpers import (
+    NBD_NOISE,
     Kills,
     assert_survived,
     kill_supervisor_in,
@@ -34,7 +39,7 @@ from tests.swaplab import (
     trouble,
 )
 from tests.swaplab.guest import SHARE
-from tests.swaplab.zattach import kill_mender, start_zcache, state, zcache_in
+from tests.swaplab.zattach import kill_in, kill_mender, start_zcache, state, zcache_in
 
 pytestmark = pytest.mark.skipif(
     os.geteuid() != 0, reason="; ".join(fitness.missing()) or "needs root for its network"
@@ -46,6 +51,10 @@ SETTINGS = ("--size", "288M", "--pool", "150M", "commit=all", "--priority", "7")
 TOML = 'size = "288M"\npool = "150M"\ncommit = "all"\n[swap]\npriority = 7\n'
 # With the commands that run meanwhile, less than memory and device hold: else it is OOM by right.
 HOG_MIB = 250
+# Room for all of the sleeper, and a crowd that pushes it out first.
+ROOMY = replace(SELF_SERVING, mem_mib=640)
+SLEEPER_MIB, ROOMY_HOG_MIB = 160, 330
+BACK_BYTES = 4 << 20  # so much has come back when `down` is interrupted
 GUESTS = 2  # as many as a small machine has CPUs
 UP_STEPS = ("up:serve", "up:attach", "up:mkswap", "up:swapon")
 DOWN_STEPS = ("down:swapoff", "down:detach", "down:stop")
@@ -113,6 +122,67 @@ def test_up_a_workload_and_down(rng: random.Random) -> None:
         assert "no swap any more" in zcache_in(guest, "down")
         assert all_gone(guest)
         assert "nothing is attached" in zcache_in(guest, "down")
+
+
+@pytest.mark.timeout(200)
+def test_down_is_interrupted_while_pages_come_back(rng: random.Random) -> None:
+    """SIGINT leaves swap on; SIGKILL of `down` leaves it to swapoff; a later `down` ends it all."""
+    corpus = pages_file(64)
+    with Lab(limit_s=190) as lab:
+        guest = lab.boot(ROOMY)
+        zcache_in(guest, "up", *SETTINGS)
+        sleeper = asleep(guest, corpus, rng)
+        crowd = hog(guest, ROOMY_HOG_MIB, corpus, 1, 1, seed=rng.getrandbits(30))
+        assert crowd.wait().code == 0, crowd.stderr()
+        assert used_bytes(guest) > 8 * BACK_BYTES
+
+        assert "is still swap" in interrupted_down(guest, signal.SIGINT)
+        assert len(swaps(guest)) == 1
+        interrupted_down(guest, signal.SIGKILL)
+        zcache_in(guest, "down")
+        assert all_gone(guest)
+        sleeper.kill(signal.SIGCONT)
+        assert sleeper.wait().code == 0, sleeper.stdout()
+        assert read_hog(sleeper.stdout()).bad == 0
+        assert trouble(guest.log, expected=NBD_NOISE) == []
+
+
+def asleep(guest: Guest, corpus: Path, rng: random.Random) -> Job:
+    """A hog that has filled its memory and is stopped: its pages leave when others need room."""
+    before = guest.meminfo_kb()["AnonPages"]
+    seed = rng.getrandbits(30)
+    job = hog(guest, SLEEPER_MIB, corpus, 1, 1, audit_s=60, seed=seed, name="sleeper")
+    guest.link.wait_for(
+        lambda: guest.meminfo_kb()["AnonPages"] - before > SLEEPER_MIB << 10, 60, "the sleeper"
+    )
+    job.kill(signal.SIGSTOP)
+    return job
+
+
+def used_bytes(guest: Guest) -> int:
+    """Of all swap."""
+    return sum(area.used_bytes for area in swaparea.areas(guest.read("/proc/swaps")))
+
+
+def interrupted_down(guest: Guest, number: int) -> str:
+    """`down` gets this signal when pages have begun to come back; what it said.
+
+    SIGINT goes to its child, too, as a terminal's does; SIGKILL to `down` alone.
+    """
+    before = used_bytes(guest)
+    job = start_zcache(guest, "down")
+    guest.link.wait_for(
+        lambda: job.done() or used_bytes(guest) < before - BACK_BYTES, 60, "pages to come back"
+    )
+    assert not job.done(), job.stdout() + job.stderr()
+    if number == signal.SIGKILL:
+        whose = guest.call(["/bin/sh", "-c", "grep -slzx 'dow[n]' /proc/[0-9]*/cmdline; :"])
+        kill_in(guest, int(whose.split("/")[2]), number)
+    else:
+        job.kill(number)
+    code = job.wait(60).code
+    assert code == (-number if number == signal.SIGKILL else 130), job.stdout() + job.stderr()
+    return job.stdout()
 
 
 @pytest.mark.timeout(300)
