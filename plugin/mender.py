@@ -16,7 +16,8 @@ while the connection lives, and `zcache attach` starts a new one.  That has no c
 it finds out whether the link is dead by offering the kernel one end of a socket pair now and
 then, and taken means dead.
 
-While the link lives the kernel does not look whether it hangs: this does (`swift` says why).
+While the link lives the kernel does not look whether it hangs: this does (`swift` says why).  So
+it forks and spawns, which may wait for memory, only while the link answers.
 
 With TLS it dials through a relay (`relays`), and keeps another one ready; the link lives on when
 it dies itself, as without.
@@ -54,6 +55,8 @@ DIAL_EVERY_S = 0.05  # a refused connection costs 20 us; 0.1 s would be a fifth 
 OFFER_S = 2.0  # the kernel notices in milliseconds; longer in vain means that the link lives
 OFFER_EVERY_S = 0.01  # the kernel notices the old connection's end about as fast as we do
 PROBE_EVERY_S = 2.0
+ANSWER_EVERY_S = 0.02
+SETTLE_S = 1.0  # what began with a short timer is answered by then, unless the server is slow
 HEAP_BYTES = 1 << 20  # kept ready; one mended connection needs 60 KiB of it
 SOL_NETLINK, ADD_MEMBERSHIP = 270, 1
 LINK_DEAD, ATTR_INDEX = 4, 1
@@ -70,11 +73,15 @@ class Kernel:
     """Offering sockets to the kernel, and hearing of dead links.
 
     group: of the family's events.  template: a finished NBD_CMD_RECONFIGURE whose last 4 bytes
-    are the socket's number.  careful: one that sets the request timeout only.
+    are the socket's number.  careful, swift: those that set the request timeout only, to what it
+    is by --timeout, or to 0 ("" where the kernel cannot be swift).
     """
 
-    def __init__(self, group: int, index: int, template: bytes, careful: bytes) -> None:
-        self._index, self._template, self._careful = index, template, careful
+    def __init__(
+        self, group: int, index: int, template: bytes, careful: bytes, swift: bytes
+    ) -> None:
+        self._index, self._template = index, template
+        self._careful, self._swift = careful, swift
         self._asker = Asker()
         self.events = netlink()
         self.events.setsockopt(SOL_NETLINK, ADD_MEMBERSHIP, group)
@@ -92,6 +99,10 @@ class Kernel:
     def careful(self) -> None:
         """The request timeout holds from now on.  Raises as `offer` does."""
         self._ask(self._careful)
+
+    def swift(self) -> None:
+        """It does not hold any more, and the timer of what comes is 30 s.  Raises as `offer`."""
+        self._ask(self._swift)
 
     def _ask(self, message: bytes) -> None:
         try:
@@ -134,6 +145,7 @@ class Mender:
         self._kernel, self._target, self._generations = kernel, target, generations
         self._sock, self._page, self._size_bytes = sock, page, size_bytes
         self._spare, self._relays, self._stall = spare, relays, stall
+        self._swift = False  # the kernel may have been asked for timeout 0: only we find a hang
 
     def run(self) -> None:
         """Until the device is gone: DeviceGoneError."""
@@ -142,20 +154,45 @@ class Mender:
         while True:
             if dead:
                 self._mend()
-            elif self._spare.line is None:
-                self.have_spare()
-            if self._relays is not None and self._relays.missing:
-                self._have_relays(self._relays)
+                self._await_answer()
+            self._make_missing()
             dead = self._is_dead()
 
-    def have_spare(self) -> None:
-        """Make one.  This returns in the spare too: when it is the mender."""
+    def _make_missing(self) -> None:
+        """A spare, relays: what was killed, or has never been.
+
+        Both may wait for memory, which a link that hangs does not give: and who waits here does
+        not look.  (What is left: a server that begins to hang just then.)
+        """
+        if self._spare.line is None and self._may_wait() and self.have_spare():
+            return  # the heir: first it has to look whether the link lives
+        if self._relays is not None and self._relays.missing and self._may_wait():
+            self._have_relays(self._relays)
+
+    def _may_wait(self) -> bool:
+        """Whether the link answers, or the kernel itself finds a hang."""
+        return self._stall is None or not self._swift or self._stall.is_calm()
+
+    def _await_answer(self) -> None:
+        """Without a spare, new requests have a timer of 30 s: so make one at the first answer."""
+        if self._stall is None or self._sock is None or self._spare.line is not None:
+            return
+        watch = select.poll()
+        watch.register(self._sock, select.POLLRDHUP)
+        end_s = time.monotonic() + self._stall.tick_s
+        while not self._may_wait() and time.monotonic() < end_s:
+            if watch.poll(ANSWER_EVERY_S * 1000):
+                return
+
+    def have_spare(self) -> bool:
+        """Make one.  This returns in the spare too, True: when it is the mender."""
         inherited = self._spare.fork()
         if inherited is None:
             self._page.update(spare_pid=self._spare.pid)
             self._be_swift()
-            return
+            return False
         if self._stall is not None:
+            self._swift = True
             self._stall.begin()
         if inherited.sock is not None:
             self._replace(inherited.sock)
@@ -163,11 +200,34 @@ class Mender:
             self._relays.take_over(inherited.relays)
         self._generations.last = max(self._generations.last, inherited.generation)
         self._page.take_over(os.getpid(), start_ticks())
+        return True
 
     def _be_swift(self) -> None:
-        """If there is a link that we can look after, and a kernel that can."""
-        if self._stall is not None and self._sock is not None:
-            self._spare.be_swift()
+        """If there is a link that we can look after, and a kernel that can.
+
+        Without a spare too: what was begun with a short timer would end the link by its ring.
+        """
+        if self._stall is None or self._sock is None or self._stall.blind:
+            return
+        self._spare.be_swift()
+        if self._spare.line is None:
+            with suppress(OSError, DeviceGoneError):
+                self._kernel.swift()
+                self._swift = True
+        else:
+            self._swift = True
+
+    def _be_careful(self, stall: Stall, mended: bool) -> None:
+        """The link lives, and from now on the kernel looks after it.
+
+        mended: somebody will mend it if that ends it, because a request with a short timer is
+        still unanswered.  Else the kernel is rather left as it is.
+        """
+        with suppress(OSError, DeviceGoneError):
+            self._kernel.swift()
+            if stall.settles(SETTLE_S) or mended:
+                self._kernel.careful()
+                self._swift = False
 
     def _have_relays(self, relays: Relays) -> None:
         """One was killed, or none was there yet.  This may take its time: the link lives."""
@@ -179,9 +239,8 @@ class Mender:
     def close(self) -> None:
         """End in good order, and the spare with us; the kernel looks after the link itself."""
         self._spare.dismiss()
-        if self._stall is not None:
-            with suppress(OSError, DeviceGoneError):
-                self._kernel.careful()
+        if self._stall is not None and self._swift:
+            self._be_careful(self._stall, mended=False)
         if self._relays is not None:
             self._relays.close()
         if self._sock is not None:
@@ -210,7 +269,9 @@ class Mender:
             wait_s = self._stall.tick_s
         ready = {fd for fd, _ in watch.poll(None if wait_s is None else wait_s * 1000)}
         if self._spare.line is not None and self._spare.line.fileno() in ready:
-            self._spare.bury()
+            blind = self._spare.hear()
+            if blind is not None and self._stall is not None:
+                self._stall.blind = blind
         if self._relays is not None:
             self._relays.bury()
         if self._sock is not None:
@@ -222,12 +283,23 @@ class Mender:
 
     def _ended_stuck(self, sock: socket.socket) -> bool:
         """Whether nothing is answered any more.  Then the kernel hears that the link is dead."""
-        if self._stall is None or not self._stall.look():
+        if self._stall is None:
+            return False
+        self._spare.ask()
+        if not self._stall.look():
+            self._heed_statistics(self._stall)
             return False
         self._page.update(stuck=self._page.values.get("stuck", 0) + 1)
         with suppress(OSError):  # it has died meanwhile
             sock.shutdown(socket.SHUT_RDWR)
         return True
+
+    def _heed_statistics(self, stall: Stall) -> None:
+        """Somebody may have switched them off: then the kernel has to look itself; or on again."""
+        if stall.blind and self._swift:
+            self._be_careful(stall, mended=True)
+        elif not self._swift:
+            self._be_swift()
 
     def probe(self) -> bool:
         """Whether the kernel has no living connection.
@@ -249,6 +321,7 @@ class Mender:
         if self._stall is not None:
             with suppress(OSError):
                 self._kernel.careful()
+                self._swift = False
         while not self._try():
             time.sleep(DIAL_EVERY_S)
         self._page.mended(time.monotonic() - began_s, self._generations.last)
@@ -334,11 +407,12 @@ def main(words: list[str]) -> int:
     generations = Generations(int(options["generation"]))
     careful = bytes.fromhex(options["careful"])
     template = bytes.fromhex(options["template"])
-    kernel = Kernel(int(options["group"]), int(options["index"]), template, careful)
+    quick = bytes.fromhex(options["swift"])
+    kernel = Kernel(int(options["group"]), int(options["index"]), template, careful, quick)
     swift, stall = None, None
-    if options["swift"]:
+    if quick:
         block = f"/sys/block/nbd{options['index']}"
-        swift = Swift(f"{block}/queue", Asker(), bytes.fromhex(options["swift"]), careful)
+        swift = Swift(f"{block}/queue", Asker(), quick, careful)
         stat = os.open(f"{block}/stat", os.O_RDONLY | os.O_CLOEXEC)
         stall = Stall(stat, int(options["timeout"]))
     sock = socket.socket(fileno=int(options["sock"])) if options["sock"] else None
@@ -368,6 +442,7 @@ def main(words: list[str]) -> int:
         page.update(state="gone", error=str(error))
         return GONE
     finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         mender.close()
     return 0
 

@@ -51,9 +51,11 @@ SYSFS = Path("/sys/block")
 MODULE = Path("/sys/module/nbd")
 MODPROBE, MODPROBE_S = ("modprobe", "nbd"), 30.0
 FD_UNSET = 0x7FFFFFFF
-# 5.8: a request of a replaced link is sent again when its timer rings, also with timeout 0.  6.13:
-# a half-sent one (its sender was signalled while the send buffer was full) fails when it rings.
+# 5.8: a request of a replaced link is sent again when its timer rings, also with timeout 0.  6.14:
+# a half-sent one (its sender was signalled while the send buffer was full) fails when it rings;
+# 6.13, and what others have brought it back to, may too: such a kernel has this function.
 SWIFT_FROM, SWIFT_BELOW = (5, 8), (6, 13)
+KALLSYMS, FAILS_HALF_SENT = Path("/proc/kallsyms"), b"nbd_pending_cmd_work"
 
 
 class Family(NamedTuple):
@@ -169,9 +171,13 @@ def can_be_swift(index: int, release: str) -> bool:
     """Whether a kernel of this release, as `uname -r` says it, can do what `swift` needs."""
     numbers = tuple(int(number) for number in re.findall(r"\d+", release)[:2])
     queue = SYSFS / f"nbd{index}" / "queue"
-    return SWIFT_FROM <= numbers < SWIFT_BELOW and all(
-        (queue / name).exists() for name in ("io_timeout", "iostats")
-    )
+    if not SWIFT_FROM <= numbers < SWIFT_BELOW:
+        return False
+    if not all((queue / name).exists() for name in ("io_timeout", "iostats")):
+        return False
+    with contextlib.suppress(OSError), KALLSYMS.open("rb") as symbols:
+        return not any(FAILS_HALF_SENT in line for line in symbols)
+    return True
 
 
 def disconnect(index: int) -> None:

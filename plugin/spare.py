@@ -9,8 +9,9 @@ memory, and memory is to be had only by swapping out.  (Measured in the lab: `zc
 hangs until the kernel gives the device up.)  So the next one is there already.  It is a fork, so
 it shares all code, and costs the 9 MB of data that its own memory lock makes its own.
 
-Forking is done only while the link lives.  Before the spare has said that it is locked, the
-helper's own pages are shared with it and the first write to one would need another.
+Forking is done only while the link lives and answers (`mender`).  Before the spare has said that
+it is locked, the helper's own pages are shared with it and the first write to one would need
+another.  A spare that gets SIGTERM just ends; only the mender's end is in good order.
 
 Bound: one spare; until it inherits it does one thing only: what the helper must not wait for, see
 `swift`.  Linux: fork(2), unix(7) SCM_RIGHTS.
@@ -23,6 +24,7 @@ import os
 import signal
 import socket
 import struct
+import time
 from contextlib import suppress
 
 from zcache_core import process
@@ -34,10 +36,13 @@ if TYPE_CHECKING:
     from plugin.swift import Swift
 
 READY_S = 5.0  # it takes some milliseconds
+DISMISS_S = 1.0  # as well; but it may be waiting for a lock, see `swift`
 NEWS = struct.Struct("=QII")  # the generation, the relays' processes; sockets go with it
 FDS_MAX = 3  # the connection's socket, the relays' lines
 BYE = b"bye"
 SWIFT = b"swift"
+COUNTING, YES, NO = b"counting?", b"1", b"0"
+TERM = (signal.SIGTERM,)
 
 
 class Inheritance:
@@ -71,6 +76,7 @@ class Spare:
         self._swift = swift
         self.pid = 0
         self.line: socket.socket | None = None
+        self._asked = False
         self._pidfd = -1  # a number may be somebody else's by the time we kill
 
     def fork(self) -> Inheritance | None:
@@ -80,17 +86,22 @@ class Spare:
         """
         self.bury()
         ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        # Until either side knows which one it is, SIGTERM waits.
+        signal.pthread_sigmask(signal.SIG_BLOCK, TERM)
         try:
             pid = os.fork()
         except OSError:
-            ours.close()
-            its.close()
-            return None
+            pid = -1
         if pid == 0:
             ours.close()
-            return _wait(its, self._swift)
+            return _live(its, self._swift)
         its.close()
-        self.pid, self.line = pid, ours
+        if pid > 0:
+            self.pid, self.line = pid, ours
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, TERM)
+        if pid < 0:
+            ours.close()
+            return None
         try:
             self._pidfd = os.pidfd_open(pid)
         except OSError:  # it has ended already, or there is no memory: none for now
@@ -129,11 +140,46 @@ class Spare:
             except OSError:
                 self.kill()
 
+    def ask(self) -> None:
+        """Whether the kernel counts: `hear` says it.  Never blocks; one question at a time."""
+        if self.line is not None and not self._asked:
+            try:
+                self.line.send(COUNTING)
+                self._asked = True
+            except OSError:
+                self.kill()
+
+    def hear(self) -> bool | None:
+        """`line` is readable: True when it does not count, None when the spare has died."""
+        assert self.line is not None
+        try:
+            said = self.line.recv(16)
+        except BlockingIOError:
+            return None
+        except OSError:
+            said = b""
+        if not said:
+            self.bury()
+            return None
+        self._asked = False
+        return said == NO
+
     def dismiss(self) -> None:
-        """We end in good order: it is not to take our place."""
+        """We end in good order: it is not to take our place.
+
+        Waits until it has ended, so that what it asks of the kernel comes before what we do.  If
+        it does not in time, it has to ask for the careful timeout itself: see `_leave`.
+        """
         if self.line is not None:
+            end_s = time.monotonic() + DISMISS_S
             try:
                 self.line.send(BYE)
+                while (left_s := end_s - time.monotonic()) > 0:
+                    self.line.settimeout(left_s)
+                    if not self.line.recv(16):  # before it there may be "ready"
+                        break
+            except TimeoutError:
+                pass
             except OSError:
                 self.kill()
         self.bury()
@@ -151,11 +197,22 @@ class Spare:
             self.line.close()
         if self._pidfd >= 0:
             os.close(self._pidfd)
-        self.line, self.pid, self._pidfd = None, 0, -1
+        self.line, self.pid, self._pidfd, self._asked = None, 0, -1, False
+
+
+def _live(line: socket.socket, swift: Swift | None) -> Inheritance:
+    """The spare's life, until the mender's ends.  SIGTERM is blocked when it begins."""
+    mender_does = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, TERM)
+    try:
+        found = _wait(line, swift)
+    except BaseException:  # it must not end what is the mender's, as that would
+        os._exit(1)
+    signal.signal(signal.SIGTERM, mender_does)
+    return found
 
 
 def _wait(line: socket.socket, swift: Swift | None) -> Inheritance:
-    """The spare's life, until the mender's ends."""
     process.lock_memory(on_fault=False)
     line.send(b"ready")
     found = Inheritance()
@@ -165,10 +222,13 @@ def _wait(line: socket.socket, swift: Swift | None) -> Inheritance:
         except InterruptedError:
             continue
         if data == BYE:
-            _leave()
+            _leave(line, swift)
         if data == SWIFT:
             if swift is not None:
                 swift.begin()
+            continue
+        if data == COUNTING:
+            line.send(YES if swift is None or swift.is_counting() else NO)
             continue
         if not data:
             line.close()
@@ -177,5 +237,15 @@ def _wait(line: socket.socket, swift: Swift | None) -> Inheritance:
             found.take(data, list(struct.unpack(f"={len(fds) // 4}i", fds)))
 
 
-def _leave() -> NoReturn:
+def _leave(line: socket.socket, swift: Swift | None) -> NoReturn:
+    """The mender looks after the kernel when we have ended; unless it is tired of waiting."""
+    try:
+        gone = not line.recv(1, socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        gone = False
+    except OSError:
+        gone = True
+    if gone and swift is not None:
+        with suppress(OSError):
+            swift.end()
     os._exit(0)

@@ -18,6 +18,7 @@ SCRIPT = """
 import os, signal, socket, sys, time
 from plugin.spare import Spare
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+signal.signal(signal.SIGTERM, lambda number, frame: say("in good order") or sys.exit(0))
 path, tells, how = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 def say(word):
     with open(path, "a") as file:
@@ -33,7 +34,10 @@ if found is not None:
     found = spare.fork()
     say("again" if found is None else "inherited twice")
     spare.dismiss()
-    sys.exit(0)
+    if how == "kill":
+        sys.exit(0)
+    os.kill(os.getpid(), signal.SIGTERM)
+    say("not reached")
 say(f"spare {spare.pid}")
 for number in range(1, tells + 1):
     ours, its = socket.socketpair()
@@ -61,7 +65,7 @@ if how == "lose":  # it is killed while we do not look
     say(f"has {spare.line} {spare.pid}")
     spare.dismiss()
     sys.exit(0)
-if how == "kill":
+if how in ("kill", "order"):
     os.kill(os.getpid(), signal.SIGKILL)
 while spare.line is not None:
     if not spare.line.getblocking():
@@ -110,6 +114,25 @@ def test_a_dead_spare_is_noticed(tmp_path: Path) -> None:
     os.kill(int(said(path)[0].split()[2]), signal.SIGKILL)
     assert process.wait(20) == 0
     assert said(path)[1].endswith("spare died")
+
+
+def test_a_spare_that_is_told_to_end_just_ends(tmp_path: Path) -> None:
+    """What a mender does in good order, with the kernel and the relays, is not the spare's."""
+    path = tmp_path / "said"
+    process = run(path, 1, "wait")
+    wait_for("the spare", lambda: said(path))
+    os.kill(int(said(path)[0].split()[2]), signal.SIGTERM)
+    assert process.wait(20) == 0
+    assert len(said(path)) == 2
+    assert said(path)[1].endswith("spare died")
+
+
+def test_an_heir_that_is_told_to_end_does_so_in_good_order(tmp_path: Path) -> None:
+    path = tmp_path / "said"
+    assert run(path, 1, "order").wait(20) == -signal.SIGKILL
+    wait_for("the heir's last word", lambda: len(said(path)) == 4)
+    heir = said(path)[0].split()[2]
+    assert said(path)[3] == f"{heir} in good order"
 
 
 def test_a_spare_that_died_unseen_takes_nobody_with_it(tmp_path: Path) -> None:

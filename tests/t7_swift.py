@@ -6,8 +6,6 @@ import os
 import random
 import socket
 import struct
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +13,6 @@ import pytest
 
 from plugin import nbdnetlink
 from plugin.swift import RESEND_S, TICKS_MIN, TIMER_MS, Asker, Stall, Swift
-from tests.plugin_helpers import ROOT, wait_for
-from tests.t7_attach import Helper
 
 CAREFUL, SWIFT = b"careful-" * 4, b"swift---" * 4
 
@@ -34,10 +30,15 @@ class Disk:
         self.write()
         self.fd = os.open(path, os.O_RDONLY)
 
+    def stall(self, limit_s: float) -> Stall:
+        return Stall(self.fd, limit_s)
+
     def write(self) -> None:
         words = [self.ended.get(at, 7 * at) for at in range(self.fields)]
         words[8] = self.waiting
-        self.path.write_text(" ".join(f"{word:8}" for word in words) + "\n")
+        text = " ".join(f"{word:8}" for word in words) + "\n"
+        with self.path.open("r+b" if self.path.exists() else "wb", buffering=0) as file:
+            file.write(text.encode())  # at once, as in sysfs: never empty
 
     def end(self, at: int) -> None:
         self.ended[at] += 1
@@ -57,7 +58,7 @@ def test_a_hang_is_found_in_time_and_nothing_else_is(
     As long as something ends, or nothing waits, within any `limit_s`, none is ended.  A hang ends
     it after `limit_s` and two looks; later only where nothing has ended on this link yet.
     """
-    stall = Stall(disk.fd, limit_s)
+    stall = disk.stall(limit_s)
     limit_looks = int(limit_s / stall.tick_s)
     for turn in range(60):
         stall.begin()
@@ -87,7 +88,7 @@ def test_a_hang_is_found_in_time_and_nothing_else_is(
 
 def test_a_slow_server_is_not_a_hang(disk: Disk) -> None:
     """One answer in less than the limit is enough, whatever kind of request it was."""
-    stall = Stall(disk.fd, 3)
+    stall = disk.stall(3)
     disk.waiting = 128
     for turn in range(40):
         if turn % 4 == 0:
@@ -98,7 +99,7 @@ def test_a_slow_server_is_not_a_hang(disk: Disk) -> None:
 
 def test_who_slept_has_seen_one_look(disk: Disk) -> None:
     """Looks are counted, not seconds: a machine that stood still for an hour ends no link."""
-    stall = Stall(disk.fd, 3)
+    stall = disk.stall(3)
     disk.waiting = 1
     disk.write()
     for _ in range(TICKS_MIN):
@@ -109,7 +110,7 @@ def test_an_old_kernel_has_fewer_numbers_and_a_device_may_go(tmp_path: Path) -> 
     disk = Disk(tmp_path / "old", fields=11)
     disk.waiting = 1
     disk.write()
-    stall = Stall(disk.fd, 2)
+    stall = disk.stall(2)
     looks = 1
     while not stall.look():
         looks += 1
@@ -117,6 +118,67 @@ def test_an_old_kernel_has_fewer_numbers_and_a_device_may_go(tmp_path: Path) -> 
     os.close(disk.fd)
     stall.begin()
     assert not any(stall.look() for _ in range(20))
+
+
+def test_without_statistics_no_link_is_ended(disk: Disk) -> None:
+    """Kernels up to 6.9 count what waits all the same, and nothing that ends."""
+    stall = disk.stall(2)
+    disk.waiting = 3
+    disk.write()
+    assert not any(stall.look() for _ in range(4))
+    stall.blind = True
+    assert not any(stall.look() for _ in range(40))
+    stall.blind = False
+    looks = 1
+    while not stall.look():
+        looks += 1
+    assert looks > RESEND_S / stall.tick_s + TICKS_MIN, "it looks from now on"
+
+
+def test_a_link_is_calm_while_it_answers(disk: Disk) -> None:
+    """Before the helper waits for memory, the link must have answered since it began."""
+    stall = disk.stall(2)
+    assert stall.is_calm(), "nothing waits"
+    disk.waiting = 2
+    disk.write()
+    assert not stall.is_calm()
+    assert not stall.look()
+    assert not stall.is_calm()
+    disk.end(4)
+    disk.write()
+    assert stall.is_calm(), "at once"
+    stall.look()
+    assert stall.is_calm()
+    stall.look()
+    assert not stall.is_calm(), "nothing has ended since the last look"
+    disk.waiting = 0
+    disk.write()
+    assert stall.is_calm()
+    disk.waiting = 1
+    disk.end(4)
+    disk.write()
+    stall.begin()
+    assert not stall.is_calm(), "that was the last link's"
+
+
+def test_what_waits_settles(disk: Disk) -> None:
+    stall = disk.stall(2)
+    assert stall.settles(0)
+    disk.waiting = 2
+    disk.write()
+    assert not stall.settles(0)
+    for ended, settled in ((1, False), (2, True)):
+        begun, real = disk.ended[0], stall._read
+
+        def read(want: int = begun + ended, real: Any = real) -> tuple[int, int]:
+            found: tuple[int, int] = real()
+            disk.ended[0] = want
+            disk.write()
+            return found
+
+        stall._read = read  # type: ignore[method-assign]
+        assert stall.settles(0.05) == settled, "as many have to end as were waiting"
+        stall._read = real  # type: ignore[method-assign]
 
 
 # ---- what the kernel is told --------------------------------------------------------
@@ -184,12 +246,21 @@ def test_only_kernels_that_are_known_to_can(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(nbdnetlink, "SYSFS", tmp_path)
+    monkeypatch.setattr(nbdnetlink, "KALLSYMS", tmp_path / "none")
     (tmp_path / "nbd0").mkdir()
     queue(tmp_path / "nbd0/queue")
     for release in ("5.8.0", "5.10.0-28-amd64", "6.1.176", "6.12.1-rc1"):
         assert nbdnetlink.can_be_swift(0, release), release
     for release in ("4.19.0", "5.7.19", "6.13.0", "7.0", "strange"):
         assert not nbdnetlink.can_be_swift(0, release), release
+    symbols = tmp_path / "kallsyms"
+    monkeypatch.setattr(nbdnetlink, "KALLSYMS", symbols)
+    assert nbdnetlink.can_be_swift(0, "6.1.0"), "nothing to read: by its number alone"
+    symbols.write_text("0 t nbd_xmit_timeout\t[nbd]\n")
+    assert nbdnetlink.can_be_swift(0, "6.1.0")
+    symbols.write_text("0 t nbd_xmit_timeout\t[nbd]\n0 t nbd_pending_cmd_work\t[nbd]\n")
+    assert not nbdnetlink.can_be_swift(0, "6.1.0"), "brought back"
+    symbols.unlink()
     (tmp_path / "nbd0/queue/io_timeout").unlink()
     assert not nbdnetlink.can_be_swift(0, "6.1.0")
 
@@ -219,76 +290,3 @@ def test_an_answer_that_was_left_for_somebody_else_is_passed_over() -> None:
         asker.ask(b"m" * 20)
         sent = its.recv(100)
         assert sent == b"m" * 8 + struct.pack("=I", asked) + b"m" * 8
-
-
-# ---- who does it --------------------------------------------------------------------
-
-# A mender as small as can be, whose spare is asked to be swift; then that one has its place.
-SCRIPT = """
-import os, signal, sys
-from plugin.spare import Spare
-signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-class Swift:
-    def begin(self):
-        with open(sys.argv[1], "a") as file:
-            file.write(f"{os.getpid()}\\n")
-spare = Spare(Swift())
-if spare.fork() is not None:
-    spare = Spare(Swift())
-    if spare.fork() is None:
-        spare.be_swift()
-        spare.dismiss()
-    os._exit(0)
-spare.be_swift()
-spare.be_swift()
-os.kill(os.getpid(), signal.SIGKILL)
-"""
-
-
-def test_it_is_the_spare_that_writes(tmp_path: Path) -> None:
-    """The helper could wait for a lock whose holder waits for what only the helper can mend."""
-    path = tmp_path / "said"
-    process = subprocess.Popen([sys.executable, "-c", SCRIPT, str(path)], cwd=ROOT)
-    process.wait(20)
-    wait_for("two spares", lambda: path.exists() and len(path.read_text().split()) == 3)
-    first, again, heir = path.read_text().split()
-    assert first == again != str(process.pid)
-    assert heir not in (first, str(process.pid))
-
-
-class Watched(Helper):
-    """A Mender that looks after its link; the kernel's statistics are a file."""
-
-    def __init__(self, folder: Path) -> None:
-        self.disk = Disk(folder / "stat")
-        self.told: list[str] = []
-        super().__init__(folder, adopted=False)
-
-    def mender_with(self, *words: Any) -> Any:
-        played: Any = self.kernel
-        played.careful = lambda: self.told.append("careful")
-        made = super().mender_with(*words)
-        made._stall = Stall(self.disk.fd, 2)
-        spare: Any = made._spare
-        spare.be_swift = lambda: self.told.append("swift")
-        return made
-
-
-def test_a_server_that_hangs_is_left_and_dialled_again(tmp_path: Path) -> None:
-    """Requests wait and none is answered: the kernel's link is shut down, by the helper."""
-    helper = Watched(tmp_path)
-    try:
-        wait_for("the first link", helper.kernel.lives)
-        takes, generation = helper.kernel.takes, helper.generations.last
-        helper.disk.waiting = 3
-        helper.disk.write()
-        wait_for("another link", lambda: helper.kernel.takes > takes)
-        helper.disk.waiting = 0
-        helper.disk.write()
-        assert helper.page.values["stuck"] >= 1
-        assert helper.generations.last > generation
-        wait_for("it to live", helper.kernel.lives)
-        wait_for("swift again", lambda: helper.told[-1] == "swift")
-        assert helper.told.count("careful") == helper.page.values["stuck"], "once for each death"
-    finally:
-        helper.end()
