@@ -16,6 +16,7 @@ FRAME_MOST bytes; where one that is not would have more, the answer is FRAME_ODD
 What it is not: sockets (`lane`), or what a request means (`donorlane`).
 """
 
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
@@ -259,6 +260,34 @@ cdef uint32_t write_answer(
     if what == ASKED_GET:
         at = put_binary(at, payload_bytes)
     return <uint32_t>(at - to)
+
+
+def put_of(parts):
+    """(records, payload) of a put of (page, version, length_codec, sealed bytes) each.
+
+    Raises ValueError when the bytes are not as long as length_codec says.
+    """
+    cdef uint64_t total = 0
+    cdef uint64_t version
+    cdef uint32_t page, length_codec
+    cdef uint8_t *at
+    cdef char *to
+    for part in parts:
+        total += <uint64_t>len(<bytes>part[3])
+    records = PyBytes_FromStringAndSize(NULL, <Py_ssize_t>(RECORD_BYTES * len(parts)))
+    payload = PyBytes_FromStringAndSize(NULL, <Py_ssize_t>total)
+    at, to = <uint8_t *>PyBytes_AS_STRING(records), PyBytes_AS_STRING(payload)
+    for page, version, length_codec, sealed in parts:
+        if length_codec >> 16 or <uint64_t>len(<bytes>sealed) != (length_codec >> 4) + SEALED_LEAST:
+            raise ValueError(f"page {page} has {len(sealed)} sealed bytes, and should not")
+        memcpy(at, &version, 8)
+        memcpy(at + 8, &page, 4)
+        memcpy(at + 12, &length_codec, 2)
+        at[14] = at[15] = 0     # pages are numbered through all devices
+        at += RECORD_BYTES
+        memcpy(to, PyBytes_AS_STRING(sealed), len(<bytes>sealed))
+        to += len(<bytes>sealed)
+    return records, payload
 
 
 # ---- as Python sees them, for tests ------------------------------------------------------

@@ -106,6 +106,8 @@ class Overflow:
         late, it drops them there, and this copy could be the one that is dropped.
         """
         busy = self.renewal.renewing
+        if not busy:
+            return await self.replicas.put(pages, copies)
         free = [page for page in pages if (page[0], page[1]) not in busy]
         places = {(page[0], page[1]) for page in free}
         stored = iter(await self.replicas.put(free, copies) if free else ())
@@ -126,9 +128,13 @@ class Overflow:
 
     def drop(self, copies: Iterable[Copy]) -> None:
         """Copies that the owner does not need any more."""
+        rows_at: dict[int, tuple[int, ...]] = {}  # thousands at once, at a few donors
+        drop = self.renewal.drop
         for page, version, where, length_codec in copies:
-            for row in rows_of_where(where):
-                self._drop(row, Page(DEVICE, page, version, length_codec))
+            rows = rows_at.get(where) or rows_at.setdefault(where, rows_of_where(where))
+            gone = Page(DEVICE, page, version, length_codec)
+            for row in rows:
+                drop(row, gone)
 
     def compare_all(self) -> None:
         """Drops went missing on the way to us: look at all donors for what nobody needs."""

@@ -235,9 +235,8 @@ class RingPump:
             stored = await self._overflow.put(batch.pages, batch.copies)
         finally:
             self._putting = False
-        answers = [
-            (where_of_rows(one.rows) if not one.error else 0, one.error or 0) for one in stored
-        ]
+        at = {rows: where_of_rows(rows) for rows in {one.rows for one in stored} if rows}
+        answers = [(at[one.rows] if not one.error else 0, one.error or 0) for one in stored]
         self._tell_rows()  # before pages are counted on there
         if not self._ring.answer_batch(batch.turn, answers):
             self._overflow.forget(batch.pages, stored)

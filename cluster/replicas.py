@@ -26,6 +26,7 @@ from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from cluster.frames import put_of
 from cluster.peerwire import BATCH_PAGES, Code, Donor, Page, PeerError, pack, pieces, sealed_bytes
 from cluster.placement import Candidate, choose, room_bytes
 from cluster.seats import LIES_MOST, Ledger, Seat, Seats, Standing
@@ -206,7 +207,10 @@ class Replicas:
                 break
             tried |= set(chosen)
             parts = [group[i] for i in missing]
-            results = await asyncio.gather(*(self.put_at(row, parts) for row in chosen))
+            made = put_of(parts)  # once: all of them get the same bytes
+            results = await asyncio.gather(*(self.put_at(row, parts, made) for row in chosen))
+            if not any(rows) and all(len(good) == len(group) for good in results):
+                return [Stored(tuple(chosen), 0)] * len(group)  # as nearly always
             for row, good in zip(chosen, results, strict=True):
                 for i in good:
                     if len(rows[missing[i]]) < wanted:
@@ -227,12 +231,12 @@ class Replicas:
         self, parts: Sequence[tuple[int, int, int, bytes]], copies: int, without: Iterable[int]
     ) -> list[int]:
         """Donors for so many new copies of these pages, none of `without`; [] without enough."""
-        refused = set(without)
+        refused, keys = set(without), {(p[0], p[1]) for p in parts}
         candidates: list[Candidate] = []
         slow: list[Candidate] = []
         for seat in self.seats.all():
             # A drop that is under way must not meet the same version, put there again.
-            if seat.row in refused or any((p[0], p[1]) in seat.dropping for p in parts):
+            if seat.row in refused or not seat.dropping.isdisjoint(keys):
                 continue
             if (candidate := seat.candidate()) is not None:
                 (slow if self._is_slow(seat) else candidates).append(candidate)
@@ -262,18 +266,25 @@ class Replicas:
     def _note_slow(self, seat: Seat) -> None:
         seat.slow_until_s = asyncio.get_running_loop().time() + self.options.slow_s
 
-    async def put_at(self, row: int, parts: Sequence[tuple[int, int, int, bytes]]) -> list[int]:
-        """Which of the pages are at that donor now, by their places; a failure is none."""
+    async def put_at(
+        self,
+        row: int,
+        parts: Sequence[tuple[int, int, int, bytes]],
+        made: tuple[bytes, bytes] | None = None,
+    ) -> list[int]:
+        """Which of the pages are at that donor now, by their places; a failure is none.
+
+        made: put_of(parts), if it is there.
+        """
         seat = self.seats.get(row)
         if seat is None or seat.donor is None:
             return []
-        size = sum(len(part[3]) for part in parts)
+        records, payload = made or put_of(parts)
+        size = len(payload)
         seat.reserved_bytes += size
         try:
             async with seat.puts, asyncio.timeout(self.options.put_s):
-                codes = await seat.donor.put(
-                    pack(_page(part) for part in parts), b"".join(part[3] for part in parts)
-                )
+                codes = await seat.donor.put(records, payload)
         except (PeerError, TimeoutError):
             self._note_slow(seat)
             # Nothing is known about them: they may be there.

@@ -5,11 +5,20 @@ from __future__ import annotations
 import random
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster import frames, peerwire
-from cluster.peerwire import BATCH_PAGES, PEER_LIMITS, Offer, Page, pack, payload_bytes
+from cluster.peerwire import (
+    BATCH_PAGES,
+    PEER_LIMITS,
+    Offer,
+    Page,
+    pack,
+    payload_bytes,
+    sealed_bytes,
+)
 from cluster.wire import (
     NEED_DATA,
     Decoder,
@@ -172,6 +181,20 @@ def test_spoiled_answers(data: bytes) -> None:
 def test_noise(data: bytes) -> None:
     check(frames.asked(data), as_asked(data), data)
     check(frames.answer(data), as_answer(data), data)
+
+
+def test_a_put_is_made_as_pack_makes_it(rng: random.Random) -> None:
+    for n in (1, 2, 64, 300):
+        made = [
+            Page(0, rng.randrange(2**32), rng.randrange(2**52), rng.randrange(2**16))
+            for _ in range(n)
+        ]
+        parts = [(*page[1:], rng.randbytes(sealed_bytes(page.length_codec))) for page in made]
+        assert frames.put_of(parts) == (pack(made), b"".join(part[3] for part in parts))
+        page, version, length_codec, sealed = parts[-1]
+        for wrong in (sealed[:-1], sealed + b"x", b""):
+            with pytest.raises(ValueError, match="sealed bytes"):
+                frames.put_of([*parts[:-1], (page, version, length_codec, wrong)])
 
 
 def test_the_largest_and_one_more(rng: random.Random) -> None:
