@@ -118,6 +118,40 @@ def test_what_is_being_dropped_there_is_not_put_there() -> None:
     run(work())
 
 
+def test_a_copy_more_than_is_counted_on_is_dropped() -> None:
+    """Of two pages one donor took one, two more took both: the first has a copy to be dropped."""
+
+    async def work() -> None:
+        machines = [Machine(name) for name in "abcd"]
+        side = Side(machines)
+        asked: list[Machine] = []
+
+        def answering(machine: Machine) -> Callable[[bytes, bytes], Any]:
+            async def put(records: bytes, payload: bytes) -> bytes:
+                asked.append(machine)
+                return [b"\0\1", b"\1\1", b"\0\0", b"\0\0"][len(asked) - 1]
+
+            return put
+
+        for machine in machines:
+            machine.put = answering(machine)  # type: ignore[assignment,method-assign]
+        other = (PAGE + 1, VERSION, LENGTH, PART[3])
+        first, second = await side.replicas.put([PART, other])
+        assert len(asked) == 4
+        assert not first.error
+        assert not second.error
+        has = {
+            PAGE: {machines.index(m) for m in [asked[0], *asked[2:]]},
+            PAGE + 1: {machines.index(m) for m in asked[2:]},
+        }
+        for page, stored in ((PAGE, first), (PAGE + 1, second)):
+            dropped = {row for row, gone in side.dropped if gone.page == page}
+            assert set(stored.rows) | dropped == has[page]
+            assert not set(stored.rows) & dropped
+
+    run(work())
+
+
 @pytest.mark.parametrize("how", ["late", "broken"])
 def test_what_may_have_been_put_is_dropped(how: str) -> None:
     """Nobody knows whether it is there: without a drop it would stay until the next comparing."""
