@@ -12,6 +12,7 @@ COMMIT_WAIT_US while frames are being committed, and nobody else waits with it.
 What it is not: what reads and writes the socket (`lane`).
 """
 
+from libc.errno cimport ENOMEM
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memset
 from posix.mman cimport MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, PROT_READ, PROT_WRITE, mmap, munmap
@@ -122,7 +123,7 @@ cdef class DonorLane(LaneEnd):
             NULL, PAYLOAD_MOST, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0
         )
         if <void *>self.serving.payload == MAP_FAILED:
-            raise MemoryError("no memory for a connection")
+            raise OSError(ENOMEM, "no memory for a connection")
         self.lane.about, self.lane.handle = &self.serving, serve
 
     def __dealloc__(self):

@@ -265,7 +265,7 @@ cdef uint32_t write_answer(
 def put_of(parts):
     """(records, payload) of a put of (page, version, length_codec, sealed bytes) each.
 
-    Raises ValueError when the bytes are not as long as length_codec says.
+    Raises ValueError when the bytes are not as long as length_codec says, TypeError when they are no bytes.
     """
     cdef uint64_t total = 0
     cdef uint64_t version
@@ -273,12 +273,12 @@ def put_of(parts):
     cdef uint8_t *at
     cdef char *to
     for part in parts:
-        total += <uint64_t>len(<bytes>part[3])
+        total += <uint64_t>len(<bytes?>part[3])
     records = PyBytes_FromStringAndSize(NULL, <Py_ssize_t>(RECORD_BYTES * len(parts)))
     payload = PyBytes_FromStringAndSize(NULL, <Py_ssize_t>total)
     at, to = <uint8_t *>PyBytes_AS_STRING(records), PyBytes_AS_STRING(payload)
     for page, version, length_codec, sealed in parts:
-        if length_codec >> 16 or <uint64_t>len(<bytes>sealed) != (length_codec >> 4) + SEALED_LEAST:
+        if length_codec >> 16 or <uint64_t>len(<bytes?>sealed) != (length_codec >> 4) + SEALED_LEAST:
             raise ValueError(f"page {page} has {len(sealed)} sealed bytes, and should not")
         memcpy(at, &version, 8)
         memcpy(at + 8, &page, 4)

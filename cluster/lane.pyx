@@ -21,7 +21,7 @@ Lock: `lock`, then that of `tls`; never held while anything is sent by the threa
 a send that does not wait.
 """
 
-from libc.errno cimport EINTR, EPROTO, errno
+from libc.errno cimport EINTR, ENOMEM, EPROTO, errno
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free
 from libc.string cimport memmove, memset
@@ -120,6 +120,8 @@ cdef bint open_records(Lane *lane) noexcept nogil:
         if got == TLS_BAD:
             lane.why = EPROTO if lane.tls.reason != NULL else 0
             return False
+        if lane.tls.half and lane.partial_us == 0:      # (`deal` clears it)
+            zc_store64(<uint64_t *>&lane.partial_us, <uint64_t>now_us())
         if not receive_records(lane):
             return False
 
@@ -163,9 +165,18 @@ cdef int64_t all_odd(Lane *lane, const uint8_t *bytes, uint64_t have) noexcept n
     return LANE_ODD
 
 
+cdef bint let_in(Lane *lane) noexcept nogil:
+    """With TLS: hands shaken, by who has sent alone until now, and Python has heard of it."""
+    cdef bint good = shake(lane)
+    lock_take(&lane.lock)
+    lane.sending = False
+    pthread_mutex_unlock(&lane.lock)
+    return good and hand_over(lane)
+
+
 cdef void *lane_run(void *argument) noexcept nogil:
     cdef Lane *lane = <Lane *>argument
-    if lane.tls.ssl == NULL or (shake(lane) and hand_over(lane)):
+    if lane.tls.ssl == NULL or let_in(lane):
         while deal(lane) and not zc_load32(&lane.closing) and read_more(lane):
             pass
     if lane.ended != NULL:
@@ -184,20 +195,25 @@ cdef class LaneEnd:
 
     All from one thread, the event loop's.  `wake_fd` is readable when `take` or `over` has
     something to say.  The descriptor stays the caller's, and open until `stop` has returned.
+    Raises OSError without memory or a descriptor.
     """
 
     def __cinit__(self, *args, **kwargs):
+        cdef int no_descriptor
         memset(&self.lane, 0, sizeof(Lane))
         self.lane.fd = -1
         self.lane.handle = all_odd
         self.lane.wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
+        no_descriptor = errno
         lock_init(&self.lane.lock)
         cond_init(&self.lane.turned)
         self.lane.room = <uint8_t *>mmap(
             NULL, ROOM_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0
         )
-        if <void *>self.lane.room == MAP_FAILED or self.lane.wake_fd < 0:
-            raise MemoryError("no memory or no descriptor for a connection")
+        if self.lane.wake_fd < 0:
+            raise OSError(no_descriptor, "no descriptor for a connection; raise the limit of open files")
+        if <void *>self.lane.room == MAP_FAILED:
+            raise OSError(ENOMEM, "no memory for a connection")
 
     def __dealloc__(self):
         self.stop()
@@ -224,6 +240,7 @@ cdef class LaneEnd:
         if rules is not None and not tls_make(&self.lane.tls, rules.ctx, rules.server, self.alike):
             raise OSError("no memory for TLS")
         self.lane.heard_us = now_us()
+        self.lane.sending = rules is not None   # the thread, until hands are shaken
         if self.alike:
             memset(self.lane.room, 0, KEPT_BYTES)   # there may be no memory when it is needed
         if thread_start_as(&self.lane.thread, lane_run, &self.lane, b"zc-lane", not self.alike):

@@ -12,8 +12,8 @@ With TLS the lane's thread shakes hands first; its protocol hears of a connectio
 let in, and of one that is not, nothing.
 
 Bound: `set_write_buffer_limits` and one message.  `close` is `abort`: nothing is lost by it that
-the other side could rely on.  Who listens has HANDSHAKES of HANDSHAKE_S at a time, the oldest goes
-for the next.
+the other side could rely on.  Who listens has HANDSHAKES of HANDSHAKE_S at a time; the oldest goes
+for the next, but not before it has had FAIR_S.
 """
 
 from __future__ import annotations
@@ -35,9 +35,8 @@ BACKLOG = 64
 FLUSH_S = 0.02  # how soon a socket that was full is tried again; answers do not wait for it
 HIGH_BYTES = 64 * 1024
 HANDSHAKE_S = 5.0  # a stranger holds a descriptor and a thread for so long, and no more
-HANDSHAKES = (
-    32  # at once; a member's takes 2 ms, so who has not finished when one more comes is none
-)
+HANDSHAKES = 32  # at once; others wait in the socket's queue
+FAIR_S = 0.25  # a member's takes 2 ms: who has not finished by then goes when another comes
 GONE = (errno.ECONNABORTED, errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EINTR)
 
 
@@ -217,19 +216,22 @@ class Listening:
         sock.setblocking(False)
         self._sock, self._protocol, self._tls = sock, protocol, tls
         self._shaking: dict[LanePort, asyncio.TimerHandle] = {}  # in the order they came
+        self._resting: asyncio.TimerHandle | None = None
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(sock, self._accept)
 
     def _accept(self) -> None:
         for _ in range(BACKLOG):
+            if (full_s := self._full_s()) > 0:
+                self._rest(full_s)
+                return
             try:
                 sock, _ = self._sock.accept()
             except OSError as error:
                 if error.errno in GONE and error.errno not in (errno.ECONNABORTED, errno.EINTR):
-                    self._loop.remove_reader(self._sock)  # as asyncio does: again in a second
-                    self._loop.call_later(1.0, self._again)
+                    self._rest(1.0)  # as asyncio does
                 return
-            while len(self._shaking) >= HANDSHAKES:
+            if len(self._shaking) >= HANDSHAKES:
                 oldest = next(iter(self._shaking))
                 self._forget(oldest)
                 oldest.abort()
@@ -246,8 +248,25 @@ class Listening:
     def _forget(self, port: LanePort) -> None:
         if (timer := self._shaking.pop(port, None)) is not None:
             timer.cancel()
+            if self._resting is not None:
+                self._again()
+
+    def _full_s(self) -> float:
+        """Seconds until one may go for the next; 0 or less: there is room, or will be by that."""
+        if len(self._shaking) < HANDSHAKES:
+            return 0.0
+        oldest = next(iter(self._shaking.values()))
+        return oldest.when() - HANDSHAKE_S + FAIR_S - self._loop.time()
+
+    def _rest(self, seconds: float) -> None:
+        """Take nobody in for so long, or until a handshake is over."""
+        self._loop.remove_reader(self._sock)
+        self._resting = self._loop.call_later(seconds, self._again)
 
     def _again(self) -> None:
+        if self._resting is not None:
+            self._resting.cancel()
+            self._resting = None
         if self._sock.fileno() >= 0:
             self._loop.add_reader(self._sock, self._accept)
 
@@ -264,8 +283,12 @@ def open_port(
     sock: socket.socket, protocol: asyncio.Protocol, tls: TlsRules | None = None
 ) -> LanePort:
     """Give a connected socket to the protocol.  OSError, the socket closed, without a thread."""
-    sock.setblocking(True)
-    port = LanePort(sock, cast(Laned, protocol).make_lane(), protocol, tls)
+    try:
+        sock.setblocking(True)
+        port = LanePort(sock, cast(Laned, protocol).make_lane(), protocol, tls)
+    except BaseException:
+        sock.close()
+        raise
     port.start()
     return port
 

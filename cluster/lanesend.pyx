@@ -31,6 +31,8 @@ cdef extern from "<sys/socket.h>" nogil:
         size_t msg_iovlen
     ssize_t send(int fd, const void *of, size_t n, int flags)
     ssize_t sendmsg(int fd, const msghdr *message, int flags)
+    enum: SHUT_RDWR
+    int shutdown(int fd, int how)
 cdef extern from "<poll.h>" nogil:
     enum: POLLOUT
     struct pollfd:
@@ -236,7 +238,10 @@ cdef bint lane_send_or_keep(Lane *lane, const uint8_t *bytes, uint64_t n) noexce
 
 
 cdef bint flush_kept(Lane *lane) noexcept nogil:
-    """As much of what is kept as the socket takes now; whether all is gone."""
+    """As much of what is kept as the socket takes now; whether all is gone.
+
+    When the connection is over all is dropped: some of it is in records, and would be in two.
+    """
     cdef int64_t sent
     cdef bint empty
     lock_take(&lane.lock)
@@ -245,6 +250,9 @@ cdef bint flush_kept(Lane *lane) noexcept nogil:
         if sent > 0:
             lane.out_bytes -= <uint64_t>sent
             memmove(lane.out, lane.out + sent, lane.out_bytes)
+        elif sent < 0:
+            lane.out_bytes = lane.tls.wire_begin = lane.tls.wire_end = 0
+            shutdown(lane.fd, SHUT_RDWR)        # the thread tells of the end
         if unsent(lane) and lane.stuck_us == 0:
             zc_store64(<uint64_t *>&lane.stuck_us, <uint64_t>now_us())
         elif unsent(lane) == 0:

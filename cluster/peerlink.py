@@ -236,9 +236,13 @@ class PeerLink:
         wait_s = self._times.retry_first_s
         try:
             while True:
-                if await self._dial():
-                    wait_s = self._times.retry_first_s
-                    await self._stay()
+                try:
+                    if await self._dial():
+                        wait_s = self._times.retry_first_s
+                        await self._stay()
+                except Exception as error:  # a link that is dialled no more loses all its pages
+                    log.exception("the link to %s failed; it is dialled again", self.address)
+                    self.why_down = f"{type(error).__name__}: {error}"
                 self._down()
                 await asyncio.sleep(wait_s * self._rng.uniform(0.5, 1.0))
                 wait_s = min(2 * wait_s, self._times.retry_most_s)

@@ -29,6 +29,7 @@ ctypedef struct Tls:
     uint8_t *came               # `came_begin` to `came_end`: the reader's alone
     uint64_t came_begin
     uint64_t came_end
+    bint half                   # there was a record's beginning last, and not its end; the reader's alone
     uint8_t *wire               # `wire_begin` to `wire_end`: the sender's alone
     uint64_t wire_begin
     uint64_t wire_end

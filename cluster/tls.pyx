@@ -221,16 +221,21 @@ cdef int64_t tls_open(Tls *tls, uint8_t *to, uint64_t room) noexcept nogil:
     """Of what came, as many bytes as there are whole records for; TLS_WANTS, TLS_BAD."""
     cdef uint64_t got = 0
     cdef int result
+    cdef bint fed
     while got < room and tls.came_begin < tls.came_end or got == 0:
+        fed = tls.came_begin < tls.came_end
         lock_take(&tls.lock)
         ERR_clear_error()
         result = SSL_read(tls.ssl, to + got, <int>min(room - got, <uint64_t>TLS_RECORD))
         if result <= 0:
             result = verdict(tls, result)
             pthread_mutex_unlock(&tls.lock)
+            # (a record without bytes of ours counts as half of one: ours send none)
+            tls.half = tls.half or fed
             # (what came before the end is looked at first; the end is found again)
             return <int64_t>got if got else result
         pthread_mutex_unlock(&tls.lock)
+        tls.half = False
         got += <uint64_t>result
     return <int64_t>got
 

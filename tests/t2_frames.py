@@ -195,6 +195,10 @@ def test_a_put_is_made_as_pack_makes_it(rng: random.Random) -> None:
         for wrong in (sealed[:-1], sealed + b"x", b""):
             with pytest.raises(ValueError, match="sealed bytes"):
                 frames.put_of([*parts[:-1], (page, version, length_codec, wrong)])
+        others: tuple[Any, ...] = (bytearray(sealed), memoryview(sealed), None)
+        for other in others:
+            with pytest.raises(TypeError, match="bytes"):
+                frames.put_of([*parts[:-1], (page, version, length_codec, other)])
 
 
 def test_the_largest_and_one_more(rng: random.Random) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import random
 import socket
 import subprocess
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -271,22 +272,34 @@ def test_who_says_no_hello_is_closed() -> None:
     run(test)
 
 
-def test_strangers_that_never_finish_their_handshake(tmp_path: Path) -> None:
+@contextlib.asynccontextmanager
+async def lender(folder: Path) -> AsyncIterator[tuple[laneport.Listening, Donor, PeerAddress]]:
+    with opened_donation() as donation:
+        donor = Donor(donation, DonorOptions("lender"), Calm())
+        where = PeerAddress.read("listen", "127.0.0.1:0")
+        tls = rules(folder / "lender", server=True)
+        server, bound = await laneport.serve(where, "listen", donor.connection, tls)
+        yield server, donor, PeerAddress.read("peers", bound)
+        server.close()
+        donor.close()
+
+
+def test_strangers_that_never_finish_their_handshake(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """They cost a bounded number of descriptors, and members come in meanwhile."""
     folder = make_cluster(tmp_path / "ca")
+    monkeypatch.setattr(laneport, "FAIR_S", 0.02)
 
     async def test() -> None:
-        with opened_donation() as donation:
-            donor = Donor(donation, DonorOptions("lender"), Calm())
-            where = PeerAddress.read("listen", "127.0.0.1:0")
-            tls = rules(folder / "lender", server=True)
-            server, bound = await laneport.serve(where, "listen", donor.connection, tls)
-            address = PeerAddress.read("peers", bound)
+        async with lender(folder) as (server, _, address):
             strangers: list[socket.socket] = []
             for n in range(4 * HANDSHAKES):
-                strangers.append(socket.create_connection((address.host, address.port)))
-                if n % 8 == 0:
-                    await asyncio.sleep(0.01)
+                strangers.append(socket.socket())
+                strangers[-1].setblocking(False)
+                strangers[-1].connect_ex((address.host, address.port))
+                if n % 48 == 47:  # more than there are handshakes, less than the queue holds
+                    await asyncio.sleep(0.05)
                 assert len(server._shaking) <= HANDSHAKES
             await wait_until("some were let go", lambda: sum(map(closed, strangers)) > HANDSHAKES)
             link = PeerLink(address, Hello("owner", 7), rules(folder / "owner", False), QUICK)
@@ -295,8 +308,36 @@ def test_strangers_that_never_finish_their_handshake(tmp_path: Path) -> None:
             await link.stop()
             for stranger in strangers:
                 stranger.close()
-            server.close()
-            donor.close()
+
+    run(test)
+
+
+def test_members_that_come_all_at_once_are_let_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody goes for the next one before it has had its time; nobody has to dial twice."""
+    folder = make_cluster(tmp_path / "ca")
+    monkeypatch.setattr(laneport, "FAIR_S", 1000.0)
+    monkeypatch.setattr(laneport, "HANDSHAKE_S", 1000.0)
+    times = replace(QUICK, dial_s=1000.0, call_s=1000.0, dead_s=1000.0)
+
+    async def test() -> None:
+        async with lender(folder) as (_, donor, address):
+            tls = rules(folder / "owner", False)
+            links = [
+                PeerLink(address, Hello(f"owner/{n}", 7, turn=first_turn()), tls, times)
+                for n in range(60)
+            ]
+            turns = [link._hello.turn for link in links]
+            for link in links:
+                link.start()
+            await wait_until(
+                "all are in", lambda: all(link.state is LinkState.UP for link in links)
+            )
+            assert [link._hello.turn for link in links] == [turn + 1 for turn in turns]
+            assert len(donor._connections) == len(links)
+            for link in links:
+                await link.stop()
 
     run(test)
 

@@ -41,6 +41,7 @@ from tests.donor_helpers import (
 )
 
 ROUNDS = 60
+SEALED_ROUNDS = 30  # the same rules; here how records lie is new
 
 
 def run(test: Any) -> None:
@@ -228,7 +229,7 @@ def test_the_same_answers_as_without(sealed: bool, rng: random.Random, tmp_path:
                 listening(one, tls=lenders) as (_, with_lanes),
                 listening(other, lanes=False) as (_, without),
             ):
-                for _ in range(ROUNDS):
+                for _ in range(SEALED_ROUNDS if sealed else ROUNDS):
                     script = Script(rng, "owner" if sealed else "raw")
                     pieces = script.pieces()
                     expected = heard(await conversation(without, pieces))
