@@ -48,11 +48,13 @@ def init(folder: Path) -> Path:
             f"interrupted; remove {folder / CA_KEY}, and do it again"
         )
     if certificate.exists():
+        _refuse_without_key(folder)
         raise ConfigError(
             f"{folder} has a CA already; go on with 'zcache cluster-add NAME', or choose another "
             f"folder: a new CA would turn every node of this one away"
         )
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    new = certificate.with_name(f"{CA_CERTIFICATE}.new")
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "zcache cluster")])
     made = (
@@ -62,7 +64,8 @@ def init(folder: Path) -> Path:
         .sign(key, hashes.SHA256())
     )
     _write_private(folder / CA_KEY, _private_bytes(key))
-    certificate.write_bytes(made.public_bytes(serialization.Encoding.PEM))
+    new.write_bytes(made.public_bytes(serialization.Encoding.PEM))
+    os.replace(new, certificate)  # whole, or not there
     return certificate
 
 
@@ -128,7 +131,17 @@ def name_in(folder: Path) -> str:
     return str(names[0].value) if names else ""
 
 
+def _refuse_without_key(folder: Path) -> None:
+    if not (folder / CA_KEY).exists():
+        raise ConfigError(
+            f"{folder} has a CA's certificate without its key; bring {folder / CA_KEY} back, or "
+            f"choose another folder for a new CA, which gives every node a new {NODE}"
+        )
+
+
 def _read_ca(folder: Path) -> tuple[x509.Certificate, Key]:
+    if (folder / CA_CERTIFICATE).exists():
+        _refuse_without_key(folder)
     try:
         ca = x509.load_pem_x509_certificate((folder / CA_CERTIFICATE).read_bytes())
         key = serialization.load_pem_private_key((folder / CA_KEY).read_bytes(), None)

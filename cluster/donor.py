@@ -194,6 +194,12 @@ class Donor:
         cursor, records = self.donation.listing(end.row, peerwire.reconcile(params), RECORDS_MOST)
         return [self.offer(end.row), cursor, records]
 
+    def bye(self, end: OwnerEnd, params: list[Any]) -> Any:
+        """Nobody will ask for a page of this epoch any more; it never comes back."""
+        self._ended.append((end.owner, self._user_of(end), end.epoch))
+        dropped = self.donation.end(end.row)
+        return [Offer(0, 0, self.health()), dropped]
+
     def stats(self, end: OwnerEnd, params: list[Any]) -> Any:
         found = counters.read(self.donation.memory)
         names = [name for name in found if name.startswith("foreign_")]

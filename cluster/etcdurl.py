@@ -2,6 +2,8 @@
 
     http://10.0.0.1:2379,10.0.0.2:2379         any of them; /NAME behind it is the prefix
     https://USER:PASSWORD@10.0.0.1:2379        with node.pem of tls= on our side
+    /etc/zcache/etcd                           a file with one of these in its first line:
+                                               everybody can read a command line's password
 
 What it is not: what talks to it (members.py); the server reads its keys with this, and has no loop.
 """
@@ -17,6 +19,7 @@ from cluster.peeraddress import PeerAddress
 from zcache_core.errors import ConfigError
 
 PREFIX = "zcache"
+LINE_MOST = 4096
 log = logging.getLogger("zcache.etcd")
 
 
@@ -33,18 +36,19 @@ class EtcdUrl:
     @classmethod
     def read(cls, text: str) -> EtcdUrl:
         """From what a person writes.  Raises ConfigError."""
+        shown, text = text, _first_line(text) if text.startswith("/") else text
         match = re.fullmatch(
             r"(https?)://(?:([^:@/]+):([^@/]*)@)?([^@/]+)(?:/([\w.-]*))?", text, re.ASCII
         )
         if match is None:
-            raise _bad(text)
+            raise _bad(shown)
         protocol, user, password, hosts, prefix = match.groups()
         try:
             found = [PeerAddress.read("etcd", host) for host in hosts.split(",")]
         except ConfigError:
-            raise _bad(text) from None
+            raise _bad(shown) from None
         if any(address.path or not address.host for address in found):
-            raise _bad(text)
+            raise _bad(shown)
         return cls(
             protocol,
             tuple((address.host, address.port) for address in found),
@@ -66,6 +70,17 @@ class EtcdUrl:
         for host, port in self.hosts:
             if tls is not None and not PeerAddress("", host, port).stays_here:
                 log.warning("etcd=http://%s is not encrypted: who can change it names donors", host)
+
+
+def _first_line(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.readline(LINE_MOST).strip()
+    except (OSError, UnicodeError) as error:
+        raise ConfigError(
+            f"etcd={path} cannot be read ({error}); write a file with http://HOST:2379 in it, or "
+            f"etcd=http://HOST:2379"
+        ) from None
 
 
 def without_password(text: str) -> str:

@@ -188,6 +188,7 @@ class Lender:
 
     def __init__(self, options: LendOptions) -> None:
         self._options = options
+        self._etcd = EtcdUrl.read(options.etcd) if options.etcd is not None else None
         self._keep = True
         self.bound = ""
         self._donation: Donation | None = None
@@ -211,13 +212,13 @@ class Lender:
             chosen.listen, "listen", made.connection, tls
         )
         self._ticking = asyncio.get_running_loop().create_task(_tick(made))
-        if chosen.etcd is not None:
+        if self._etcd is not None:
             address = reachable(PeerAddress.read("listen", self.bound))
             epoch = self._donation.memory.epoch
             # Nodes without certificates may have one name, but not one address.
             name = chosen.name if chosen.tls else f"{chosen.name}@{address}".replace("/", "_")
             member = Member(name, str(address), chosen.donate, epoch)
-            self._registration = Registration(EtcdUrl.read(chosen.etcd), chosen.tls, member)
+            self._registration = Registration(self._etcd, chosen.tls, member)
             self._registration.start()
 
     def _open(self) -> None:

@@ -194,6 +194,11 @@ class PeerLink:
         us = (loop.time() - began_s) * 1e6
         self.latency_us += (us - self.latency_us) / SMOOTH if self.latency_us else us
 
+    async def bye(self) -> int:
+        """Our epoch is over: the donor drops all of it; how many pages that were."""
+        self.offer, dropped = self._read(peerwire.bye_answer, await self._call("bye"))
+        return dropped
+
     async def stats(self) -> dict[str, int]:
         """The donor's own numbers."""
         self.offer, numbers = self._read(peerwire.stats_answer, await self._call("stats"))

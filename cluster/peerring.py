@@ -24,14 +24,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cluster import peersocket
+from cluster import farewell, peersocket
 from cluster.courier import WHY_LATE, Courier
 from cluster.etcdurl import EtcdUrl
 from cluster.members import Member
 from cluster.overflow import LOOK_S, Overflow
 from cluster.peeraddress import PeerAddress
 from cluster.peerlink import PeerLink, first_turn
-from cluster.peerwire import NAME_BYTES, Donor, Hello
+from cluster.peerwire import NAME_BYTES, Donor, Hello, LinkState
 from cluster.rack import Rack
 from cluster.replicas import Asked, Options
 from cluster.seats import Copy
@@ -265,6 +265,7 @@ class PeerSide:
         self._fd, self._wake_fd, self._memory, self._options = fd, wake_fd, memory, options
         self._tls = peersocket.rules(options.tls, server=False) if options.tls else None
         self._owner = owner_name(options.tls, memory)
+        self._etcd = EtcdUrl.read(options.etcd) if options.etcd is not None else None
         self._links: list[PeerLink] = []
         self._ring: RingSide | None = None
         self._overflow: Overflow | None = None
@@ -296,11 +297,11 @@ class PeerSide:
         self._pump = RingPump(self._ring, self._overflow, self._courier)
         for link in self._links:
             link.start()
-        if self._options.etcd is not None:
+        if self._etcd is not None:
             assert self._options.noted is not None
             self._rack = Rack(
                 *(
-                    EtcdUrl.read(self._options.etcd),
+                    self._etcd,
                     self._options.tls,
                     self._owner,
                     self._is_own,
@@ -334,7 +335,13 @@ class PeerSide:
             await asyncio.sleep(0.05)
 
     async def stop(self) -> None:
-        for part in (self._rack, self._pump, self._overflow, *self._links):
+        links = [*self._links, *(self._rack.links.values() if self._rack is not None else ())]
+        for part in (self._pump, self._overflow):
+            if part is not None:
+                await part.stop()
+        if self._ring is not None and self._ring.is_over:
+            await farewell.say(link for link in links if link.state is LinkState.UP)
+        for part in (self._rack, *self._links):
             if part is not None:
                 await part.stop()
         if self._courier is not None:

@@ -1,6 +1,6 @@
 """What two nodes say to each other: methods, shapes, limits.  No sockets, no clocks here.
 
-    owner -> donor   hello put get drop reconcile stats ping      requests
+    owner -> donor   hello put get drop reconcile stats ping bye  requests
     donor -> owner   recall offer                                 notifications
 
 The owner's pages travel in batches, as two byte strings: records of 16 bytes, and the
@@ -14,6 +14,7 @@ two objects, and neither side makes one for a page.
     get   [records]            -> [offer, codes, payload]     payload of those with code OK
     drop  [records]            -> [offer, dropped]            what is not there is dropped already
     reconcile [cursor]         -> [offer, next cursor or nil, records]   what the donor holds
+    bye   []                   -> [offer, dropped]            this epoch is over: all its pages
     recall    [records, ms]       take these back within so many milliseconds, please
     offer     [offer]             it has changed
 
@@ -62,7 +63,7 @@ PEER_LIMITS: Final = Limits(
 RECORD: Final = struct.Struct("<QIHBB")
 VERSION_MAX: Final = 2**52 - 1
 WORD_MAX: Final = 2**64 - 1
-METHODS: Final = ("hello", "put", "get", "drop", "reconcile", "stats", "ping")
+METHODS: Final = ("hello", "put", "get", "drop", "reconcile", "stats", "ping", "bye")
 
 
 class BadParamsError(ZcacheError):
@@ -397,6 +398,14 @@ def reconcile_answer(result: Any) -> tuple[Offer, int | None, bytes]:
     if records != b"" and (fault := _fault_of_records(records, RECORDS_MOST)):
         raise BadAnswerError("reconcile", fault)
     return first, cursor, records
+
+
+def bye_answer(result: Any) -> tuple[Offer, int]:
+    """The answer to a bye: how many pages were there."""
+    first, dropped = _answer("bye", result, 2)
+    if not _is_word(dropped):
+        raise BadAnswerError("bye", "no number")
+    return first, dropped
 
 
 def ping_answer(result: Any) -> Offer:

@@ -35,7 +35,9 @@ def add_commands(commands: Any) -> None:
     node.add_argument(
         "--tls", metavar="FOLDER", help="with node.pem; needed but on loopback and Unix sockets"
     )
-    node.add_argument("--etcd", metavar="URL", help="register there: http://HOST:2379")
+    node.add_argument(
+        "--etcd", metavar="URL", help="register there: http://HOST:2379, or a file with that"
+    )
     node.add_argument(
         "--metrics",
         metavar="ADDR",

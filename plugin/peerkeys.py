@@ -153,7 +153,8 @@ PEER_KEYS: tuple[tuple[str, str, str, str, Callable[[str, int], Any]], ...] = (
         "etcd",
         "none",
         "where donors are registered, instead of peers= or besides: http://HOST:2379, or "
-        "https://USER:PASSWORD@HOST:2379,HOST:2379/PREFIX; with listen= this one is, too",
+        "https://USER:PASSWORD@HOST:2379,HOST:2379/PREFIX, or the path of a file with that in its "
+        "first line; with listen= this one is, too",
         read_etcd,
     ),
     (

@@ -11,6 +11,7 @@ Whoever asks waits for the answer in NAME.serve (servestate.py) or on a pipe, bo
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import select
@@ -143,13 +144,38 @@ def stop(instance: Instance, force: bool = False, keep: bool = False) -> bool:
         _end(*owner, LEAVE, "the server")
         found = True
     if device is None and not keep:
+        words = _last_words(instance)
         instance.serve.unlink(missing_ok=True)
         shutil.rmtree(instance.tls, ignore_errors=True)
         shmid = memfile.find(instance.name)
         if shmid is not None:
+            say_bye = _farewell(instance, words, shmid)
             _remove(shmid)
             instance.memory_lock.unlink(missing_ok=True)
+            say_bye()
     return found
+
+
+def _farewell(instance: Instance, words: Sequence[str], shmid: int) -> Callable[[], object]:
+    """What tells the donors that the memory file is gone; to be called when it is."""
+    given = dict(word.partition("=")[::2] for word in words)
+    tls = given.get("tls")
+    peers = [word for word in given.get("peers", "").split(",") if word]
+    noted = Path(f"{instance.control}.members")  # those that etcd= had found
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        peers += [str(address) for address in json.loads(noted.read_text())]
+    noted.unlink(missing_ok=True)
+    if not peers:
+        return lambda: None
+    from cluster import farewell
+    from cluster.peerring import owner_name
+
+    memory = memfile.MemoryFile.attach(shmid)
+    try:
+        leaver = farewell.Leaver(owner_name(tls, memory), memory.epoch)
+    finally:
+        memory.close()
+    return lambda: farewell.say_from_outside(leaver, peers, tls)
 
 
 def _remove(shmid: int) -> None:

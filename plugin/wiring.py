@@ -182,6 +182,8 @@ class Serving:
         """End everything.  A named memory file stays, for the next server."""
         if self._log is not None and self._keeper is not None:
             self._log.close()
+        if self._peers is not None and self._memory.name is None:
+            self._peers.end_for_good()  # no request comes any more, and the file goes with us
         self.stop_node()
         self._steward.stop()
         if self._cooling is not None:

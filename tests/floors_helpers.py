@@ -39,7 +39,7 @@ FLOORS = {
         2: "lanesend lane session peerwire seats replicas peersocket expiry",
         3: "link webserver laneport peerchannel members",
         4: "courier donorlane health steering metrics webpages peerlink generosity donor renewal "
-        "overflow rack peerring",
+        "overflow farewell rack peerring",
         5: "lending node",
     },
     "plugin": {

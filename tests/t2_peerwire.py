@@ -63,6 +63,8 @@ GOLDEN: list[tuple[Any, str]] = [
     ),
     (Request(5, "ping", []), "94 00 05 a4 70696e67 90"),
     (Response(5, None, [OFFER]), "94 01 05 c0 91 93 cd1000 1b 00"),
+    (Request(6, "bye", []), "94 00 06 a3 627965 90"),
+    (Response(6, None, [OFFER, 1]), "94 01 06 c0 92 93 cd1000 1b 00 01"),
     (
         Notification("recall", [RECORD, 10_000]),
         f"93 02 a6 726563616c6c 92 c410 {RECORD.hex()} cd2710",
@@ -98,6 +100,7 @@ def test_what_the_golden_messages_mean() -> None:
     assert peerwire.reconcile_answer([offer, None, RECORD]) == (OFFER, None, RECORD)
     assert peerwire.reconcile_answer([offer, 9, b""]) == (OFFER, 9, b"")
     assert peerwire.ping_answer([offer]) == OFFER
+    assert peerwire.bye_answer([offer, 1]) == (OFFER, 1)
     assert peerwire.recall([RECORD, 1500]) == (RECORD, 1.5)
     assert peerwire.offer_notice([offer]) == OFFER
     assert list(peerwire.pieces(RECORD * 2, b"\0\1", SEALED)) == [SEALED, None]

@@ -356,6 +356,11 @@ def test_files(ca: Path, tmp_path: Path) -> None:
     (ca / "kept").rename(ca / "ca.pem")
     with pytest.raises(ConfigError, match="has a CA already"):
         certificates.init(ca)
+    (ca / "ca.key").rename(ca / "kept")
+    for again in (lambda: certificates.init(ca), lambda: certificates.add(ca, "b")):
+        with pytest.raises(ConfigError, match=r"without its key; bring .*ca\.key back"):
+            again()
+    (ca / "kept").rename(ca / "ca.key")
     with pytest.raises(ConfigError, match="remove it first"):
         certificates.add(ca, "owner")
     with pytest.raises(ConfigError, match="no name of a node"):

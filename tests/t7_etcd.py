@@ -213,7 +213,9 @@ def test_certificates_and_users(tmp_path: Path, guarded: Etcd) -> None:
     if not guarded.wants:
         make_users(url, tls)
         url = url.replace("://", "://rack:p%40ss@")
-    registration = members.Registration(EtcdUrl.read(url), tls, Member("d", "h:1", 5, 7))
+    (tmp_path / "url").write_text(url)
+    asked = EtcdUrl.read(str(tmp_path / "url"))
+    registration = members.Registration(asked, tls, Member("d", "h:1", 5, 7))
     registration.start()
     wait_for("it is registered", lambda: read_by(url, tls) == {"d"})
     assert read_by(url, None) is None
@@ -300,13 +302,19 @@ def test_a_thousand_donors_are_spread_evenly() -> None:
     assert changed == met["n7"]
 
 
-def test_urls() -> None:
+def test_urls(tmp_path: Path) -> None:
     url = EtcdUrl.read("https://me:p%40ss@h1:2379,[::1]:1/rack-2")
     assert url.hosts == (("h1", 2379), ("::1", 1))
     assert (url.user, url.password, url.donors) == ("me", "p@ss", "/rack-2/donors/")
     for bad in ("", "h:1", "ftp://h:1", "http://", "http://u@h:1", "http://h:1/a/b", "http://h:x"):
         with pytest.raises(ConfigError, match="is no address of etcd; write etcd=http://HOST:2379"):
             EtcdUrl.read(bad)
+    file = tmp_path / "etcd"
+    file.write_text("https://me:p%40ss@h1:2379,[::1]:1/rack-2\nanything\n")
+    assert EtcdUrl.read(str(file)) == url
+    file.write_text("p%40ss\n")
+    with pytest.raises(ConfigError, match=f"etcd={file} is no address of etcd"):
+        EtcdUrl.read(str(file))
     assert Member.read("n", b'{"address": "h:1", "capacity_bytes": 5, "epoch": 7}') == Member(
         "n", "h:1", 5, 7
     )
@@ -319,6 +327,7 @@ def test_refused(tmp_path: Path) -> None:
     for text, sentence in (
         ("etcd=10.0.0.1:2379", "write etcd=http://HOST:2379"),
         ("etcd=https://me:secret@10.0.0.1:2379", "needs certificates; write tls=FOLDER too"),
+        ("etcd=/no/such/file", "etcd=/no/such/file cannot be read"),
         ("etcd=ftp://me:secret@h:1", "is no address of etcd"),
         ("etcd=http://me:secret@h:x", "write etcd=http://HOST:2379"),
     ):

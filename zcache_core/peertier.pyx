@@ -7,6 +7,7 @@ from zcache_core.cold cimport COLD_CAPSULE
 from zcache_core.crypt cimport Sealer
 from zcache_core.layout cimport COUNTER_CELLS, DONOR_ID_BYTES, DONORS, DonorRow
 from zcache_core.memfile cimport MemoryFile
+from zcache_core.native cimport zc_store32
 from zcache_core.peers cimport peers_discard, peers_make
 from zcache_core.peerwhere cimport row_is_used
 from zcache_core.slots cimport SLOTS
@@ -46,6 +47,10 @@ cdef class PeerTier:
     def set_bounds(self, int64_t get_us, int64_t put_us):
         """Other bounds of the waits, for tests."""
         self.peers.get_bound_us, self.peers.put_bound_us = get_us, put_us
+
+    def end_for_good(self):
+        """The memory file goes with us: the node tells the donors when it ends."""
+        zc_store32(&self.peers.ring.head.over, 1)
 
     def holds(self, uint64_t where):
         """Whether the copies at this address may be counted on now."""

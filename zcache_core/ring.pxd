@@ -110,6 +110,7 @@ ctypedef struct RingHead:
     uint64_t drops_missed       # for want of room in the ring
     uint64_t notes_begin
     uint64_t ticks              # each time all that was put and told before is in the index
+    uint32_t over               # 1: the memory file goes with the server, nobody asks for its pages again
     uint64_t copies[DONORS]     # that the index counts on, by the donors' rows
     # the node writes
     uint32_t attached           # grows with every node that takes the ring

@@ -332,6 +332,11 @@ cdef class RingSide:
         return zc_load32(&self.ring.head.disk_fails) != 0
 
     @property
+    def is_over(self):
+        """Whether the memory file goes with the server: its pages are nobody's then."""
+        return zc_load32(&self.ring.head.over) != 0
+
+    @property
     def backed(self):
         """How many pages have a copy at one donor and one on the disk."""
         return zc_load64(&self.ring.head.backed)

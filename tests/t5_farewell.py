@@ -1,0 +1,70 @@
+"""A word to donors when a memory file is gone: it ends that epoch, and nothing else."""
+
+from __future__ import annotations
+
+import random
+import socket
+
+import pytest
+
+from cluster import farewell, peerwire
+from cluster.link import RpcError
+from cluster.peerwire import Hello, PeerError, pack
+from tests.donor_helpers import linked, listening, make_pages, opened_donation
+from tests.t5_donor import ask, held, put, run
+
+
+def test_a_bye_ends_an_epoch_and_no_other(rng: random.Random) -> None:
+    async def test() -> None:
+        with opened_donation() as donation:
+            async with (
+                listening(donation) as (_, address),
+                linked(address, "one", 1) as one,
+                linked(address, "two", 1) as two,
+            ):
+                pages = make_pages(rng, 30)
+                await put(one, pages, rng)
+                theirs = await put(two, pages, rng)
+                assert await one.bye() == 30
+                assert [name for _, name, *_ in donation.owners()] == ["two"]
+                with pytest.raises(PeerError):
+                    await one.get(pack(pages))
+                with pytest.raises(RpcError, match="another epoch by now"):
+                    await ask(address, "hello", *Hello("one", 1).params())
+                assert (await two.get(pack(pages)))[1] == b"".join(theirs)
+                async with linked(address, "one", 2) as again:
+                    assert await held(again) == []
+                    assert await farewell.say([again, two]) == 2
+                assert donation.owners() == []
+                assert donation.check() == 0
+
+    run(test)
+
+
+def test_a_bye_that_nobody_answers_is_soon_over(
+    rng: random.Random, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A donor that does not know the word, one that stands still, one that is not there."""
+    known = tuple(name for name in peerwire.METHODS if name != "bye")
+    monkeypatch.setattr(peerwire, "METHODS", known)
+
+    async def test() -> None:
+        with opened_donation() as donation:
+            silent = socket.create_server(("127.0.0.1", 0))
+            async with (
+                listening(donation) as (_, address),
+                linked(address, "one", 1) as one,
+            ):
+                pages = make_pages(rng, 30)
+                theirs = await put(one, pages, rng)
+                gone = socket.create_server(("127.0.0.1", 0))
+                addresses = [f"127.0.0.1:{end.getsockname()[1]}" for end in (silent, gone)]
+                gone.close()
+                leaver = farewell.Leaver("one", 1)
+                said = farewell._from_outside(leaver, [str(address), *addresses], None)
+                assert await said == 0
+                async with linked(address, "one", 1) as again:
+                    assert (await again.get(pack(pages)))[1] == b"".join(theirs)
+            silent.close()
+
+    run(test)
