@@ -341,9 +341,10 @@ class PeerSide:
                 await part.stop()
         if self._ring is not None and self._ring.is_over:
             await farewell.say(link for link in links if link.state is LinkState.UP)
-        for part in (self._rack, *self._links):
-            if part is not None:
-                await part.stop()
+        if self._rack is not None:
+            await self._rack.stop()
+        for link in self._links:
+            await link.stop()
         if self._courier is not None:
             self._courier.stop()
         if self._ring is not None:

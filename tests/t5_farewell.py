@@ -10,8 +10,8 @@ import pytest
 from cluster import farewell, peerwire
 from cluster.link import RpcError
 from cluster.peerwire import Hello, PeerError, pack
-from tests.donor_helpers import linked, listening, make_pages, opened_donation
-from tests.t5_donor import ask, held, put, run
+from tests.donor_helpers import ask, linked, listening, make_pages, opened_donation
+from tests.t5_donor import held, put, run
 
 
 def test_a_bye_ends_an_epoch_and_no_other(rng: random.Random) -> None:

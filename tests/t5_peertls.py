@@ -357,9 +357,10 @@ def test_files(ca: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="has a CA already"):
         certificates.init(ca)
     (ca / "ca.key").rename(ca / "kept")
-    for again in (lambda: certificates.init(ca), lambda: certificates.add(ca, "b")):
-        with pytest.raises(ConfigError, match=r"without its key; bring .*ca\.key back"):
-            again()
+    with pytest.raises(ConfigError, match=r"without its key; bring .*ca\.key back"):
+        certificates.init(ca)
+    with pytest.raises(ConfigError, match=r"without its key; bring .*ca\.key back"):
+        certificates.add(ca, "b")
     (ca / "kept").rename(ca / "ca.key")
     with pytest.raises(ConfigError, match="remove it first"):
         certificates.add(ca, "owner")
