@@ -57,10 +57,13 @@ class FakeNode:
             if self.silent:
                 continue
             with self.lock:
-                for row in self.rows:
-                    self.ring.tell_row(row, row not in self.absent)
+                self._tell_rows()
                 self._serve()
         self.ring.close()
+
+    def _tell_rows(self) -> None:
+        for row in self.rows:
+            self.ring.tell_row(row, row not in self.absent)
 
     def _serve(self) -> None:
         for wanted in self.ring.gets():
@@ -85,6 +88,7 @@ class FakeNode:
                 for row in rows:
                     self.held[row, page, version] = sealed
                 answers.append((where_of_rows(rows), 0))
+            self._tell_rows()  # before pages are counted on there, as cluster/peerring.py does
             self.ring.answer_batch(batch.turn, answers)
 
     def _answer(self, wanted: Wanted) -> None:
