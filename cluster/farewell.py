@@ -63,10 +63,10 @@ def say_from_outside(leaver: Leaver, addresses: Iterable[str], tls: str | None) 
 async def _from_outside(leaver: Leaver, addresses: list[str], tls: str | None) -> int:
     links: list[PeerLink] = []
     with contextlib.suppress(ZcacheError, OSError):  # certificates that are gone, say
-        context = peersocket.context(tls, server=False) if tls else None
+        rules = peersocket.rules(tls, server=False) if tls else None
         for address in addresses:
             hello = Hello(leaver.owner, leaver.epoch, turn=first_turn())
-            links.append(PeerLink(PeerAddress.read("peers", address), hello, context))
+            links.append(PeerLink(PeerAddress.read("peers", address), hello, rules))
     for link in links:
         link.start()
     try:

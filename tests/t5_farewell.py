@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import random
 import socket
+from pathlib import Path
 
 import pytest
 
 from cluster import farewell, peerwire
 from cluster.link import RpcError
+from cluster.peersocket import rules
 from cluster.peerwire import Hello, PeerError, pack
-from tests.donor_helpers import ask, linked, listening, make_pages, opened_donation
+from tests.donor_helpers import (
+    ask,
+    linked,
+    listening,
+    make_cluster,
+    make_pages,
+    opened_donation,
+)
 from tests.t5_donor import held, put, run
 
 
@@ -66,5 +75,24 @@ def test_a_bye_that_nobody_answers_is_soon_over(
                 async with linked(address, "one", 1) as again:
                     assert (await again.get(pack(pages)))[1] == b"".join(theirs)
             silent.close()
+
+    run(test)
+
+
+def test_a_bye_from_outside_shows_its_certificate(rng: random.Random, tmp_path: Path) -> None:
+    ca = make_cluster(tmp_path / "cluster")
+
+    async def test() -> None:
+        with opened_donation() as donation:
+            async with listening(donation, tls=rules(ca / "lender", server=True)) as (_, address):
+                async with linked(
+                    address, "owner", 7, tls=rules(ca / "owner", server=False)
+                ) as one:
+                    await put(one, make_pages(rng, 30), rng)
+                assert len(donation.owners()) == 1
+                leaver = farewell.Leaver("owner", 7)
+                for folder, said in ((tmp_path, 0), (ca / "owner", 1)):
+                    assert await farewell._from_outside(leaver, [str(address)], str(folder)) == said
+                assert donation.owners() == []
 
     run(test)
