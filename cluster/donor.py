@@ -81,6 +81,7 @@ class Donor:
         self._epoch = donation.memory.epoch
         self._target = donation.total_frames()
         # An epoch never comes back, but a late hello of one may: it must not end the new one.
+        # Not kept over a restart, so nobody says hello for an epoch that is over: bye needs none.
         self._ended: deque[tuple[str, int | None, int]] = deque(maxlen=ENDED_KEPT)
         self._turns: dict[int, tuple[int, int]] = {}  # row -> epoch, and its latest turn
 
@@ -115,12 +116,7 @@ class Donor:
                 "version", f"this donor speaks version {PROTOCOL}, not {protocol}; upgrade one side"
             )
         said = peerwire.hello(params)
-        if end.peer_name and said.owner.partition("/")[0] != end.peer_name:
-            raise RpcError(
-                "not_you",
-                f"the certificate is {end.peer_name}'s, so {said.owner} cannot be its name",
-            )
-        user = self._user_of(end)
+        user = self._user_of(end, said.owner)
         if (said.owner, user, said.epoch) in self._ended:
             raise RpcError(
                 "epoch_over", f"{said.owner} is in another epoch by now; end the old one"
@@ -146,12 +142,17 @@ class Donor:
     def _owners(self) -> list[tuple[Any, ...]]:
         return self.donation.owners()
 
-    def _user_of(self, end: OwnerEnd) -> int | None:
+    def _user_of(self, end: OwnerEnd, owner: str) -> int | None:
         """Whose process it is, on this machine; None with a certificate, which says who it is.
 
         A name alone proves nothing: any user of this machine may dial a plain port.
         """
         if end.peer_name:
+            if owner.partition("/")[0] != end.peer_name:
+                raise RpcError(
+                    "not_you",
+                    f"the certificate is {end.peer_name}'s, so {owner} cannot be its name",
+                )
             return None
         if (user := end.peer_user()) is None:
             raise RpcError(
@@ -195,9 +196,17 @@ class Donor:
         return [self.offer(end.row), cursor, records]
 
     def bye(self, end: OwnerEnd, params: list[Any]) -> Any:
-        """Nobody will ask for a page of this epoch any more; it never comes back."""
-        self._ended.append((end.owner, self._user_of(end), end.epoch))
-        dropped = self.donation.end(end.row)
+        """Nobody will ask for a page of that epoch any more; it never comes back.
+
+        It may come late, from somebody who has not said hello, which would begin an epoch.  So
+        it ends what it names, if that is what the owner has here, and changes nothing else.
+        """
+        owner, epoch = peerwire.bye(params)
+        user, dropped = self._user_of(end, owner), 0
+        for row, name, its, *_, whose in self._owners():
+            if (name, whose, its) == (owner, user, epoch):
+                self._ended.append((owner, user, epoch))
+                dropped = self.donation.end(row)
         return [Offer(0, 0, self.health()), dropped]
 
     def stats(self, end: OwnerEnd, params: list[Any]) -> Any:
@@ -325,7 +334,7 @@ class OwnerEnd(Channel):
         if call is None:
             known = ", ".join(peerwire.METHODS)
             raise RpcError("unknown_method", f"there is no method {method}; use one of {known}")
-        if method != "hello" and not self.is_owner:
+        if method not in ("hello", "bye") and not self.is_owner:
             if self.row < 0:
                 raise RpcError("no_hello", "say hello first")
             raise RpcError("epoch_over", f"{self.owner} is in another epoch by now; say hello")

@@ -196,7 +196,8 @@ class PeerLink:
 
     async def bye(self) -> int:
         """Our epoch is over: the donor drops all of it; how many pages that were."""
-        self.offer, dropped = self._read(peerwire.bye_answer, await self._call("bye"))
+        result = await self._call("bye", self._hello.owner, self._hello.epoch)
+        self.offer, dropped = self._read(peerwire.bye_answer, result)
         return dropped
 
     async def stats(self) -> dict[str, int]:

@@ -14,7 +14,7 @@ two objects, and neither side makes one for a page.
     get   [records]            -> [offer, codes, payload]     payload of those with code OK
     drop  [records]            -> [offer, dropped]            what is not there is dropped already
     reconcile [cursor]         -> [offer, next cursor or nil, records]   what the donor holds
-    bye   []                   -> [offer, dropped]            this epoch is over: all its pages
+    bye   [owner, epoch]       -> [offer, dropped]            that epoch is over: all its pages
     recall    [records, ms]       take these back within so many milliseconds, please
     offer     [offer]             it has changed
 
@@ -285,10 +285,7 @@ def hello(params: list[Any]) -> Hello:
     protocol, said = hello_protocol(params), params[0]
     owner, epoch, devices = said.get("owner"), said.get("epoch"), said.get("devices")
     turn = said.get("turn", 0)
-    if not _is_name(owner) or not owner:
-        raise BadParamsError(f"hello: owner is a name of 1 to {NAME_BYTES} bytes")
-    if not _is_word(epoch) or epoch == 0:
-        raise BadParamsError("hello: epoch is a number from 1 to 2^64 - 1")
+    _require_whose("hello", owner, epoch)
     if not isinstance(devices, list) or not 1 <= len(devices) <= DEVICES_MOST:
         raise BadParamsError(f"hello: devices is an array of 1 to {DEVICES_MOST} names")
     if not all(_is_name(name, DEVICE_NAME_BYTES) for name in devices):
@@ -325,6 +322,21 @@ def reconcile(params: list[Any]) -> int:
     if not _is_word(params[0]):
         raise BadParamsError("reconcile takes the cursor of the last answer, or 0")
     return int(params[0])
+
+
+def bye(params: list[Any]) -> tuple[str, int]:
+    """A request `bye`: whose epoch is over, and which.  It says so itself: it needs no hello."""
+    _params("bye", params, 2)
+    owner, epoch = params
+    _require_whose("bye", owner, epoch)
+    return owner, epoch
+
+
+def _require_whose(method: str, owner: Any, epoch: Any) -> None:
+    if not _is_name(owner) or not owner:
+        raise BadParamsError(f"{method}: owner is a name of 1 to {NAME_BYTES} bytes")
+    if not _is_word(epoch) or epoch == 0:
+        raise BadParamsError(f"{method}: epoch is a number from 1 to 2^64 - 1")
 
 
 # ---- answers and notifications, as the owner reads them --------------------------------

@@ -144,27 +144,33 @@ def stop(instance: Instance, force: bool = False, keep: bool = False) -> bool:
         _end(*owner, LEAVE, "the server")
         found = True
     if device is None and not keep:
-        words = _last_words(instance)
-        instance.serve.unlink(missing_ok=True)
-        shutil.rmtree(instance.tls, ignore_errors=True)
-        shmid = memfile.find(instance.name)
+        say_bye, shmid = None, memfile.find(instance.name)
         if shmid is not None:
-            say_bye = _farewell(instance, words, shmid)
-            _remove(shmid)
+            say_bye = _farewell(instance, shmid)
+            _remove(shmid)  # whoever is refused here, and asks again, still finds what follows
             instance.memory_lock.unlink(missing_ok=True)
-            say_bye()
+            noted_members(instance).unlink(missing_ok=True)
+        state = servestate.read(instance)
+        if state is None or not state.is_supervised:  # nobody has started it again meanwhile
+            instance.serve.unlink(missing_ok=True)
+            shutil.rmtree(instance.tls, ignore_errors=True)
+        if say_bye is not None:
+            say_bye()  # the name is free by now: it ends this epoch and no other
     return found
 
 
-def _farewell(instance: Instance, words: Sequence[str], shmid: int) -> Callable[[], object]:
+def noted_members(instance: Instance) -> Path:
+    """Where its node notes the donors that etcd= has named."""
+    return Path(f"{instance.control}.members")
+
+
+def _farewell(instance: Instance, shmid: int) -> Callable[[], object]:
     """What tells the donors that the memory file is gone; to be called when it is."""
-    given = dict(word.partition("=")[::2] for word in words)
+    given = dict(word.partition("=")[::2] for word in _last_words(instance))
     tls = given.get("tls")
     peers = [word for word in given.get("peers", "").split(",") if word]
-    noted = Path(f"{instance.control}.members")  # those that etcd= had found
     with contextlib.suppress(OSError, ValueError, TypeError):
-        peers += [str(address) for address in json.loads(noted.read_text())]
-    noted.unlink(missing_ok=True)
+        peers += [str(address) for address in json.loads(noted_members(instance).read_text())]
     if not peers:
         return lambda: None
     from cluster import farewell

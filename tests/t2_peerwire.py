@@ -63,7 +63,7 @@ GOLDEN: list[tuple[Any, str]] = [
     ),
     (Request(5, "ping", []), "94 00 05 a4 70696e67 90"),
     (Response(5, None, [OFFER]), "94 01 05 c0 91 93 cd1000 1b 00"),
-    (Request(6, "bye", []), "94 00 06 a3 627965 90"),
+    (Request(6, "bye", ["a/swap", 7]), "94 00 06 a3 627965 92 a6 612f73776170 07"),
     (Response(6, None, [OFFER, 1]), "94 01 06 c0 92 93 cd1000 1b 00 01"),
     (
         Notification("recall", [RECORD, 10_000]),
@@ -100,6 +100,7 @@ def test_what_the_golden_messages_mean() -> None:
     assert peerwire.reconcile_answer([offer, None, RECORD]) == (OFFER, None, RECORD)
     assert peerwire.reconcile_answer([offer, 9, b""]) == (OFFER, 9, b"")
     assert peerwire.ping_answer([offer]) == OFFER
+    assert peerwire.bye(["a/swap", 7]) == ("a/swap", 7)
     assert peerwire.bye_answer([offer, 1]) == (OFFER, 1)
     assert peerwire.recall([RECORD, 1500]) == (RECORD, 1.5)
     assert peerwire.offer_notice([offer]) == OFFER
@@ -157,6 +158,15 @@ WRONG_REQUESTS: list[tuple[Callable[[list[Any]], Any], list[Any]]] = [
     (peerwire.reconcile, [-1]),
     (peerwire.reconcile, [2**64]),
     (peerwire.reconcile, [None]),
+    (peerwire.bye, []),
+    (peerwire.bye, ["a"]),
+    (peerwire.bye, ["a", 7, 1]),
+    (peerwire.bye, ["", 7]),
+    (peerwire.bye, [b"a", 7]),
+    (peerwire.bye, ["n" * 49, 7]),
+    (peerwire.bye, ["a", 0]),
+    (peerwire.bye, ["a", True]),
+    (peerwire.bye, ["a", 2**64]),
 ]
 
 
@@ -183,7 +193,14 @@ ANYTHING = st.recursive(
     ),
     max_leaves=12,
 )
-REQUESTS = [peerwire.hello, peerwire.put, peerwire.get, peerwire.drop, peerwire.reconcile]
+REQUESTS: list[Callable[[list[Any]], Any]] = [
+    peerwire.hello,
+    peerwire.put,
+    peerwire.get,
+    peerwire.drop,
+    peerwire.reconcile,
+    peerwire.bye,
+]
 ANSWERS: list[Callable[[Any], Any]] = [
     peerwire.welcome,
     lambda result: peerwire.put_answer(result, 1),
@@ -192,6 +209,7 @@ ANSWERS: list[Callable[[Any], Any]] = [
     peerwire.reconcile_answer,
     peerwire.ping_answer,
     peerwire.stats_answer,
+    peerwire.bye_answer,
     peerwire.offer,
 ]
 

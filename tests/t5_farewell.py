@@ -86,13 +86,52 @@ def test_a_bye_from_outside_shows_its_certificate(rng: random.Random, tmp_path: 
         with opened_donation() as donation:
             async with listening(donation, tls=rules(ca / "lender", server=True)) as (_, address):
                 async with linked(
-                    address, "owner", 7, tls=rules(ca / "owner", server=False)
+                    address, "owner/x", 7, tls=rules(ca / "owner", server=False)
                 ) as one:
                     await put(one, make_pages(rng, 30), rng)
-                assert len(donation.owners()) == 1
-                leaver = farewell.Leaver("owner", 7)
-                for folder, said in ((tmp_path, 0), (ca / "owner", 1)):
-                    assert await farewell._from_outside(leaver, [str(address)], str(folder)) == said
+                leaver = farewell.Leaver("owner/x", 7)
+                for folder, heard in ((tmp_path, 0), (ca / "lender", 0), (ca / "owner", 1)):
+                    assert len(donation.owners()) == 1
+                    addresses = ["a..b:1", str(address)]  # the first one is no host's name
+                    said = farewell._from_outside(leaver, addresses, str(folder))
+                    assert await said == heard, folder
+                assert donation.owners() == []
+
+    run(test)
+
+
+def test_a_late_bye_ends_no_other_epoch(rng: random.Random) -> None:
+    """Of an epoch that this donor never met, or met before it was started again."""
+
+    async def test() -> None:
+        with opened_donation() as donation:
+            for late in (1, 3):
+                async with listening(donation) as (_, address), linked(address, "one", 2) as one:
+                    pages = make_pages(rng, 30)
+                    theirs = await put(one, pages, rng)
+                    before = donation.owners()
+                    for leaver in (("one", late), ("two", 2), ("two", late)):
+                        said = farewell._from_outside(
+                            farewell.Leaver(*leaver), [str(address)], None
+                        )
+                        assert await said == 1
+                        assert await ask(address, "bye", *leaver) == [[0, 0, 0], 0]
+                    assert donation.owners() == before, "no row of another epoch, and none made"
+                    assert (await one.get(pack(pages)))[1] == b"".join(theirs)
+                    assert await put(one, make_pages(rng, 5, first=50), rng)
+                    await one.drop(pack(pages))
+
+    run(test)
+
+
+def test_one_bad_address_silences_no_other(rng: random.Random) -> None:
+    async def test() -> None:
+        with opened_donation() as donation:
+            async with listening(donation) as (_, address), linked(address, "one", 1) as one:
+                await put(one, make_pages(rng, 30), rng)
+                bad = ["nowhere", "10.0.0.1:7900", f"{'a' * 70}.localhost:1", "127.0.0.1:99999"]
+                leaver = farewell.Leaver("one", 1)
+                assert await farewell._from_outside(leaver, [*bad, str(address)], None) == 1
                 assert donation.owners() == []
 
     run(test)

@@ -36,7 +36,7 @@ from zcache_core.native cimport zc_cas32, zc_release_fence
 
 cdef enum:
     RING_MAGIC = 0x5A435252
-    RING_VERSION = 4
+    RING_VERSION = 5
     RING_CELLS = 96             # every request slot, and two batches of those read ahead
     SEALED_MOST = PAGE_BYTES + SEAL_BYTES
     PUT_ROOM = (1 << 21) + COLD_BATCH * SEAL_BYTES     # as much as leaves RAM at once, sealed
