@@ -144,10 +144,16 @@ class Overflow:
     def room_bytes(self) -> int:
         return self.replicas.room_bytes
 
-    def rows_met(self) -> dict[int, bool]:
-        """Row -> whether its donor answers, with what it had; of those met since the start."""
+    def rows_met(self) -> dict[int, bool | None]:
+        """Row -> whether its donor answers, with what it had; of those met since the start.
+
+        None: an answer is overdue.  Many donors lose their power together: until it is known,
+        nothing leaves the server's RAM for their copies, nor are these given up.
+        """
         return {
-            seat.row: seat.is_up and seat.lies < LIES_MOST
+            seat.row: None
+            if seat.lies < LIES_MOST and seat.is_suspect
+            else seat.is_up and seat.lies < LIES_MOST
             for seat in self.seats.all()
             if seat.is_up or seat.empty or seat.link is not None
         }

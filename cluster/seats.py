@@ -112,6 +112,11 @@ class Seat:
             and self.donor.state in (LinkState.UP, LinkState.SUSPECT)
         )
 
+    @property
+    def is_suspect(self) -> bool:
+        """It is up as far as is known, but an answer is overdue."""
+        return self.is_up and self.donor is not None and self.donor.state is LinkState.SUSPECT
+
     def standing(self, now_s: float, give_up_s: float) -> Standing:
         if self.empty or self.lies >= LIES_MOST:
             return Standing.LOST

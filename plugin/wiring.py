@@ -122,7 +122,7 @@ class Serving:
             config.writeback_limit_bytes or 0,
             self._peers,
             config.backup == "disk",
-            disk.found_bytes if disk is not None else 0,
+            disk.found_bytes if disk is not None and disk.is_cut else 0,
         )
 
     def start_node(self, control: str, told: Mapping[str, Any]) -> None:

@@ -36,6 +36,7 @@ class FakeNode:
         self.put_error = 0  # all puts fail with it
         self.spoil: set[int] = set()  # rows that answer with other bytes
         self.absent: set[int] = set()  # rows that answer nothing
+        self.suspect: set[int] = set()  # rows whose answers are overdue
         self.rows = list(range(donors))  # of the donors as they are now
         self.silent = False  # takes and never answers
         self.wrong_seen = 0
@@ -63,7 +64,7 @@ class FakeNode:
 
     def _tell_rows(self) -> None:
         for row in self.rows:
-            self.ring.tell_row(row, row not in self.absent)
+            self.ring.tell_row(row, None if row in self.suspect else row not in self.absent)
 
     def _serve(self) -> None:
         for wanted in self.ring.gets():

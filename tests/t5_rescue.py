@@ -19,11 +19,15 @@ from tests.peer_helpers import FakeNode, wait_until
 from tests.t5_peerstore import PEER, Below, content
 from tests.tiers_helpers import Cold, open_file, wait_for
 from zcache_core import counters
+from zcache_core.diskfile import open_disk
 from zcache_core.memfile import MemoryFile
 from zcache_core.peertier import PeerTier
 from zcache_core.ringside import where_of_rows
+from zcache_core.store import Store
+from zcache_core.tiers import Cooling
 
 PAGES, POOL, DISK = 1024, 256, 16 << 20
+EPHEMERAL = 3
 
 
 @pytest.fixture
@@ -140,6 +144,38 @@ def test_no_room_is_made_of_pages_whose_donors_are_away(below: Below, rng: rando
     assert below.store.check() == 0
 
 
+@pytest.mark.parametrize("back", [True, False])
+def test_no_room_is_made_while_donors_are_under_suspicion(
+    below: Below, rng: random.Random, back: bool
+) -> None:
+    """Nothing is dropped for them, nor given up; when it is known all goes on."""
+    model = Model(below, rng)
+    while below.now()["eph_zpages"] < 20:
+        model.step()
+    with below.node.lock:
+        below.node.suspect |= {0, 1, 2}
+        for row in range(3):
+            below.node.ring.tell_row(row, None)
+    with_below = {page for page in model.pages if below.state(page) == EPHEMERAL}
+    before = below.now()
+    below.cooling.drain()  # all RAM is wanted
+    ticks = below.node.ring.ticks
+    wait_until(lambda: below.node.ring.ticks > ticks + 5, "there was time")
+    assert all(below.state(page) == EPHEMERAL for page in with_below)
+    assert not below.tier.holds(where_of_rows([0, 1]))
+    for name in ("evicted_eph_pageframes", "rescued_pages"):
+        assert below.now()[name] == before[name], name
+    with below.node.lock:
+        if not back:
+            below.node.absent |= {0, 1, 2}
+            below.node.put_error = errno.ENOSPC
+        below.node.suspect.clear()
+    wait_until(lambda: below.now()["eph_zpages"] == 0, "it is known")
+    gone, kept = ("evicted_eph_pageframes", "rescued_pages")[:: 1 if back else -1]
+    assert below.now()[gone] > before[gone]
+    assert below.now()[kept] == before[kept]
+
+
 def test_who_is_believed_to_live(memory: MemoryFile) -> None:
     """The node's word, and for a while its predecessor's, whichever process began anew."""
     below = Below(memory)
@@ -200,9 +236,6 @@ def test_a_disk_that_is_cut_short(memory: MemoryFile, tmp_path: Path, rng: rando
 
 def test_a_disk_that_was_found_shorter(tmp_path: Path, rng: random.Random) -> None:
     """Cut while no server ran: what the memory file holds in RAM stays."""
-    from zcache_core.store import Store
-    from zcache_core.tiers import Cooling
-
     fd = open_file(tmp_path / "disk", DISK)
     name = f"t5rescue{os.getpid()}x{rng.getrandbits(32)}"
     memory = MemoryFile.create(name, PAGES * PAGE, POOL * PAGE)
@@ -231,3 +264,62 @@ def test_a_disk_that_was_found_shorter(tmp_path: Path, rng: random.Random) -> No
     finally:
         memory.destroy()
         os.close(fd)
+
+
+@pytest.mark.parametrize("when", ["while it runs", "before the walk", "between two starts"])
+def test_a_cut_outlives_who_noticed_it(tmp_path: Path, rng: random.Random, when: str) -> None:
+    """Noticed, or only found, by one server, and room is needed by the next: RAM copies stay."""
+    path = tmp_path / "disk"
+    name = f"t5rescue{os.getpid()}x{rng.getrandbits(32)}"
+    memory = MemoryFile.create(name, PAGES * PAGE, POOL * PAGE)
+    disk = open_disk(str(path), DISK)
+    parts: list[Cold | Store | Cooling] = []
+    try:
+        disk.take(memory.epoch, memory.device_bytes)
+        cold = Cold(memory, disk.fd, DISK, 50, 40)
+        parts.append(cold)
+        pages = {page: rng.randbytes(PAGE) for page in range(400)}
+        for page, data in pages.items():
+            cold.store.put(page, data)
+        cold.settle()
+        if when == "while it runs":
+            os.truncate(path, 300 << 10)
+            wait_for(lambda: cold.counters()["disk_errno"] == errno.ENODATA)
+            wait_for(lambda: cold.counters()["disk_errno"] == 0)
+            assert path.stat().st_size == DISK
+            cold.settle()
+        in_ram = [page for page in pages if cold.state(page) in ("ram", "ephemeral")]
+        cold.stop()
+        if when != "while it runs":  # it ended before it noticed
+            os.truncate(path, 300 << 10)
+        memory.close()
+        disk.close()
+        if when == "between two starts":  # the first is refused after it has opened the disk
+            open_disk(str(path), DISK).close()
+            disk = open_disk(str(path), DISK)
+            disk.allocate(4 << 20)
+            disk.close()
+        memory = MemoryFile.open(name)
+        disk = open_disk(str(path), DISK)
+        disk.take(memory.epoch, memory.device_bytes)
+        assert path.stat().st_size == (DISK if when == "while it runs" else 300 << 10)
+        found = disk.found_bytes if disk.is_cut else 0
+        store = Store(memory)
+        cooling = Cooling(store, disk.fd, DISK, False, 50, 40, found_bytes=found)
+        parts += [store, cooling]
+        store.start()
+        cooling.start()
+        wait_for(lambda: path.stat().st_size == DISK)
+        cooling.drain()
+        wait_for(lambda: counters.read(memory)["eph_zpages"] == 0)
+        wait_for(lambda: counters.read(memory)["pers_zpages"] == 0)
+        for page in in_ram:
+            assert store.get(page) == pages[page], page
+        assert counters.read(memory)["rescued_pages"] > 20
+        cooling.drain(False)
+        wait_for(lambda: store.check() == 0)  # (what was read twice may just be moving up)
+    finally:
+        for part in reversed(parts):
+            part.stop()
+        memory.destroy()
+        disk.close()

@@ -44,7 +44,7 @@ class SlowOverflow:
     def drop(self, copies: Any) -> None:
         pass
 
-    def rows_met(self) -> dict[int, bool]:
+    def rows_met(self) -> dict[int, bool | None]:
         return {}
 
 

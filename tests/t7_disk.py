@@ -22,6 +22,7 @@ from tests.plugin_helpers import (
     run_nbdkit,
     wait_for,
 )
+from zcache_core.memfile import MemoryFile
 
 PAGE = 4096
 PIECE = 64 * PAGE
@@ -77,6 +78,17 @@ def broken_pages(handle: Any, written: dict[int, bytes]) -> int:
 def in_ram(server: Server) -> int:
     stats = server.rpc("stats")
     return int(stats["pers_zpages"] + stats["eph_zpages"])
+
+
+def pages_in_ram() -> list[int]:
+    """Those that the memory file itself has, while nobody serves it."""
+    memory = MemoryFile.open(NAME)
+    try:
+        at, pages = memory.offsets()["index"], memory.device_bytes // PAGE
+        words = memory.peek(at, pages * 16)
+    finally:
+        memory.close()
+    return [page for page in range(pages) if words[page * 16 + 8] & 0xF in (2, 3)]
 
 
 def write_refused(handle: Any, data: bytes, offset: int) -> bool:
@@ -201,6 +213,39 @@ def test_killed_server_finds_everything(runtime: Path, rng: random.Random) -> No
             assert stats["lost_pages"] == stats["disk_corrupt_pages"] == 0
             handle.pwrite(b"x" * PAGE, 0)
             assert handle.pread(PAGE, 0) == b"x" * PAGE
+        remove_memory(NAME)
+
+
+@pytest.mark.parametrize("noticed", [True, False])
+def test_cut_disk_and_the_next_server(runtime: Path, rng: random.Random, noticed: bool) -> None:
+    """Every page that RAM had when the file was cut is right, also when the next one needs room."""
+    disk = runtime / "disk"
+    words = (*SMALL, f"memory={NAME}", f"disk={disk}")
+    with Server(runtime, *words) as server:
+        written = fill(server.connect(), rng, 24 * MIB)
+        if noticed:
+            os.truncate(disk, MIB)
+            wait_for("a file as long as it was", lambda: disk.stat().st_size == 64 * MIB)
+        kill(server)
+        kept = pages_in_ram()
+        assert len(kept) > 100
+        if not noticed:
+            os.truncate(disk, MIB)
+            smaller = ("size=32M", "pool=4M", "disk_size=32M", words[3], words[4])
+            code, _, _ = run_nbdkit(runtime, *smaller, options=("-U", str(runtime / "x.sock")))
+            assert code != 0
+            assert disk.stat().st_size == MIB, "its length is what tells of the cut"
+        with Server(runtime, *words) as successor:
+            handle = successor.connect()
+            wait_for("a file as long as it was", lambda: disk.stat().st_size == 64 * MIB)
+            successor.rpc("drain")
+            wait_for("an empty RAM", lambda: in_ram(successor) == 0)
+            successor.rpc("drain", False)
+            for page in kept:
+                at = page * PAGE
+                first = at // PIECE * PIECE
+                data = written[first][at - first : at - first + PAGE]
+                assert handle.pread(PAGE, at) == data, page
         remove_memory(NAME)
 
 

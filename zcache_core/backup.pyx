@@ -31,7 +31,7 @@ from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from zcache_core.bothstate cimport (
     KNOWN_AFTER, SMOOTH, SWEEP_PAGES, TRY_EVERY, can_take, observe_get, peers_are_faster,
 )
-from zcache_core.cold cimport ColdTier, cold_page
+from zcache_core.cold cimport HOLDS, ColdTier, cold_page
 from zcache_core.cooling cimport copy_moved, lower_now
 from zcache_core.core cimport Core
 from zcache_core.counter_ids cimport (
@@ -252,9 +252,11 @@ cdef bint backup_adopt(Both *b, uint64_t where, uint32_t length_bytes) noexcept 
     return False
 
 
-cdef bint backup_holds(Both *b, uint64_t where) noexcept nogil:
+cdef int backup_holds(Both *b, uint64_t where) noexcept nogil:
     """One of the two is enough: while the other is missing, it is being made again."""
-    return b.disk != NULL and b.disk.holds(b.disk, disk_part(where)) or b.peers.holds(b.peers, where)
+    if b.disk != NULL and b.disk.holds(b.disk, disk_part(where)) == HOLDS:
+        return HOLDS
+    return b.peers.holds(b.peers, where)
 
 
 # ---- copies that are missing -------------------------------------------------------------------

@@ -25,6 +25,7 @@ cdef enum:
 ctypedef struct Tiers:
     Core *core
     ColdTier *cold              # the one tier below so far
+    ColdTier *disk              # the disk itself, whatever is before it; NULL: none
     Ahead ahead                 # pages fetched before they are asked for
     Orders orders               # watermarks, draining: changed while the server runs
     uint64_t *cells             # counter shard of the cooling thread
@@ -35,6 +36,8 @@ ctypedef struct Tiers:
     uint32_t *ghosts            # atomics: pages read once (fetching.pyx)
     uint64_t ghost_cells        # a power of two
     uint32_t keep_hand          # the frame where the search for hot ephemeral ones goes on
+    uint64_t keep_bytes         # the disk's length that the index is walked for; DISK_WHOLE: it is not
+    uint64_t keep_at            # the page where that walk goes on
     pthread_mutex_t dropping    # guards the choice of ephemeral frames to drop
     uint64_t cold_loads         # atomic
     int64_t failing_since_us    # the tier fails since then; 0: it does not.  A hint

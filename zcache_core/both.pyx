@@ -21,7 +21,7 @@ from zcache_core.backup cimport (
     backup_adopt, backup_drop, backup_get, backup_get_many, backup_holds, backup_put, backup_tick,
 )
 from zcache_core.bothstate cimport PIECE_BYTES, TRY_EVERY, can_take, observe_get, peers_are_faster
-from zcache_core.cold cimport ColdPage, ColdTier
+from zcache_core.cold cimport HOLDS_NOT, ColdPage, ColdTier
 from zcache_core.layout cimport ST_PEER, is_backed, length_of, lower_state
 from zcache_core.pthread cimport now_us
 
@@ -129,11 +129,11 @@ cdef void both_adopted(ColdTier *tier) noexcept nogil:
         b.disk.adopted(b.disk)
 
 
-cdef bint both_holds(ColdTier *tier, uint64_t where) noexcept nogil:
+cdef int both_holds(ColdTier *tier, uint64_t where) noexcept nogil:
     cdef ColdTier *below = of_where(<Both *>tier, where)
     if is_backed(where):
         return backup_holds(<Both *>tier, where)
-    return below != NULL and below.holds(below, where)
+    return below.holds(below, where) if below != NULL else <int>HOLDS_NOT
 
 
 cdef bint both_takes(ColdTier *tier) noexcept nogil:

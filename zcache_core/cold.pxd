@@ -22,7 +22,8 @@ Contract
     adopt    after a restart: the index knows this copy.  False: impossible address.
     adopted  all are known.
     holds    whether this copy may be counted on, as far as is known now: what is in RAM too is
-             only dropped there when it may.  No I/O, no lock.  Any thread.
+             only dropped there when it may (HOLDS).  HOLDS_MAYBE: that will be known soon; till
+             then nothing is dropped for it, nor is it given up.  No I/O, no lock.  Any thread.
     takes    whether a put is worth trying now: not while a failure is waited out, and not at
              the limit of bytes written a day.  Called by who puts.
     has_room whether a batch of that many bytes would find room now.
@@ -39,6 +40,11 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 
 cdef enum:
     COLD_BATCH = 2048           # most pages in one put
+
+cdef enum:                      # what `holds` says
+    HOLDS_NOT = 0
+    HOLDS = 1
+    HOLDS_MAYBE = 2
 
 cdef extern from *:
     """
@@ -62,7 +68,7 @@ ctypedef struct ColdTier:
     void (*drop)(ColdTier *, const ColdPage *) noexcept nogil
     bint (*adopt)(ColdTier *, uint64_t where, uint32_t length_bytes) noexcept nogil
     void (*adopted)(ColdTier *) noexcept nogil
-    bint (*holds)(ColdTier *, uint64_t where) noexcept nogil
+    int (*holds)(ColdTier *, uint64_t where) noexcept nogil
     bint (*takes)(ColdTier *) noexcept nogil
     bint (*has_room)(ColdTier *, uint64_t bytes) noexcept nogil
     uint32_t (*resort)(ColdTier *, ColdPage *, uint32_t most, uint8_t *room, uint64_t room_bytes) noexcept nogil

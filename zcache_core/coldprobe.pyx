@@ -11,7 +11,7 @@ from libc.stdlib cimport calloc, free
 from posix.mman cimport MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, PROT_READ, PROT_WRITE, mmap, munmap
 from posix.time cimport timespec
 
-from zcache_core.cold cimport COLD_BATCH, COLD_CAPSULE, ColdPage, ColdTier, cold_page
+from zcache_core.cold cimport COLD_BATCH, COLD_CAPSULE, HOLDS, ColdPage, ColdTier, cold_page
 from zcache_core.crypt cimport Sealer
 from zcache_core.disk cimport disk_discard, disk_make
 from zcache_core.diskstate cimport RESORT_BYTES, Disk
@@ -185,7 +185,7 @@ cdef class ColdProbe:
 
     def holds(self, uint64_t where):
         """Whether this copy may be counted on now."""
-        return bool(self.tier.holds(self.tier, where))
+        return self.tier.holds(self.tier, where) == HOLDS
 
     def has_room(self, uint64_t size_bytes):
         """Whether a batch of that many bytes would find room now."""

@@ -2,6 +2,7 @@
 
     room short? -> drop ephemeral frames      above high? -> a batch goes down
     every 0.1 s -> the tier's own background work
+    the disk was cut short -> what is in RAM is kept there, looked for piece by piece
 
 It works without the GIL and sleeps when nothing is to be done.  Writers wait only when
 not one frame is free, and do none of its work, but for one thing: when the tier
@@ -21,7 +22,7 @@ from posix.time cimport timespec
 
 from zcache_core.backing cimport change_class
 from zcache_core.below cimport FRAMES_AT_ONCE, GATHER_BYTES, Tiers
-from zcache_core.eviction cimport cool_batch, drop_frames, keep_hot, resort
+from zcache_core.eviction cimport cool_batch, drop_frames, keep_cut_off, keep_hot, resort
 from zcache_core.fullness cimport (
     frames_ephemeral, frames_left, free_target, has_ram_to_spare, must_cool,
 )
@@ -118,7 +119,7 @@ cdef void *cooling_thread(void *argument) noexcept nogil:
     cdef Tiers *t = <Tiers *>argument
     cdef timespec until
     cdef int64_t next_tick = 0
-    cdef bint moved
+    cdef bint moved, walking
     store_wait_ready(t.core)
     lock_take(&t.lock)
     t.raised = False            # by now it is an ordinary one: who waits already raises it again
@@ -129,13 +130,14 @@ cdef void *cooling_thread(void *argument) noexcept nogil:
             t.cold.tick(t.cold)
             fails_for_long(t)
             next_tick = now_us() + TICK_US
+        walking = keep_cut_off(t)
         lock_take(&t.lock)
         if t.waiting == 0:
             lower_thread(t)
         if moved:
             t.rounds += 1
             pthread_cond_broadcast(&t.room)
-        elif not t.stopping:
+        elif not walking and not t.stopping:
             until = at_us(now_us() + (WAIT_STEP_US if t.waiting else TICK_US))
             pthread_cond_timedwait(&t.work, &t.lock, &until)
     pthread_mutex_unlock(&t.lock)

@@ -18,7 +18,7 @@ from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
 from zcache_core.allocator cimport object_blob, object_bytes, object_fill, object_header
-from zcache_core.cold cimport ColdPage
+from zcache_core.cold cimport HOLDS, HOLDS_NOT, ColdPage
 from zcache_core.core cimport Core, note_arrival
 from zcache_core.counter_ids cimport C_DAMAGED_LOWER_ADDRESSES
 from zcache_core.index cimport entry_flip, entry_load
@@ -123,7 +123,7 @@ cdef bint drop_ram_copy(Core *core, uint64_t page, Entry entry) noexcept nogil:
     if state_of(entry.version) == ST_RAM_EPHEMERAL and is_now(core, page, entry):
         if header_is_sound(header):
             lower = header_lower(header)
-            if core.lower.holds(core.lower.tiers, lower):
+            if core.lower.holds(core.lower.tiers, lower) == HOLDS:
                 below = same_page(entry, lower_state(lower), place_word(lower, length, codec_of(entry.location)))
                 done = entry_flip(&core.index, page, entry, below)
         elif entry_flip(&core.index, page, entry, same_page(entry, ST_RAM, entry.location)):
@@ -175,20 +175,24 @@ cdef bint keep_in_ram(Core *core, uint64_t page, Entry entry, uint64_t *lower) n
     return done
 
 
-cdef bint promote(Core *core, Slot *slot, uint64_t page, Entry entry, const uint8_t *blob) noexcept nogil:
+cdef bint promote(Core *core, Slot *slot, uint64_t page, Entry entry, const uint8_t *blob, bint *alone) noexcept nogil:
     """Give a page that was read from below (entry, blob) a RAM copy, if there is room now.
 
     From a disk it is ephemeral: the copy there stays, and so does a peer's beside it, or that would
-    have to be made anew.  From peers alone it is the only one that counts from then on, and the
-    caller drops theirs: their RAM is worth more than ours saves.
+    have to be made anew.  From peers alone it is the only one that counts from then on (`alone`),
+    and the caller drops theirs: their RAM is worth more than ours saves.  So it is when the copy on
+    the disk was cut off after it was read.
     """
     cdef uint32_t length = length_of(entry.location)
     cdef uint32_t codec = codec_of(entry.location)
-    cdef bint only_peers = state_of(entry.version) == ST_PEER and not is_backed(where_of(entry.location))
-    cdef uint32_t state = ST_RAM if only_peers else ST_RAM_EPHEMERAL
+    cdef uint64_t below = where_of(entry.location)
+    cdef bint only_peers = state_of(entry.version) == ST_PEER and not is_backed(below)
+    cdef uint32_t state
     cdef uint64_t where
     cdef BlobHeader *header
     cdef bint done
+    alone[0] = only_peers or core.lower.holds(core.lower.tiers, below) == HOLDS_NOT
+    state = ST_RAM if alone[0] else ST_RAM_EPHEMERAL
     if not zc_load32(&core.ready) or not room_at_once(core, object_bytes(length), &where):
         return False            # (a takeover must not see entries change that it still has to adopt)
     object_fill(&core.arena, where, length, blob)

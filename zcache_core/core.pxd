@@ -31,7 +31,7 @@ ctypedef struct Lower:
     bint (*adopt)(void *tiers, uint64_t where, uint32_t length_bytes) noexcept nogil
     void (*adopted)(void *tiers) noexcept nogil
     # whether the copy there may be counted on now: a page leaves RAM for no other
-    bint (*holds)(void *tiers, uint64_t where) noexcept nogil
+    int (*holds)(void *tiers, uint64_t where) noexcept nogil
     # wait, in a parked slot, until there may be room in RAM again; False: too late, or there will be none
     bint (*wait_room)(void *tiers, void *slot, int64_t deadline_us) noexcept nogil
 

@@ -28,13 +28,13 @@ from libc.errno cimport EDQUOT, EILSEQ, EIO
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 
-from zcache_core.cold cimport ColdPage, ColdTier
+from zcache_core.cold cimport HOLDS, HOLDS_NOT, ColdPage, ColdTier
 from zcache_core.counter_ids cimport C_DISK_READ_ERRORS, C_DISK_SEGMENTS, C_DISK_WRITING_SINCE_US
 from zcache_core.crypt cimport CIPHER_NONE, CIPHERS, Crypt
 from zcache_core.diskio cimport BLOCK_BYTES, WRITE_BYTES, WRITES, punch, read_all, ring_discard, ring_make
 from zcache_core.diskobject cimport OBJECT_ALIGN, cipher_of, object_found, object_read, object_room, offset_of
-from zcache_core.diskput cimport come_alive, disk_drop, disk_put, disk_takes, note_cut, publish
-from zcache_core.diskstate cimport SPARE_SEGMENTS, Disk
+from zcache_core.diskput cimport come_alive, disk_drop, disk_put, disk_takes, must_keep, note_cut, publish
+from zcache_core.diskstate cimport DISK_WHOLE, SPARE_SEGMENTS, Disk
 from zcache_core.layout cimport Superblock, length_of
 from zcache_core.native cimport zc_add32, zc_add64, zc_load32
 from zcache_core.pthread cimport lock_init, lock_take, pthread_mutex_unlock
@@ -77,15 +77,31 @@ cdef bint disk_adopt(ColdTier *tier, uint64_t where, uint32_t length_bytes) noex
     return True
 
 
-cdef bint disk_holds(ColdTier *tier, uint64_t where) noexcept nogil:
+cdef int disk_holds(ColdTier *tier, uint64_t where) noexcept nogil:
     cdef Disk *d = <Disk *>tier
     cdef uint64_t number = where // SEGMENT_BYTES
-    return number < d.segments.count and not segments_is_cut(&d.segments, <uint32_t>number)
+    return HOLDS if number < d.segments.count and not segments_is_cut(&d.segments, <uint32_t>number) else HOLDS_NOT
 
 
 cdef void disk_cut(ColdTier *tier, uint64_t bytes) noexcept nogil:
     """Before anything is adopted: the file was found with only so many bytes."""
     note_cut(<Disk *>tier, bytes)
+
+
+cdef void disk_keep_first(ColdTier *tier) noexcept nogil:
+    """Somebody looks at disk_to_keep: till it is done a cut file stays short, and nothing is written."""
+    (<Disk *>tier).keep_first = True
+
+
+cdef uint64_t disk_to_keep(ColdTier *tier) noexcept nogil:
+    """The length to which it was cut, and what is in RAM is to be kept there; DISK_WHOLE: nothing is.  By who puts."""
+    cdef Disk *d = <Disk *>tier
+    return d.cut_bytes if must_keep(d) else <uint64_t>DISK_WHOLE
+
+
+cdef void disk_kept(ColdTier *tier, uint64_t bytes) noexcept nogil:
+    """What is in RAM too is counted on there alone."""
+    (<Disk *>tier).kept_bytes = bytes
 
 
 cdef void disk_adopted(ColdTier *tier) noexcept nogil:
@@ -227,6 +243,7 @@ cdef ColdTier *disk_make(
         return NULL
     d.fd = fd
     d.bytes = disk_bytes
+    d.cut_bytes = d.kept_bytes = DISK_WHOLE
     d.whose.epoch = super.epoch
     d.whose.device = device
     d.whose.crypt = crypt

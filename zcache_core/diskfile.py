@@ -67,7 +67,9 @@ class DiskFile:
     """The opened disk: `fd`, `disk_bytes` (whole MiB), `preallocated`, `direct`, `ours`.
 
     `found_bytes` is how long a file was, 0 for a device.  `ours` tells that it may hold pages of
-    this memory file already.
+    this memory file already.  `is_cut`: it was shorter than its header says, so pages are missing;
+    it stays short until all that is in RAM is kept there (diskput.pyx), because its length is what
+    tells the next server, should we end before that.
     """
 
     def __init__(self, path: str, fd: int, direct: bool) -> None:
@@ -76,6 +78,7 @@ class DiskFile:
         self.preallocated = False
         self.ours = False
         self.is_new = False
+        self.is_cut = False
 
     def abandon(self) -> None:
         """Let go of it, and leave no file behind that was made for it."""
@@ -96,7 +99,7 @@ class DiskFile:
         Raises ConfigError when it is missing.
         """
         self.preallocated = self.disk_bytes >= promised_bytes(device_bytes)
-        if self.preallocated and stat.S_ISREG(os.fstat(self.fd).st_mode):
+        if self.preallocated and not self.is_cut and stat.S_ISREG(os.fstat(self.fd).st_mode):
             try:
                 os.posix_fallocate(self.fd, 0, self.disk_bytes)
             except OSError as error:
@@ -108,6 +111,9 @@ class DiskFile:
     def take(self, epoch: int, device_bytes: int) -> None:
         """Make it the disk of the memory file `epoch`.  Raises ConfigError when room is missing."""
         self.ours = self.written_for()[0] == epoch
+        if self.is_cut and not self.ours:  # nothing that anybody needs was there
+            self.is_cut = self.preallocated = False
+            os.ftruncate(self.fd, self.disk_bytes)
         if not self.preallocated:
             self.allocate(device_bytes)
         header = HEADER.pack(MAGIC, FORMAT, SEGMENT_BYTES, epoch, self.disk_bytes)
@@ -172,7 +178,8 @@ def open_disk(path: str, disk_bytes: int | None, force: bool = False) -> DiskFil
             _refuse_signature(path, disk.fd)
         if not block_device:
             disk.found_bytes = os.fstat(disk.fd).st_size
-            if disk.found_bytes < disk.disk_bytes:
+            disk.is_cut = disk.found_bytes < min(disk.written_for()[1], disk.disk_bytes)
+            if disk.found_bytes < disk.disk_bytes and not disk.is_cut:
                 os.ftruncate(disk.fd, disk.disk_bytes)
     except BaseException:
         disk.abandon()

@@ -10,7 +10,8 @@ it was free once more.
 
 Failure: the tier is degraded, and tried again after 0.1 s, then twice as long each time, up to
 10 s.  So it is when the file was removed or cut short, which is looked at before each batch; a
-file that was cut short is made as long as it was, when it is tried again.
+file that was cut short is made as long as it was, when it is tried again and what RAM had too is
+there alone (eviction.pyx): till then its length tells every next server of the cut.
 
 Bounds: two buffers of 1 MiB.  One thread; it holds the disk's lock for moments only.
 """
@@ -29,13 +30,13 @@ from zcache_core.diskio cimport (
     ring_send, ring_wait,
 )
 from zcache_core.diskobject cimport cipher_of, object_room, object_write
-from zcache_core.diskstate cimport SPARE_SEGMENTS, Disk, Log
+from zcache_core.diskstate cimport DISK_WHOLE, SPARE_SEGMENTS, Disk, Log
 from zcache_core.layout cimport length_of
 from zcache_core.native cimport zc_add32, zc_add64
 from zcache_core.pthread cimport lock_take, now_us, pthread_mutex_unlock
 from zcache_core.quota cimport quota_allows, quota_count
 from zcache_core.segments cimport (
-    SEGMENT_BYTES, segments_close, segments_cut, segments_died, segments_give_back, segments_is_cut, segments_open,
+    SEGMENT_BYTES, segments_close, segments_died, segments_doubt, segments_give_back, segments_open,
 )
 from zcache_core.slots cimport observe_shared
 
@@ -103,15 +104,26 @@ cdef bint must_wait(Disk *d) noexcept nogil:
 
 
 cdef void note_cut(Disk *d, uint64_t bytes) noexcept nogil:
-    """The file had only so many bytes: what lay behind is gone, also when it is long again."""
+    """The file has only so many bytes: no copy that is there now is counted on, also when it is long again.
+
+    Not those before its end either: a write under way may have made it longer, over a hole.
+    """
     cdef uint32_t i
+    if bytes >= d.cut_bytes:
+        return
+    d.cut_bytes = bytes
     lock_take(&d.lock)
-    segments_cut(&d.segments, bytes)
+    segments_doubt(&d.segments)
     for i in range(2):          # what is written from now on goes elsewhere
-        if d.log[i].segment and segments_is_cut(&d.segments, d.log[i].segment):
+        if d.log[i].segment:
             segments_close(&d.segments, d.log[i].segment)
             d.log[i].segment = 0
     pthread_mutex_unlock(&d.lock)
+
+
+cdef bint must_keep(const Disk *d) noexcept nogil:
+    """Whether the index may still count on copies that were cut off: the next server would do so, too."""
+    return d.keep_first and d.cut_bytes < d.kept_bytes
 
 
 cdef bint disk_takes(ColdTier *tier) noexcept nogil:
@@ -124,8 +136,12 @@ cdef bint disk_takes(ColdTier *tier) noexcept nogil:
     d.cells[C_DISK_WRITING_SINCE_US] = 0
     if error == ENODATA:
         note_cut(d, medium_bytes(d.fd))
-    if error == ENODATA and d.failing == ENODATA and medium_mend(d.fd, d.bytes, d.preallocated) == 0:
+    if error == 0 and must_keep(d):
+        error = ENODATA             # somebody else made it long
+    if error == ENODATA and d.failing == ENODATA and not must_keep(d) and medium_mend(d.fd, d.bytes, d.preallocated) == 0:
         error = 0
+    if error == 0:
+        d.cut_bytes = d.kept_bytes = DISK_WHOLE
     if error or d.failing == ENOENT or d.failing == ENODATA:
         note_failure(d, error)
     return error == 0 and quota_allows(&d.quota, WRITE_BYTES)

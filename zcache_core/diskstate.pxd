@@ -16,6 +16,9 @@ cdef enum:
     # takes until they have 1 MiB, so less than 1.25 MiB.
     SPARE_SEGMENTS = 5
 
+cdef extern from "<stdint.h>":
+    const uint64_t DISK_WHOLE "UINT64_MAX"      # as many bytes: nothing is cut off
+
 ctypedef struct Log:            # where objects are written behind one another
     uint32_t segment            # 0: none is open
     uint32_t fill_bytes         # of it, written or on its way
@@ -39,5 +42,8 @@ ctypedef struct Disk:
     uint32_t resorting_count
     bint held_back              # by the last put: whole segments only, the rest another time
     int failing                 # errno; atomic
+    bint keep_first             # a cut file stays short until what is in RAM is kept there
+    uint64_t cut_bytes          # its least length since it was long enough; DISK_WHOLE: it is
+    uint64_t kept_bytes         # as it was when all was kept; DISK_WHOLE: nothing is
     int64_t retry_at_us
     int64_t retry_wait_us

@@ -18,7 +18,7 @@ from libc.stdint cimport uint32_t, uint64_t
 
 from zcache_core.arena cimport FRAME_TAIL, FRAME_TAKEN, Frame
 from zcache_core.below cimport FRAMES_AT_ONCE, GATHER_BYTES, RESORT_PAGES, Tiers
-from zcache_core.cold cimport COLD_BATCH, ColdPage, cold_page
+from zcache_core.cold cimport COLD_BATCH, HOLDS_NOT, ColdPage, cold_page
 from zcache_core.cooling cimport (
     copy_for_below, copy_moved, drop_ram_copy, keep_in_ram, lower_now, make_ephemeral, page_at, still_needed,
 )
@@ -26,15 +26,21 @@ from zcache_core.counter_ids cimport (
     C_EVICTED_EPH_PAGEFRAMES, C_FAILED_WRITEBACK_PAGES, C_KEPT_PAGES,
     C_OUTSTANDING_WRITEBACK_PAGES, C_OVERTAKEN_WRITEBACK_PAGES, C_RESCUED_PAGES, C_WRITTEN_BACK_PAGES,
 )
+from zcache_core.disk cimport disk_kept, disk_to_keep
+from zcache_core.diskstate cimport DISK_WHOLE
 from zcache_core.fullness cimport frames_ephemeral
 from zcache_core.index cimport entry_load
-from zcache_core.layout cimport PAGE_BYTES, ST_RAM_EPHEMERAL, Entry, length_of, state_of, version_of, where_of
+from zcache_core.layout cimport (
+    PAGE_BYTES, ST_DISK, ST_RAM_EPHEMERAL, Entry, disk_part, entry_is_sound, is_backed, length_of, lower_state, state_of,
+    version_of, where_of,
+)
 from zcache_core.pthread cimport lock_take, pthread_mutex_unlock, sched_yield
 from zcache_core.ramtier cimport store_victims
 from zcache_core.slots cimport Slot, slot_release, slot_take_own, slots_quiesce
 
 cdef enum:
     MOST_OBJECTS = 64           # in one frame, of any allocator
+    KEEP_ENTRIES = 1 << 14      # of the index looked at in one slot's time, an eighth of what a sweep may (backup.pyx)
 
 
 cdef inline void let_others(Tiers *t) noexcept nogil:
@@ -130,7 +136,7 @@ cdef bint rescue(Tiers *t, uint32_t page, Entry e) noexcept nogil:
     """A page whose copy below may be gone is in RAM alone from now on, to be copied down anew."""
     cdef ColdPage copy = cold_page(page, version_of(e.version), 0, e.location)
     copy.where = lower_now(t.core, &copy)
-    if copy.where == 0 or t.cold.holds(t.cold, copy.where) or not keep_in_ram(t.core, page, e, &copy.where):
+    if copy.where == 0 or t.cold.holds(t.cold, copy.where) != HOLDS_NOT or not keep_in_ram(t.core, page, e, &copy.where):
         return False
     t.cold.drop(t.cold, &copy)
     t.cells[C_RESCUED_PAGES] += 1
@@ -227,6 +233,67 @@ cdef uint32_t keep_hot(Tiers *t, uint32_t most) noexcept nogil:
     slot_release(slot)
     t.cells[C_KEPT_PAGES] += kept
     return kept
+
+
+# ---- a disk that was cut short -------------------------------------------------------------
+
+cdef bint was_cut_off(Tiers *t, uint64_t where) noexcept nogil:
+    """Whether a copy at `where` has its part on the disk, and that may be gone."""
+    if is_backed(where):
+        where = disk_part(where)
+    elif lower_state(where) != ST_DISK:
+        return False
+    return t.disk.holds(t.disk, where) == HOLDS_NOT
+
+
+cdef void keep_if_cut_off(Tiers *t, uint64_t page) noexcept nogil:
+    cdef ColdPage copy
+    cdef Entry e, now
+    while True:                 # (its RAM copy may be moved meanwhile)
+        e = entry_load(&t.core.index, page)
+        if state_of(e.version) != ST_RAM_EPHEMERAL or not entry_is_sound(e.location, e.version):
+            return
+        copy = cold_page(page, version_of(e.version), 0, e.location)
+        copy.where = lower_now(t.core, &copy)
+        if copy.where == 0:
+            now = entry_load(&t.core.index, page)
+            if now.location == e.location and now.version == e.version:
+                return          # its header is damaged: drop_ram_copy keeps such a one in RAM
+            continue
+        if not was_cut_off(t, copy.where):
+            return
+        if keep_in_ram(t.core, page, e, &copy.where):
+            t.cold.drop(t.cold, &copy)
+            t.cells[C_RESCUED_PAGES] += 1
+            return
+
+
+cdef bint keep_cut_off(Tiers *t) noexcept nogil:
+    """A piece of the walk that a cut file waits for; False: there is nothing more to do.
+
+    What is in RAM, and was on the disk too, is in RAM alone from then on.  The file is made long
+    again only after that: as long as it is short, every next server knows.
+    """
+    cdef uint64_t bytes = disk_to_keep(t.disk) if t.disk != NULL else <uint64_t>DISK_WHOLE
+    cdef uint64_t page, end
+    cdef Slot *slot
+    if bytes == DISK_WHOLE:
+        return False
+    if bytes != t.keep_bytes:
+        t.keep_bytes, t.keep_at = bytes, 0
+        slots_quiesce(&t.core.slots)    # who is just promoting a page has not seen the cut
+    end = min(t.keep_at + KEEP_ENTRIES, t.core.index.pages)
+    slot = slot_take_own(&t.core.slots)
+    for page in range(t.keep_at, end):
+        keep_if_cut_off(t, page)
+    slot_release(slot)
+    let_others(t)
+    t.keep_at = end
+    if end < t.core.index.pages:
+        return True
+    disk_kept(t.disk, bytes)
+    t.keep_bytes = DISK_WHOLE
+    return False
 
 
 # ---- tidying the tier ---------------------------------------------------------------------

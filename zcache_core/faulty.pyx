@@ -166,7 +166,7 @@ cdef void faulty_adopted(ColdTier *tier) noexcept nogil:
     below.adopted(below)
 
 
-cdef bint faulty_holds(ColdTier *tier, uint64_t where) noexcept nogil:
+cdef int faulty_holds(ColdTier *tier, uint64_t where) noexcept nogil:
     cdef ColdTier *below = (<Faulty *>tier).below
     return below.holds(below, where)
 

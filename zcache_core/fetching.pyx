@@ -24,7 +24,7 @@ from zcache_core.counter_ids cimport (
 )
 from zcache_core.index cimport entry_load
 from zcache_core.layout cimport (
-    ST_PEER, Entry, codec_of, header_lower, is_backed, length_of, lower_state, state_of, version_of, where_of,
+    ST_PEER, Entry, codec_of, header_lower, length_of, lower_state, state_of, version_of, where_of,
 )
 from zcache_core.native cimport zc_add64, zc_load32, zc_store32
 from zcache_core.pthread cimport lock_take, now_us, pthread_mutex_unlock
@@ -138,6 +138,7 @@ cdef int tiers_fetch(void *tiers, void *slot_argument, uint64_t page, Entry e, u
     cdef Slot *slot = <Slot *>slot_argument
     cdef Entry now
     cdef ColdPage copy
+    cdef bint alone
     cdef int error
     cdef int64_t began_us = now_us()
     if state_of(e.version) != lower_state(where_of(e.location)):
@@ -152,9 +153,9 @@ cdef int tiers_fetch(void *tiers, void *slot_argument, uint64_t page, Entry e, u
             count_failure(t, slot, page, e, error)
         return EIO
     ahead_note(&t.ahead, page)
-    if earns_ram(t, page) and promote(t.core, slot, page, e, slot.blob):
+    if earns_ram(t, page) and promote(t.core, slot, page, e, slot.blob, &alone):
         count(slot, C_PROMOTED_PAGES, 1)
-        if state_of(e.version) == ST_PEER and not is_backed(where_of(e.location)):
+        if alone:
             copy = cold_page(page, version_of(e.version), where_of(e.location), e.location)
             t.cold.drop(t.cold, &copy)
     return 0

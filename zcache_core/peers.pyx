@@ -30,7 +30,7 @@ from libc.string cimport memset
 from posix.mman cimport MAP_FAILED, MAP_SHARED, PROT_READ, PROT_WRITE, mmap, munmap
 from posix.unistd cimport close, ftruncate
 
-from zcache_core.cold cimport ColdPage, ColdTier
+from zcache_core.cold cimport HOLDS, HOLDS_MAYBE, HOLDS_NOT, ColdPage, ColdTier
 from zcache_core.counter_ids cimport (
     C_HEDGED_REMOTE_GETS, C_LIVE_PEERS, C_MISSED_REMOTE_FLUSHES, C_REMOTE_CORRUPT_PAGES, C_REMOTE_FAILED_PUTS,
     C_REMOTE_PAGE_FLUSHES,
@@ -47,7 +47,7 @@ from zcache_core.peerwhere cimport where_is_possible
 from zcache_core.pthread cimport lock_init, now_us, sched_yield
 from zcache_core.ring cimport (
     PUT_ROOM, RING_ANSWERED, RING_ASKED, RING_CELLS, RING_FILLING, RING_MAGIC, RING_STATE, RING_VERSION,
-    ROW_GONE, ROW_LIVE, ROW_UNKNOWN, GetCell, PutRow, Ring,
+    ROW_GONE, ROW_LIVE, ROW_SUSPECT, ROW_UNKNOWN, GetCell, PutRow, Ring,
     RingHead, zc_futex_wait, zc_is_locked, zc_kick, zc_memory_fd,
 )
 from zcache_core.slots cimport observe_shared
@@ -376,25 +376,39 @@ cdef bint peers_adopt(ColdTier *tier, uint64_t where, uint32_t length_bytes) noe
     return True
 
 
-cdef bint is_there(Peers *p, uint32_t row) noexcept nogil:
+cdef int row_holds(Peers *p, uint32_t row) noexcept nogil:
     """Whether a donor lives and has what it had: as the node says, or said a short while ago."""
     cdef RingHead *head = &p.ring.head
     cdef uint32_t state = zc_load32(&head.row_state[row])
     cdef int64_t now = now_us()
-    if state == ROW_LIVE and now - <int64_t>zc_load64(<uint64_t *>&head.beat_us) < BEAT_LATE_US:
-        return True
-    return state != ROW_GONE and now - <int64_t>zc_load64(&p.super.donors[row].seen_us) < TRUST_US
+    cdef int64_t silent_us = now - <int64_t>zc_load64(<uint64_t *>&head.beat_us)
+    if state == ROW_SUSPECT:
+        return HOLDS_MAYBE if silent_us < TRUST_US else HOLDS_NOT
+    if state == ROW_LIVE and silent_us < BEAT_LATE_US:
+        return HOLDS
+    if state != ROW_GONE and now - <int64_t>zc_load64(&p.super.donors[row].seen_us) < TRUST_US:
+        return HOLDS
+    return HOLDS_NOT
 
 
-cdef bint peers_holds(ColdTier *tier, uint64_t where) noexcept nogil:
-    """Whether one donor of it is there: while the others are not, their copies are being renewed."""
+cdef int peers_holds(ColdTier *tier, uint64_t where) noexcept nogil:
+    """Whether one donor of it is there: while the others are not, their copies are being renewed.
+
+    Of those under suspicion it is not known: their link ends soon, or they answer.
+    """
     cdef Peers *p = <Peers *>tier
+    cdef int found = HOLDS_NOT
+    cdef int one
     cdef uint32_t i, donor
     for i in range(COPIES_MOST):
         donor = donor_at(where, i)
-        if donor and donor <= DONORS and is_there(p, donor - 1):
-            return True
-    return False
+        if donor and donor <= DONORS:
+            one = row_holds(p, donor - 1)
+            if one == HOLDS:
+                return HOLDS
+            if one == HOLDS_MAYBE:
+                found = HOLDS_MAYBE
+    return found
 
 
 cdef void see_rows(Peers *p) noexcept nogil:

@@ -3,7 +3,7 @@
 from cpython.pycapsule cimport PyCapsule_New
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
-from zcache_core.cold cimport COLD_CAPSULE
+from zcache_core.cold cimport COLD_CAPSULE, HOLDS
 from zcache_core.crypt cimport Sealer
 from zcache_core.layout cimport COUNTER_CELLS, DONOR_ID_BYTES, DONORS, DonorRow
 from zcache_core.memfile cimport MemoryFile
@@ -54,7 +54,7 @@ cdef class PeerTier:
 
     def holds(self, uint64_t where):
         """Whether the copies at this address may be counted on now."""
-        return bool(self.peers.face.holds(&self.peers.face, where))
+        return self.peers.face.holds(&self.peers.face, where) == HOLDS
 
     def donors(self):
         """[(id, epoch, copies that the index counts on)] by row; id None: unused."""

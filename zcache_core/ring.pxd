@@ -55,6 +55,7 @@ cdef enum RowState:             # of a donor, as the node knows it
     ROW_UNKNOWN = 0             # not met since the node began
     ROW_LIVE = 1
     ROW_GONE = 2                # away, empty, or not to be believed
+    ROW_SUSPECT = 3             # an answer is overdue
 
 cdef enum NoteKind:
     NOTE_MOVED = 1              # the copies at `old` are at `new` from now on

@@ -29,7 +29,7 @@ from zcache_core.native cimport (
 from zcache_core.pthread cimport now_us
 from zcache_core.ring cimport (
     DROPS, NOTE_DONOR, NOTE_GONE, NOTE_MOVED, NOTES, PUT_ROOM, RING_ANSWERED, RING_ASKED, RING_CELLS, RING_FILLING, RING_MAGIC,
-    RING_STATE, RING_TAKEN, RING_VERSION, ROW_GONE, ROW_LIVE, ROW_UNKNOWN, SEALED_MOST, Drop, GetCell, Note, PutRow, Ring, cell_answer, cell_begin, cell_end, zc_is_locked, zc_lock_it,
+    RING_STATE, RING_TAKEN, RING_VERSION, ROW_GONE, ROW_LIVE, ROW_SUSPECT, ROW_UNKNOWN, SEALED_MOST, Drop, GetCell, Note, PutRow, Ring, cell_answer, cell_begin, cell_end, zc_is_locked, zc_lock_it,
     zc_futex_wake,
 )
 
@@ -122,6 +122,7 @@ cdef class RingSide:
         self.ring.head.attached += 1
         for i in range(DONORS):     # whom it knew to live, we have not met yet
             zc_cas32(&self.ring.head.row_state[i], ROW_LIVE, ROW_UNKNOWN)
+            zc_cas32(&self.ring.head.row_state[i], ROW_SUSPECT, ROW_UNKNOWN)
         for i in range(RING_CELLS):
             word = zc_load32(&self.ring.cell[i].word)
             if word & RING_STATE == RING_TAKEN or word & RING_STATE == RING_FILLING:
@@ -321,10 +322,10 @@ cdef class RingSide:
         self.ring.head.hedged_gets = hedged_gets
         zc_store32(&self.ring.head.ready, ready)
 
-    def tell_row(self, uint32_t row, bint live):
-        """Whether the donor of that row answers, with the pages that we count on."""
+    def tell_row(self, uint32_t row, live):
+        """Whether the donor of that row answers, with the pages that we count on; None: that is in doubt."""
         assert row < DONORS
-        zc_store32(&self.ring.head.row_state[row], ROW_LIVE if live else ROW_GONE)
+        zc_store32(&self.ring.head.row_state[row], ROW_SUSPECT if live is None else ROW_LIVE if live else ROW_GONE)
 
     @property
     def disk_fails(self):

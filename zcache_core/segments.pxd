@@ -23,7 +23,7 @@ ctypedef struct Segments:
     uint32_t count              # number 0 is the disk's own header: not used
     Segment *at
     uint64_t *free_bits         # a bit for each: free
-    uint64_t *cut_bits          # a bit for each: cut off since it was opened; atomics
+    uint64_t *cut_bits          # a bit for each: the disk was cut short since it was opened; atomics
     uint32_t free_count
     uint32_t next_free          # where to look first
     uint32_t clock              # segments opened so far: what ages are measured in
@@ -38,7 +38,7 @@ cdef void segments_close(Segments *s, uint32_t number) noexcept nogil
 cdef void segments_give_back(Segments *s, uint32_t number) noexcept nogil
 cdef void segments_take(Segments *s, uint32_t number) noexcept nogil
 cdef uint32_t segments_victim(Segments *s) noexcept nogil
-cdef void segments_cut(Segments *s, uint64_t bytes) noexcept nogil
+cdef void segments_doubt(Segments *s) noexcept nogil
 cdef bint segments_is_cut(Segments *s, uint32_t number) noexcept nogil
 cdef void segments_died(Segments *s, uint32_t number, uint32_t bytes) noexcept nogil
 

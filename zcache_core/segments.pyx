@@ -120,15 +120,15 @@ cdef void segments_close(Segments *s, uint32_t number) noexcept nogil:
         zc_add32(&s.emptied, 1)
 
 
-cdef void segments_cut(Segments *s, uint64_t bytes) noexcept nogil:
-    """Only so many bytes of the disk are left: what is in the segments behind is gone."""
-    cdef uint32_t number
-    for number in range(<uint32_t>min(<uint64_t>s.count, bytes // SEGMENT_BYTES), s.count):
-        zc_store64(&s.cut_bits[number // 64], s.cut_bits[number // 64] | <uint64_t>1 << (number % 64))
+cdef void segments_doubt(Segments *s) noexcept nogil:
+    """The disk was cut short: what is in any segment may be gone."""
+    cdef uint32_t i
+    for i in range(s.count // 64 + 1):
+        zc_store64(&s.cut_bits[i], ~<uint64_t>0)
 
 
 cdef bint segments_is_cut(Segments *s, uint32_t number) noexcept nogil:
-    """Whether anything in it may have been cut off since it was opened.  Any thread, no lock."""
+    """Whether the disk was cut short since it was opened.  Any thread, no lock."""
     return zc_load64(&s.cut_bits[number // 64]) >> (number % 64) & 1
 
 

@@ -24,9 +24,9 @@ from zcache_core.cold cimport COLD_BATCH, COLD_CAPSULE, ColdPage, ColdTier
 from zcache_core.cooler cimport cooling_thread, tiers_wait_room
 from zcache_core.counter_ids cimport C_PRIVATE_TABLE_BYTES
 from zcache_core.crypt cimport Crypt, Sealer
-from zcache_core.disk cimport disk_cut, disk_discard, disk_make, disk_memory_bytes
+from zcache_core.disk cimport disk_cut, disk_discard, disk_keep_first, disk_make, disk_memory_bytes
 from zcache_core.diskrun cimport disk_get_many
-from zcache_core.diskstate cimport DISK_BYTES_LEAST
+from zcache_core.diskstate cimport DISK_BYTES_LEAST, DISK_WHOLE
 from zcache_core.fetching cimport ghost_cells, tiers_fetch, tiers_mend
 from zcache_core.layout cimport BACKED_BITS, COUNTER_CELLS, Entry
 from zcache_core.orders cimport orders_tell
@@ -57,7 +57,7 @@ cdef bint tiers_adopt(void *tiers, uint64_t where, uint32_t length_bytes) noexce
     return t.cold.adopt(t.cold, where, length_bytes)
 
 
-cdef bint tiers_holds(void *tiers, uint64_t where) noexcept nogil:
+cdef int tiers_holds(void *tiers, uint64_t where) noexcept nogil:
     cdef Tiers *t = <Tiers *>tiers
     return t.cold.holds(t.cold, where)
 
@@ -110,6 +110,7 @@ cdef class Cooling:
         t.orders.fd = -1
         t.orders.core = &store.core
         t.orders.below = True
+        t.keep_bytes = DISK_WHOLE
         t.cells = store.memory.counters + (SLOTS + 2) * COUNTER_CELLS
         if encrypt or not store.memory.fresh:
             self.sealer = Sealer(store.memory)
@@ -123,6 +124,8 @@ cdef class Cooling:
             if self.disk == NULL:
                 raise MemoryFileError("no memory for the disk's tables; choose a smaller pool")
             self.disk.get_many = disk_get_many
+            t.disk = self.disk
+            disk_keep_first(self.disk)
             if 0 < found_bytes < disk_bytes:
                 disk_cut(self.disk, found_bytes)
         t.cold = self._with_peers(backup)

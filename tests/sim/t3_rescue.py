@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import random
 
+from cluster.peerwire import LinkState
 from cluster.replicas import Options
 from tests.sim.loop import run
 from tests.sim.t2_overflow import seeds
@@ -142,3 +143,40 @@ def test_a_page_in_ram_outlives_all_of_its_donors(rng: random.Random) -> None:
         told += life.owner.rescued - life.kept
     assert kept > 0
     assert told > 0
+
+
+def test_nothing_is_dropped_for_donors_under_suspicion(rng: random.Random) -> None:
+    """Nor given up: what answers again is as it was, what does not is rescued."""
+
+    async def work() -> None:
+        life = Life(rng.getrandbits(32))
+        owner, links = life.owner, life.world.links
+        await life.world.start()
+        try:
+            for page in range(20):
+                owner.write(page, random_length(rng))
+            await owner.cool(list(range(20)))
+            there = sorted(page for page in owner.ram if owner.index[page][1] is not None)
+            assert len(there) > 10
+            half = len(there) // 2
+            for link in links:
+                link.hangs = True
+                link._become(LinkState.SUSPECT)
+            assert owner.overflow is not None
+            assert set(owner.overflow.rows_met().values()) == {None}
+            assert not any(owner.drop_ram(page) for page in there)
+            assert set(there) <= owner.ram
+            assert owner.rescued == 0
+            for link in links:
+                link.hangs = False
+                link._become(LinkState.UP)
+            assert all(owner.drop_ram(page) for page in there[:half])
+            for link in links:
+                link.is_cut = True
+                link._become(LinkState.DOWN)
+            assert not any(owner.drop_ram(page) for page in there[half:])
+            assert owner.rescued == len(there) - half
+        finally:
+            await life.world.stop()
+
+    run(work())

@@ -346,9 +346,12 @@ class Owner:
         where = self.index[page][1]
         assert where is not None
         met = self.overflow.rows_met()
-        if any(met.get(row) for row in rows_of_where(where)):
+        states = [met.get(row, False) for row in rows_of_where(where)]
+        if any(states):
             self.ram.discard(page)
             return True
+        if None in states:  # soon it will be known
+            return False
         self.rescue(page)
         return False
 
