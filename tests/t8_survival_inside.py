@@ -65,8 +65,10 @@ def has_standby(guest: Guest) -> bool:
 
 
 def kill_exhausted(guest: Guest) -> None:
-    """kill -9 of the server, where memory for another one is not to be had."""
-    assert guest.meminfo_kb()["MemAvailable"] < RESERVE_KB, "there is memory: this proves nothing"
+    """kill -9 of the server, once memory for another one is not to be had."""
+    guest.link.wait_for(
+        lambda: guest.meminfo_kb()["MemAvailable"] < RESERVE_KB, 30, "memory to be exhausted"
+    )
     kill_server_in(guest)
 
 
