@@ -19,6 +19,7 @@ import msgpack
 import nbd
 import pytest
 
+from bench.servers import is_listening
 from plugin.config import KEYS
 from plugin.fitness import CAPABILITIES, has_capability
 from tests.plugin_helpers import (
@@ -380,7 +381,7 @@ def test_server_serves_without_any_node(tmp_path: Path) -> None:
     with open(tmp_path / "log", "wb") as log:
         process = subprocess.Popen([*command, "pool=1M"], env=env, stderr=log)
     try:
-        wait_for("the socket", (tmp_path / "s").exists)
+        wait_for("the socket", lambda: is_listening(tmp_path / "s"))
         handle = nbd.NBD()
         handle.connect_unix(str(tmp_path / "s"))
         handle.pwrite(b"x" * PAGE, 0)
