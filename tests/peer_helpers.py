@@ -7,6 +7,7 @@ import os
 import select
 import threading
 import time
+from collections.abc import Iterable
 from typing import Any
 
 from zcache_core import ringside
@@ -26,6 +27,7 @@ class FakeNode:
         memory: MemoryFile,
         donors: int = 3,
         held: dict[Key, bytes] | None = None,
+        absent: Iterable[int] = (),
     ) -> None:
         self.ring = RingSide(tier.fd, tier.wake_fd)
         self.memory, self.donors = memory, donors
@@ -35,7 +37,7 @@ class FakeNode:
         self.lock = threading.Lock()
         self.put_error = 0  # all puts fail with it
         self.spoil: set[int] = set()  # rows that answer with other bytes
-        self.absent: set[int] = set()  # rows that answer nothing
+        self.absent = set(absent)  # rows that answer nothing
         self.suspect: set[int] = set()  # rows whose answers are overdue
         self.rows = list(range(donors))  # of the donors as they are now
         self.silent = False  # takes and never answers

@@ -85,7 +85,8 @@ class Backed:
     def assert_sound(self) -> None:
         """What is counted is what there is, at donors and in the index."""
         wait_until(lambda: self.is_exact(), "all is counted")
-        assert self.store.check() == 0
+        # while pages leave RAM, one may be counted at one end only; what is wrong stays wrong
+        wait_until(lambda: self.store.check() == 0, "index and pool agree")
 
     def is_exact(self) -> bool:
         with self.node.lock:

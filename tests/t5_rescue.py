@@ -192,8 +192,7 @@ def test_who_is_believed_to_live(memory: MemoryFile) -> None:
         wait_until(lambda: below.node.ring.ticks > ticks + 1, "it is noted")
         below.node.die()
         assert below.tier.holds(both)
-        below.node = FakeNode(below.tier, memory)
-        below.node.absent |= {1, 2}
+        below.node = FakeNode(below.tier, memory, absent={1, 2})
         assert below.tier.holds(both)
         assert not below.tier.holds(one), "who was away is not back because nobody knows"
     finally:
