@@ -148,7 +148,8 @@ class Overflow:
         """Row -> whether its donor answers, with what it had; of those met since the start.
 
         None: an answer is overdue.  Many donors lose their power together: until it is known,
-        nothing leaves the server's RAM for their copies, nor are these given up.
+        nothing leaves the server's RAM for their copies, nor are these given up (but a process
+        that begins anew meanwhile may give them up, where RAM has the page).
         """
         return {
             seat.row: None

@@ -219,8 +219,8 @@ def _wait(line: socket.socket, swift: Swift | None) -> Inheritance:
     while True:
         try:
             data, rights, _, _ = line.recvmsg(64, socket.CMSG_SPACE(4 * FDS_MAX))
-        except InterruptedError:
-            continue
+        except (InterruptedError, ConnectionResetError):
+            continue  # reset: the mender died before it read an answer; its end comes next
         if data == BYE:
             _leave(line, swift)
         if data == SWIFT:
@@ -228,7 +228,8 @@ def _wait(line: socket.socket, swift: Swift | None) -> Inheritance:
                 swift.begin()
             continue
         if data == COUNTING:
-            line.send(YES if swift is None or swift.is_counting() else NO)
+            with suppress(OSError):  # a mender that has ended asks no more
+                line.send(YES if swift is None or swift.is_counting() else NO)
             continue
         if not data:
             line.close()

@@ -15,7 +15,7 @@ from tests.plugin_helpers import ROOT, wait_for
 # A mender as small as can be: it makes a spare, tells it what it is asked to, and writes to a
 # file who it is, what it has, and whether its spare lives.
 SCRIPT = """
-import os, signal, socket, sys, time
+import os, select, signal, socket, sys, time
 from plugin.spare import Spare
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)
 signal.signal(signal.SIGTERM, lambda number, frame: say("in good order") or sys.exit(0))
@@ -65,7 +65,14 @@ if how == "lose":  # it is killed while we do not look
     say(f"has {spare.line} {spare.pid}")
     spare.dismiss()
     sys.exit(0)
-if how in ("kill", "order"):
+if how in ("ask", "answered"):
+    os.kill(spare.pid, signal.SIGSTOP if how == "ask" else signal.SIGCONT)
+    spare.ask()
+    if how == "answered":
+        select.select([spare.line], [], [])
+    else:
+        os.fork() or (time.sleep(0.3), os.kill(spare.pid, signal.SIGCONT), os._exit(0))
+if how in ("kill", "order", "ask", "answered"):
     os.kill(os.getpid(), signal.SIGKILL)
 while spare.line is not None:
     if not spare.line.getblocking():
@@ -97,6 +104,16 @@ def test_a_killed_mender_leaves_its_last_socket_to_its_spare(tmp_path: Path, tel
     expected += "".join(f" {pid} relay{pid}" for pid in range(tells, tells + tells % 3))
     assert said(path)[1] == f"{spare_pid} {expected}"
     assert said(path)[2] == f"{spare_pid} again"
+
+
+@pytest.mark.parametrize("how", ["ask", "answered"])
+def test_a_mender_that_is_killed_with_a_question_open_has_an_heir(tmp_path: Path, how: str) -> None:
+    """The spare finds nobody to answer, or learns that its answer was never read."""
+    path = tmp_path / "said"
+    assert run(path, 5, how).wait(20) == -signal.SIGKILL
+    wait_for("the heir", lambda: len(said(path)) >= 2)
+    spare_pid = said(path)[0].split()[2]
+    assert said(path)[1].startswith(f"{spare_pid} inherited 1005 socket5")
 
 
 def test_a_mender_that_ends_in_order_takes_its_spare_along(tmp_path: Path) -> None:

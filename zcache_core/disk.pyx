@@ -24,7 +24,7 @@ Bounds: 50 bytes of memory for each MiB of disk, two buffers of 1 MiB.
 Lock: `lock` (a leaf) guards logs and every change of a segment's state.
 """
 
-from libc.errno cimport EDQUOT, EILSEQ, EIO
+from libc.errno cimport EDQUOT, EILSEQ, EIO, ENODATA
 from libc.stdint cimport uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 
@@ -100,8 +100,11 @@ cdef uint64_t disk_to_keep(ColdTier *tier) noexcept nogil:
 
 
 cdef void disk_kept(ColdTier *tier, uint64_t bytes) noexcept nogil:
-    """What is in RAM too is counted on there alone."""
-    (<Disk *>tier).kept_bytes = bytes
+    """What is in RAM too is counted on there alone.  By who puts."""
+    cdef Disk *d = <Disk *>tier
+    d.kept_bytes = bytes
+    if d.failing == ENODATA:
+        d.retry_at_us = d.retry_wait_us = 0     # that was what it waited for
 
 
 cdef void disk_adopted(ColdTier *tier) noexcept nogil:

@@ -142,6 +142,8 @@ cdef bint disk_takes(ColdTier *tier) noexcept nogil:
         error = 0
     if error == 0:
         d.cut_bytes = d.kept_bytes = DISK_WHOLE
+    if must_keep(d):
+        d.retry_wait_us = 0         # its end is near, and no attempt of the disk's
     if error or d.failing == ENOENT or d.failing == ENODATA:
         note_failure(d, error)
     return error == 0 and quota_allows(&d.quota, WRITE_BYTES)
