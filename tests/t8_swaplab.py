@@ -258,7 +258,7 @@ def own_memory_run(corpus: Path, allocator: str, seconds: float, seed: int, limi
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("allocator", ALLOCATORS)
 def test_a_guest_swaps_onto_its_own_memory(corpus: Path, allocator: str, seed: int) -> None:
-    own_memory_run(corpus, allocator, seconds=30, seed=seed, limit_s=360)
+    own_memory_run(corpus, allocator, seconds=18, seed=seed, limit_s=360)
 
 
 @pytest.mark.timeout(250)
