@@ -34,7 +34,7 @@ DESTDIR ?=
 # make test TESTS="tests/t1_arena.py -k frames"
 TESTS ?= tests
 # Bounds a hang that a single test's own limit cannot end.
-TEST_LIMIT_S ?= 2400
+TEST_LIMIT_S ?= 2520
 
 setup: packages venv core ## install what is missing: Debian packages, .venv, compiled core
 
