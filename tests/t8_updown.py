@@ -55,6 +55,7 @@ HOG_MIB = 250
 ROOMY = replace(SELF_SERVING, mem_mib=640)
 SLEEPER_MIB, ROOMY_HOG_MIB = 160, 330
 BACK_BYTES = 4 << 20  # so much has come back when `down` is interrupted
+OUT_BYTES = 110 << 20
 GUESTS = 2  # as many as a small machine has CPUs
 UP_STEPS = ("up:serve", "up:attach", "up:mkswap", "up:swapon")
 DOWN_STEPS = ("down:swapoff", "down:detach", "down:stop")
@@ -104,6 +105,10 @@ def test_up_a_workload_and_down(rng: random.Random) -> None:
             kills.append(Kills(guest, job, rng))
             kills[0].run(1, supervisor_and_helper)
             kills[0].run(1, lambda: kill_mender(guest))
+            # Earlier there is room, `down` begins, and the hog takes the room away: OOM by right.
+            guest.link.wait_for(
+                lambda: used_bytes(guest) > OUT_BYTES, 60, "more to be out than memory takes back"
+            )
             refusals.append(zcache_in(guest, "down", expect=7))
             assert "is running:" in zcache_in(guest, "up", *SETTINGS)  # a new supervisor
 

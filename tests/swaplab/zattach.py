@@ -41,6 +41,8 @@ def zcache_in(guest: Guest, *words: str, env: dict[str, str] | None = None, expe
     job = start_zcache(guest, *words, env=env)
     code = job.wait(COMMAND_LIMIT_S).code
     said = job.stdout() + job.stderr()
+    if code < 0 <= expect:  # a signal, and it may have been the kernel's
+        said += "\n".join(str(line) for line in guest.log[-30:])
     assert code == expect, f"zcache {' '.join(words)}: exit {code}: {said}"
     return said
 
