@@ -15,6 +15,7 @@ import errno
 import os
 import random
 import time
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -341,3 +342,27 @@ def test_scan_does_not_push_the_hot_set_out(tmp_path: Path, rng: random.Random) 
     assert rates[1] > 0.97
     assert rates[1] > rates[2]
     assert rates[1] > plain + 0.2
+
+
+def test_pages_that_share_ghosts_are_promoted_all_the_same(
+    tmp_path: Path, rng: random.Random
+) -> None:
+    """More pages of one line of ghosts than it has cells, read in turn: each gets its RAM copy.
+
+    The line of a page is as in fetching.pyx: 4096 cells in lines of 16.
+    """
+    pages, lines = 6000, defaultdict(list)
+    for page in range(pages):
+        lines[((page + 1) * 0x9E3779B97F4A7C15 % 2**64 >> 20) % 4096 // 16].append(page)
+    shared = max(lines.values(), key=len)
+    assert 17 <= len(shared) <= 40  # read within the window of 512 reads, and fit the pool
+    rng.shuffle(shared)
+    with cold_store(tmp_path, pages * PAGE, 1 * MIB, 16 * MIB) as cold:
+        for page in shared:
+            cold.store.put(page, noise(rng))
+        cold.drain()
+        for _ in range(100):
+            for page in shared:
+                cold.store.get(page)
+        assert [cold.state(page) for page in shared] == ["ephemeral"] * len(shared)
+        assert cold.counters()["promoted_pages"] == len(shared)

@@ -36,15 +36,17 @@ cdef extern from "<errno.h>":
 
 cdef enum:
     GHOSTS_LEAST = 4096
-    GHOST_WAYS = 4
+    GHOST_WAYS = 16             # of 4 bytes: one cache line
     STAMPS = 1 << 14            # a window is so many units of time at most: a quarter of what 16 bits hold
+
+cdef uint64_t GOLDEN = 0x9E3779B97F4A7C15
 
 
 # ---- who earns a RAM copy -----------------------------------------------------------------
 # A ghost is 16 bits of a page's hash and 16 of the time, counted in reads from below.  It
-# lies in one of the four cells that the hash names; the oldest makes room.  (With one cell
-# each, pages that share it and are read in turn would forget one another for ever.)  A wrong
-# hit, 1 in 16384, is promoted early.
+# lies in one of the sixteen cells that the hash names.  One that is too old to count makes
+# room, else any of them: if it were the oldest, pages that share the cells and are read in
+# turn would forget one another for ever.  A wrong hit, 1 in 2048 at most, is promoted early.
 
 cdef uint64_t ghost_cells(uint64_t pool_frames) noexcept nogil:
     """A power of two, at least twice the pool: as many as pages may be read within the window."""
@@ -58,20 +60,22 @@ cdef bint earns_ram(Tiers *t, uint64_t page) noexcept nogil:
     """Whether this page was read from below a short while ago; remembers that it is now."""
     cdef uint64_t window = 2 * <uint64_t>t.core.arena.target
     cdef uint64_t unit = window // STAMPS + 1
-    cdef uint32_t now = <uint32_t>(zc_add64(&t.cold_loads, 1) // unit) & 0xFFFF
-    cdef uint64_t hash = (page + 1) * <uint64_t>0x9E3779B97F4A7C15
+    cdef uint64_t reads = zc_add64(&t.cold_loads, 1)
+    cdef uint32_t now = <uint32_t>(reads // unit) & 0xFFFF
+    cdef uint64_t hash = (page + 1) * GOLDEN
     cdef uint32_t tag = <uint32_t>(hash & 0xFFFF) | 1
     cdef uint32_t *cell = t.ghosts + (hash >> 20) % t.ghost_cells // GHOST_WAYS * GHOST_WAYS
+    cdef uint32_t place = <uint32_t>(reads * GOLDEN >> 32) % GHOST_WAYS
     cdef uint32_t oldest = 0
-    cdef uint32_t place = 0
     cdef uint32_t i, seen, age
     for i in range(GHOST_WAYS):
         seen = zc_load32(cell + i)
         age = (now - seen) & 0xFFFF if seen else 0x10000
-        if seen >> 16 == tag and age * unit < window:
-            zc_store32(cell + i, (tag << 16) | now)
-            return True
-        if age > oldest:
+        if age * unit < window:
+            if seen >> 16 == tag:
+                zc_store32(cell + i, (tag << 16) | now)
+                return True
+        elif age > oldest:
             oldest = age
             place = i
     zc_store32(cell + place, (tag << 16) | now)

@@ -13,6 +13,7 @@ import os
 import select
 import signal
 import subprocess
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from .network import Network
 from .servers import REPOSITORY, Place, ServerCommand
 
 START_LIMIT_S = 30
+ASK_AGAIN_S = 0.2
 STOP_LIMIT_S = 1
 """After SIGTERM nbdkit waits for its connections, and one to a guest that is gone never ends."""
 
@@ -112,9 +114,24 @@ class HostServer:
         self._process.wait()
 
     def stats(self, limit_s: float = 20) -> dict[str, int]:
-        """The server's own numbers; empty if it has none to give.  Raises LabError."""
+        """The server's own numbers; empty if it has none to give.  Raises LabError.
+
+        A server answers its device before its node process has the control socket: who asks
+        right after a start is told that nobody serves it, and asks again.
+        """
         if self.command.read_stats is None:
             return {}
+        late = Deadline(limit_s)
+        while True:
+            try:
+                return self._stats_now(limit_s)
+            except CommandFailedError:
+                if late.passed() or not self.running():
+                    raise
+            time.sleep(ASK_AGAIN_S)
+
+    def _stats_now(self, limit_s: float) -> dict[str, int]:
+        assert self.command.read_stats is not None
         done = subprocess.run(
             self._network.inside(self.command.stats_argv),
             pass_fds=(self._network.fd,),
