@@ -96,6 +96,27 @@ def test_who_asks_never_waits_for_it(tmp_path: Path, rng: random.Random) -> None
         cold.assert_sound()
 
 
+def test_what_came_up_meanwhile_is_read_anew(tmp_path: Path, rng: random.Random) -> None:
+    """It may have been recompressed in RAM: below again, it is not what was fetched before."""
+    with cold_store(tmp_path, PAGES * PAGE, 16 * MIB, 32 * MIB) as cold:
+        model = all_below(cold, rng)
+        cold.faulty.set(many_delay_us=60_000_000)
+        for page in range(3):
+            cold.store.get(page)
+        wait_for(lambda: cold.faulty.counts()["delays"] > 0)  # it reads pages from 3 on
+        for page in reversed(range(3, 40)):
+            cold.store.get(page)
+            cold.store.get(page)
+            assert cold.state(page) == "ephemeral"
+        cold.faulty.set()
+        wait_for(lambda: cold.counters()["ahead_pages"] > 0)
+        cold.drain()
+        for page in reversed(range(3, 11)):
+            assert cold.store.get(page) == model[page]
+        assert cold.counters()["ahead_useful_pages"] == 0
+        cold.assert_sound()
+
+
 def test_content_is_never_old(tmp_path: Path, rng: random.Random) -> None:
     """Reads in order while pages change, go, are moved and fail: against a dict."""
     with cold_store(tmp_path, 600 * PAGE, 1 * MIB, 16 * MIB) as cold:

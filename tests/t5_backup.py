@@ -192,6 +192,25 @@ def test_a_damaged_copy_on_the_disk_is_given_up(backed: Backed, rng: random.Rand
     backed.assert_sound()
 
 
+def test_parts_on_a_disk_that_is_cut_are_given_up(
+    backed: Backed, fd: int, rng: random.Random
+) -> None:
+    """The next server does not know of the cut: it must not take them for copies."""
+    model = fill(backed, rng)
+    at_peers = [page for page in range(PAGES) if backed.state(page) == PEER]
+    os.ftruncate(fd, 0)
+    wait_until(lambda: backed.now()["disk_errno"] == errno.ENODATA, "the cut is noticed")
+    wait_until(lambda: backed.now()["disk_errno"] == 0, "the disk is taken again")
+    where = {page: where for page, _, where, _ in backed.copies()}
+    assert at_peers
+    assert not any(is_backed(where[page]) for page in at_peers)
+    assert backed.node.ring.alone == len(at_peers), "the node is told that they need another"
+    assert backed.now()["disk_corrupt_pages"] == 0
+    check(backed, model)
+    assert backed.now()["lost_pages"] == 0
+    backed.assert_sound()
+
+
 class Stuck:
     """A reader of pages, one after the other, until one is inside of a disk that stands."""
 

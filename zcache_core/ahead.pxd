@@ -23,6 +23,7 @@ ctypedef struct Cell:           # one page ready, by page % AHEAD_CELLS
     uint32_t state
     uint32_t page
     uint64_t version
+    uint64_t arrivals           # of pages in RAM, before its entry was read
     BlobHeader header           # made when the blob came, checked when it is used
 
 ctypedef struct Stretch:

@@ -10,7 +10,8 @@ close together below, because they left together, are fetched in one read.
 Never at the cost of the page that is asked for: the thread is another, a full queue
 drops what is new, and who wants a page that is just coming waits a moment for it and
 then reads it himself.  Content cannot be stale: a page's version is its content's, and
-blob and header are checked when used as any other.
+blob and header are checked when used as any other.  Who came up meanwhile is read anew: it may
+have been recompressed, and the dictionary of this blob be another one by now.
 
 Bounds: 256 pages ready, 1.1 MiB; 16 stretches queued, of 32 pages at most.
 Lock: `lock` (a leaf) guards all of it; held for one copy of a blob at most, never
@@ -22,6 +23,7 @@ from libc.string cimport memcpy, memset
 from posix.mman cimport MAP_ANONYMOUS, MAP_FAILED, MAP_PRIVATE, PROT_READ, PROT_WRITE, mmap, munmap
 from posix.time cimport timespec
 
+from zcache_core.core cimport arrivals_of
 from zcache_core.counter_ids cimport (
     C_AHEAD_FAILED_PAGES, C_AHEAD_PAGES, C_AHEAD_USEFUL_PAGES, C_AHEAD_WASTED_PAGES,
 )
@@ -73,6 +75,14 @@ cdef inline uint8_t *blob_of(Ahead *a, const Cell *cell) noexcept nogil:
     return a.memory + (cell - &a.cell[0]) * PAGE_BYTES
 
 
+cdef inline bint is_of(Ahead *a, const Cell *cell, uint64_t page, Entry e) noexcept nogil:
+    """Whether the blob is, or will be, what the entry names.  Lock held."""
+    return (
+        cell.page == page and cell.version == version_of(e.version)
+        and cell.arrivals == arrivals_of(a.core, page)
+    )
+
+
 # ---- what a read does ----------------------------------------------------------------------
 
 cdef bint ahead_take(Ahead *a, Slot *slot, uint64_t page, Entry e) noexcept nogil:
@@ -84,12 +94,12 @@ cdef bint ahead_take(Ahead *a, Slot *slot, uint64_t page, Entry e) noexcept nogi
     if not a.running:
         return False
     lock_take(&a.lock)
-    if cell.state == CELL_LOADING and cell.page == page and cell.version == version_of(e.version):
+    if cell.state == CELL_LOADING and is_of(a, cell, page, e):
         until = at_us(now_us() + WAIT_US)
         while cell.state == CELL_LOADING and cell.page == page:
             if pthread_cond_timedwait(&a.done, &a.lock, &until):
                 break
-    here = cell.state == CELL_READY and cell.page == page and cell.version == version_of(e.version)
+    here = is_of(a, cell, page, e) and cell.state == CELL_READY
     if here:
         header = cell.header
         memcpy(slot.blob, blob_of(a, cell), length_of(e.location))
@@ -145,18 +155,19 @@ cdef void ahead_note(Ahead *a, uint64_t page) noexcept nogil:
 
 # ---- the thread ------------------------------------------------------------------------------
 
-cdef bint begin(Ahead *a, uint64_t page, Entry e) noexcept nogil:
+cdef bint begin(Ahead *a, uint64_t page, Entry e, uint64_t arrivals) noexcept nogil:
     """Make the page's cell ready to be filled; False when the page is there already."""
     cdef Cell *cell = &a.cell[page % AHEAD_CELLS]
     cdef bint new
     lock_take(&a.lock)
-    new = cell.state == CELL_EMPTY or cell.page != page or cell.version != version_of(e.version)
+    new = cell.state == CELL_EMPTY or not is_of(a, cell, page, e)
     if new:
         if cell.state == CELL_READY:
             a.cells_counters[C_AHEAD_WASTED_PAGES] += 1
         cell.state = CELL_LOADING
         cell.page = <uint32_t>page
         cell.version = version_of(e.version)
+        cell.arrivals = arrivals
     pthread_mutex_unlock(&a.lock)
     return new
 
@@ -185,13 +196,17 @@ cdef uint32_t gather(Ahead *a, Stretch *left) noexcept nogil:
     """The next batch of a stretch, which gets shorter by it; how many pages."""
     cdef uint32_t n = 0
     cdef uint32_t page
+    cdef uint64_t arrivals
     cdef Entry e
     while left.first < left.end and n < AHEAD_BATCH:
         page = left.first
         left.first += 1
+        arrivals = arrivals_of(a.core, page)
         e = entry_load(&a.core.index, page)
-        if not entry_is_sound(e.location, e.version) or not is_below(state_of(e.version)) or not begin(a, page, e):
-            continue            # in RAM, empty, or here already
+        if not entry_is_sound(e.location, e.version) or not is_below(state_of(e.version)):
+            continue            # in RAM, or empty
+        if not begin(a, page, e, arrivals):
+            continue            # here already
         a.batch[n].page = page
         a.batch[n].version = version_of(e.version)
         a.batch[n].where = where_of(e.location)

@@ -12,5 +12,6 @@ cdef int backup_get(Both *b, ColdPage *page, uint8_t *io) noexcept nogil
 cdef void backup_get_many(Both *b, ColdPage *pages, uint32_t n, uint8_t *room, uint64_t room_bytes) noexcept nogil
 cdef void backup_drop(Both *b, const ColdPage *page) noexcept nogil
 cdef bint backup_adopt(Both *b, uint64_t where, uint32_t length_bytes) noexcept nogil
+cdef bint give_up_disk_copy(Both *b, const ColdPage *page) noexcept nogil
 cdef int backup_holds(Both *b, uint64_t where) noexcept nogil
 cdef void backup_tick(Both *b) noexcept nogil

@@ -165,21 +165,21 @@ cdef bint peers_live(Both *b) noexcept nogil:
     return zc_load64(&b.peer_tier.ring.head.live_peers) != 0
 
 
-cdef void give_up_disk_copy(Both *b, const ColdPage *page) noexcept nogil:
-    """It is damaged, and the peer's is right: that one counts alone, until the node makes another."""
+cdef bint give_up_disk_copy(Both *b, const ColdPage *page) noexcept nogil:
+    """It is damaged or cut off: the peer's counts alone, until the node makes another.  False: not now."""
     cdef ColdPage there = page[0]
     cdef uint64_t alone = (<uint64_t>1 << 47) | donor_at(page.where, 0)
     # (a page that has changed meanwhile was dropped there: what is read then is no damage)
     # nor is anything given up before a takeover has counted it
     if b.peer_tier.core == NULL or not zc_load32(&b.peer_tier.core.ready):
-        return
+        return False
     if not copy_moved(b.peer_tier.core, page, alone):
-        return
-    zc_add64(&b.peer_tier.cells[C_DISK_CORRUPT_PAGES], 1)
+        return False
     count_backed(b.peer_tier, -1)
     count_alone(b.peer_tier, 1)
     there.where = disk_part(page.where)
     b.disk.drop(b.disk, &there)
+    return True
 
 
 cdef int backup_get(Both *b, ColdPage *page, uint8_t *io) noexcept nogil:
@@ -204,8 +204,8 @@ cdef int backup_get(Both *b, ColdPage *page, uint8_t *io) noexcept nogil:
         return 0
     if error == EIO:            # not asked, or not waited for
         error = from_peer(b, page, FOR_EVER_US)
-    if error == 0 and disk_error == EILSEQ:
-        give_up_disk_copy(b, page)
+    if error == 0 and disk_error == EILSEQ and give_up_disk_copy(b, page):
+        zc_add64(&b.peer_tier.cells[C_DISK_CORRUPT_PAGES], 1)
     if error == ENODATA and disk_error != EILSEQ:
         return EIO
     return error

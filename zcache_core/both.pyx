@@ -19,6 +19,7 @@ from libc.string cimport memset
 
 from zcache_core.backup cimport (
     backup_adopt, backup_drop, backup_get, backup_get_many, backup_holds, backup_put, backup_tick,
+    give_up_disk_copy,
 )
 from zcache_core.bothstate cimport PIECE_BYTES, TRY_EVERY, can_take, observe_get, peers_are_faster
 from zcache_core.cold cimport HOLDS_NOT, ColdPage, ColdTier
@@ -136,6 +137,10 @@ cdef int both_holds(ColdTier *tier, uint64_t where) noexcept nogil:
     return below.holds(below, where) if below != NULL else <int>HOLDS_NOT
 
 
+cdef bint both_part_lost(ColdTier *tier, const ColdPage *page) noexcept nogil:
+    return give_up_disk_copy(<Both *>tier, page)
+
+
 cdef bint both_takes(ColdTier *tier) noexcept nogil:
     cdef Both *b = <Both *>tier
     return b.peers != NULL and b.peers.takes(b.peers) or b.disk != NULL and b.disk.takes(b.disk)
@@ -196,6 +201,7 @@ cdef void both_make(Both *b, ColdTier *peers, ColdTier *disk) noexcept nogil:
     b.face.adopt = both_adopt
     b.face.adopted = both_adopted
     b.face.holds = both_holds
+    b.face.part_lost = both_part_lost
     b.face.takes = both_takes
     b.face.has_room = both_has_room
     b.face.resort = both_resort

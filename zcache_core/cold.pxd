@@ -24,6 +24,8 @@ Contract
     holds    whether this copy may be counted on, as far as is known now: what is in RAM too is
              only dropped there when it may (HOLDS).  HOLDS_MAYBE: that will be known soon; till
              then nothing is dropped for it, nor is it given up.  No I/O, no lock.  Any thread.
+    part_lost  this copy's part on the disk was cut off: from now on it is at the peer alone.  False:
+             not now, or the page has changed.  NULL: the tier has no copies of two parts.
     takes    whether a put is worth trying now: not while a failure is waited out, and not at
              the limit of bytes written a day.  Called by who puts.
     has_room whether a batch of that many bytes would find room now.
@@ -69,6 +71,7 @@ ctypedef struct ColdTier:
     bint (*adopt)(ColdTier *, uint64_t where, uint32_t length_bytes) noexcept nogil
     void (*adopted)(ColdTier *) noexcept nogil
     int (*holds)(ColdTier *, uint64_t where) noexcept nogil
+    bint (*part_lost)(ColdTier *, const ColdPage *) noexcept nogil
     bint (*takes)(ColdTier *) noexcept nogil
     bint (*has_room)(ColdTier *, uint64_t bytes) noexcept nogil
     uint32_t (*resort)(ColdTier *, ColdPage *, uint32_t most, uint8_t *room, uint64_t room_bytes) noexcept nogil

@@ -31,8 +31,8 @@ from zcache_core.diskstate cimport DISK_WHOLE
 from zcache_core.fullness cimport frames_ephemeral
 from zcache_core.index cimport entry_load
 from zcache_core.layout cimport (
-    PAGE_BYTES, ST_DISK, ST_RAM_EPHEMERAL, Entry, disk_part, entry_is_sound, is_backed, length_of, lower_state, state_of,
-    version_of, where_of,
+    PAGE_BYTES, ST_DISK, ST_PEER, ST_RAM_EPHEMERAL, Entry, disk_part, entry_is_sound, is_backed, length_of, lower_state,
+    state_of, version_of, where_of,
 )
 from zcache_core.pthread cimport lock_take, pthread_mutex_unlock, sched_yield
 from zcache_core.ramtier cimport store_victims
@@ -246,18 +246,29 @@ cdef bint was_cut_off(Tiers *t, uint64_t where) noexcept nogil:
     return t.disk.holds(t.disk, where) == HOLDS_NOT
 
 
+cdef bint has_changed(Tiers *t, uint64_t page, Entry seen) noexcept nogil:
+    cdef Entry now = entry_load(&t.core.index, page)
+    return now.location != seen.location or now.version != seen.version
+
+
 cdef void keep_if_cut_off(Tiers *t, uint64_t page) noexcept nogil:
+    """What RAM has is in RAM alone from now on; what a peer has, there alone."""
     cdef ColdPage copy
-    cdef Entry e, now
-    while True:                 # (its RAM copy may be moved meanwhile)
+    cdef Entry e
+    while True:                 # (its RAM copy may be moved meanwhile, a peer's come up)
         e = entry_load(&t.core.index, page)
-        if state_of(e.version) != ST_RAM_EPHEMERAL or not entry_is_sound(e.location, e.version):
+        if not entry_is_sound(e.location, e.version):
             return
-        copy = cold_page(page, version_of(e.version), 0, e.location)
+        copy = cold_page(page, version_of(e.version), where_of(e.location), e.location)
+        if state_of(e.version) == ST_PEER and is_backed(copy.where) and t.cold.part_lost != NULL:
+            if not was_cut_off(t, copy.where) or t.cold.part_lost(t.cold, &copy) or not has_changed(t, page, e):
+                return
+            continue
+        if state_of(e.version) != ST_RAM_EPHEMERAL:
+            return
         copy.where = lower_now(t.core, &copy)
         if copy.where == 0:
-            now = entry_load(&t.core.index, page)
-            if now.location == e.location and now.version == e.version:
+            if not has_changed(t, page, e):
                 return          # its header is damaged: drop_ram_copy keeps such a one in RAM
             continue
         if not was_cut_off(t, copy.where):

@@ -155,6 +155,11 @@ cdef void faulty_drop(ColdTier *tier, const ColdPage *page) noexcept nogil:
     below.drop(below, page)
 
 
+cdef bint faulty_part_lost(ColdTier *tier, const ColdPage *page) noexcept nogil:
+    cdef ColdTier *below = (<Faulty *>tier).below
+    return below.part_lost(below, page)
+
+
 cdef bint faulty_adopt(ColdTier *tier, uint64_t where, uint32_t length_bytes) noexcept nogil:
     cdef ColdTier *below = (<Faulty *>tier).below
     delay(<Faulty *>tier, &(<Faulty *>tier).adopt_delay_us)
@@ -236,6 +241,8 @@ cdef class FaultyTier:
         f.face.adopt = faulty_adopt
         f.face.adopted = faulty_adopted
         f.face.holds = faulty_holds
+        if f.below.part_lost != NULL:
+            f.face.part_lost = faulty_part_lost
         f.face.takes = faulty_takes
         f.face.has_room = faulty_has_room
         f.face.resort = faulty_resort
