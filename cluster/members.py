@@ -2,7 +2,7 @@
 
     donor   lease, TTL_S --> PREFIX/donors/NAME = {"address", "capacity_bytes", "epoch"}
             refreshed every TTL_S / 3; revoked at an orderly end
-    owner   read --> watch, until something changes or POLL_S --> read ...
+    owner   read --> watch, until something changes or POLL_S --> read the changes (roll.py) ...
 
 etcd says where to look and no more: a donor's epoch and room are what it says itself (hello).
 So an etcd that is gone, or wrong, costs no page: after TTL_S nobody is given new ones (rack.py),
@@ -12,7 +12,7 @@ The client is etcd3gw, which waits for its answers, so each of the two runs on a
 own, and tells the loop.  The watch is a hint: what ends silently is noticed at the next poll.
 
 Bounds: CALL_S for each call, POLL_S for a watch, one read a second at most, STOP_S for the end,
-MEMBERS_MOST rows, LINKS_MOST chosen.
+ROWS_MOST rows, LINKS_MOST chosen.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from typing import Any
 
 from cluster.etcdurl import EtcdUrl
 from cluster.peeraddress import NODE, PeerAddress
+from cluster.roll import Roll
 from zcache_core.errors import ConfigError, ZcacheError
 
 TTL_S = 10
@@ -42,7 +43,6 @@ CALL_S = 3.0
 SETTLE_S = 1.0  # between two reads: a thousand donors that start are not a thousand reads
 RETRY_FIRST_S, RETRY_MOST_S = 0.5, 8.0
 STOP_S = 0.5  # a lease is given back in milliseconds; who ends a process waits 2 s for all of it
-MEMBERS_MOST = 16384
 LINKS_MOST = 64  # of the 96 rows of the donor table; the others are for those of yesterday
 log = logging.getLogger("zcache.members")
 
@@ -188,6 +188,7 @@ class Watching(_Talker):
         super().__init__(url, tls, "zc-members")
         self._loop, self._tell = loop, tell
         self._cancel: Callable[[], None] = lambda: None
+        self.roll = Roll(url.donors)
 
     def talk(self, client: Any) -> None:
         while not self._stopping.is_set():
@@ -205,7 +206,9 @@ class Watching(_Talker):
         timer.start()
         try:
             if not self._stopping.is_set():
-                next(events, None)
+                event = next(events, None)
+                if event is not None and event.get("type") == "DELETE":
+                    self.roll.forget(event["kv"]["key"])
         finally:
             timer.cancel()
             cancel()
@@ -217,12 +220,17 @@ class Watching(_Talker):
 
     def _read(self, client: Any) -> dict[str, Member]:
         members = {}
-        for value, about in client.get_prefix(self._url.donors)[:MEMBERS_MOST]:
-            name = about["key"].decode(errors="replace").removeprefix(self._url.donors)
+        for key, value in self.roll.ask(functools.partial(self._range, client)).items():
+            name = key.decode(errors="replace").removeprefix(self._url.donors)
             member = Member.read(name, value)
             if member is not None:
                 members[name] = member
         return members
+
+    @staticmethod
+    def _range(client: Any, asked: dict[str, Any]) -> dict[str, Any]:
+        answer: dict[str, Any] = client.post(client.get_url("/kv/range"), json=asked)
+        return answer
 
     def _say(self, members: dict[str, Member]) -> None:
         with contextlib.suppress(RuntimeError):  # the loop has ended

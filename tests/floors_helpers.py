@@ -35,7 +35,7 @@ FLOORS = {
     },
     "cluster": {
         1: "wire frames tls unixsock logrelay addresses connections peeraddress etcdurl "
-        "certificates placement understudy",
+        "certificates placement understudy roll",
         2: "lanesend lane session peerwire seats replicas peersocket expiry",
         3: "link webserver laneport peerchannel members",
         4: "courier donorlane health steering metrics webpages peerlink generosity donor renewal "

@@ -8,6 +8,7 @@ import contextlib
 import http.server
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,12 +16,14 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cluster import certificates, members
 from cluster.etcdurl import EtcdUrl
 from cluster.members import Member, chosen
+from cluster.roll import Roll
 from tests.lender_helpers import PAGES, Lender, Model, live, stats
 from tests.plugin_helpers import ROOT, WAIT_S, Server, environment, run_nbdkit, wait_for
 from zcache_core import memfile
@@ -225,6 +228,66 @@ def test_certificates_and_users(tmp_path: Path, guarded: Etcd) -> None:
         assert read_by(guarded.url, tls) is None
     registration.stop()
     wait_for("it is gone", lambda: read_by(url, tls) == set())
+
+
+def test_only_what_has_changed_is_read(etcd: Etcd, rng: random.Random) -> None:
+    """Rows written, again, and deleted at random; then an empty store: against a dict."""
+    url = EtcdUrl.read(etcd.url)
+    nobody = Member("", "h:1", 0, 0)
+    roll, model = Roll(url.donors), dict[bytes, bytes]()
+    asked: list[dict[str, Any]] = []
+
+    def now() -> dict[bytes, bytes]:
+        client = members.Registration(url, None, nobody)._client()
+
+        def ask(what: dict[str, Any]) -> dict[str, Any]:
+            asked.append(what)
+            return members.Watching._range(client, what)
+
+        return dict(roll.ask(ask))
+
+    client = members.Registration(url, None, nobody)._client()
+    for _ in range(80):
+        wholes, unseen = roll.wholes, False
+        for _ in range(rng.randrange(4)):
+            key = url.donors + str(rng.randrange(8))
+            if rng.random() < 0.6:
+                model[key.encode()] = rng.randbytes(20)
+                client.put(key, model[key.encode()])
+            elif model.pop(key.encode(), None) is not None:
+                client.delete(key)
+                if rng.random() < 0.5:
+                    roll.forget(key.encode())
+                else:
+                    unseen = True
+        client.put(url.donors[:-1] + "0", b"of others")
+        assert now() == model
+        assert asked[0].get("min_mod_revision") or wholes == 0
+        assert unseen or roll.wholes == max(1, wholes)
+        asked.clear()
+    assert 1 < roll.wholes < 60
+    etcd.kill()
+    shutil.rmtree(etcd.folder / "data")
+    etcd.start()
+    assert now() == {}
+    client.put(url.donors + "1", b"one")
+    assert now() == {url.donors.encode() + b"1": b"one"}
+
+
+@pytest.mark.parametrize(
+    "answer", [{"kvs": [{}]}, {"kvs": [{"key": "?"}]}, {"count": "x"}, {"header": {"revision": []}}]
+)
+def test_an_answer_that_cannot_be_read_is_not_believed_in_part(answer: dict[str, Any]) -> None:
+    good: dict[str, Any] = {
+        "header": {"revision": "5"},
+        "count": "1",
+        "kvs": [{"key": "YQ==", "value": "Yg=="}],
+    }
+    roll, answers = Roll("/a/"), [good, answer | {"header": {"revision": "6"}} | answer, good]
+    assert roll.ask(lambda _: answers.pop(0)) == {b"a": b"b"}
+    with contextlib.suppress(ValueError, TypeError, KeyError):
+        roll.ask(lambda _: answers.pop(0))
+    assert roll.ask(lambda what: good if "limit" in what else {"count": "9"}) == {b"a": b"b"}
 
 
 class Frozen(http.server.BaseHTTPRequestHandler):
