@@ -16,34 +16,28 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
-from cluster.expiry import WARN_DAYS
+from cluster.peerhealth import (
+    backup_missing,
+    certificate_ends,
+    etcd_silent,
+    has_peers,
+    peer_away,
+    peer_copies_bad,
+    peers_missing,
+    peers_short,
+    peers_twins,
+)
+from cluster.reasons import CRITICAL, DEGRADED, OK, Config, Reason, Rule, Stats
 from zcache_core import PAGES_PER_FRAME
 
-OK, DEGRADED, CRITICAL = "ok", "degraded", "critical"
 _ORDER = (OK, DEGRADED, CRITICAL)
 
 PAGE_BYTES = 4096
 NEARLY_FULL, FULL = 0.80, 0.99  # shares of the pool's frames in use
 STALLED_US = 2_000_000  # of writes of 1 MiB, two at a time
 DISK_NEARLY_FULL = 0.90  # share of the disk that is alive; cleaning gets expensive above
-
-
-@dataclass(frozen=True)
-class Reason:
-    """`level` (degraded, critical), `what` is the matter, what to `do`: two sentences."""
-
-    level: str
-    what: str
-    do: str
-
-
-Stats = Mapping[str, int]
-Config = Mapping[str, Any]
-Rule = Callable[[Stats, Config], Reason | None]
 
 
 def health(stats: Stats, config: Config) -> dict[str, Any]:
@@ -105,106 +99,16 @@ def disk_copies_bad(stats: Stats, config: Config) -> Reason | None:
     )
 
 
-def peer_copies_bad(stats: Stats, config: Config) -> Reason | None:
-    """A donor answered with something else than what it was given."""
-    if not (corrupt := stats["remote_corrupt_pages"]):
+def device_unmended(stats: Stats, config: Config) -> Reason | None:
+    """The attach helper and its spare are both dead; the device itself still answers."""
+    if not (device := config.get("unmended")):
         return None
     return Reason(
         DEGRADED,
-        f"{corrupt} copies of peers were found wrong; other copies were used where there are any.",
-        "See which peer it is ('zcache status', WRONG) and check that machine's memory.",
-    )
-
-
-def peers_missing(stats: Stats, config: Config) -> Reason | None:
-    """Fewer donors than copies: nothing goes to peers."""
-    named = len(config.get("peers") or ())
-    wanted = config.get("replicas", 0) if _has_peers(config) else 0
-    if wanted and config.get("backup") == "disk":
-        wanted = 1
-    if stats["live_peers"] >= wanted:
-        return None
-    return Reason(
-        DEGRADED,
-        f"{stats['live_peers']}{'' if config.get('etcd') else f' of {named}'} peers answer and "
-        f"{wanted} are needed, so "
-        f"no page goes to peers.",
-        "See why the others do not answer ('zcache status' names them and says why).",
-    )
-
-
-def peer_away(stats: Stats, config: Config) -> Reason | None:
-    """Enough are there; the one that is not may come back, or is gone."""
-    named, live = len(config.get("peers") or ()), stats["live_peers"]
-    if live >= named or live < config.get("replicas", 0):
-        return None
-    return Reason(
-        DEGRADED,
-        f"{named - live} of {named} peers do not answer.",
-        "See which and why ('zcache status' names them); take it out of peers= if it is gone for "
-        "good.",
-    )
-
-
-def peers_twins(stats: Stats, config: Config) -> Reason | None:
-    """Two of peers= are one donor, or have one certificate: the second is not used."""
-    if not (twins := list(config.get("twin_peers", ()))):
-        return None
-    return Reason(
-        DEGRADED,
-        " ".join(twins),
-        "Name each donor once in peers=, and give each machine a node.pem of its own "
-        "('zcache cluster-add NAME').",
-    )
-
-
-def certificate_ends(stats: Stats, config: Config) -> Reason | None:
-    """Our certificate, or the CA's: afterwards nobody lets us in, and nobody comes in to us."""
-    days = config.get("certificate_days", WARN_DAYS)
-    if days >= WARN_DAYS:
-        return None
-    when = f"ends in {days} days" if days >= 0 else f"ended {-days} days ago"
-    return Reason(
-        DEGRADED if days >= 0 else CRITICAL,
-        f"A certificate in {config['tls']} {when}: then no new connection is accepted.",
-        "Make a new node.pem ('zcache cluster-add'; a new CA when that is what ends), copy it "
-        "there, and run 'zcache upgrade', which loses nothing.",
-    )
-
-
-def etcd_silent(stats: Stats, config: Config) -> Reason | None:
-    """Who lends is not known any more; who has pages goes on."""
-    if not (silent_s := config.get("etcd_silent_s", 0)):
-        return None
-    return Reason(
-        DEGRADED,
-        f"etcd has not answered for {silent_s} s: donors that it names are given no new pages, "
-        f"those at them stay.",
-        "See that etcd runs, that this machine reaches it, and what etcd= says ('zcache status').",
-    )
-
-
-def peers_short(stats: Stats, config: Config) -> Reason | None:
-    """Copies are missing, and are being renewed if there is a donor for them."""
-    if not (short := stats["remote_short_pages"]):
-        return None
-    return Reason(
-        DEGRADED,
-        f"{short} copies of pages are with peers that are away or gone.",
-        "They are renewed elsewhere when such a peer does not come back; see that there are more "
-        "peers than replicas=, with room.",
-    )
-
-
-def backup_missing(stats: Stats, config: Config) -> Reason | None:
-    """Pages that the next failure of the disk would lose."""
-    if not (missing := stats["backup_missing_pages"]) or config.get("backup") != "disk":
-        return None
-    return Reason(
-        DEGRADED,
-        f"{missing} pages are on the disk alone: no peer has a copy of them yet.",
-        "The copies are made from the disk as soon as peers take them; see that a peer answers and "
-        "has room (RPC peers).",
+        f"Nobody mends the connection of {device}: its helper and the spare have ended, so a "
+        f"server that ends or hangs takes the pages there with it.",
+        "Run the command that attached it ('zcache up', 'zcache attach ...') once more: it gives "
+        "the device a new helper and leaves everything else as it is.",
     )
 
 
@@ -286,7 +190,7 @@ def pool_full(stats: Stats, config: Config) -> Reason | None:
     percent, is_full = 100 * used // limit, used >= FULL * limit
     if _peers_take(stats, config):
         return _pool_full_above_peers() if is_full else None
-    nowhere = "no peer takes pages" if _has_peers(config) else "there is no lower tier"
+    nowhere = "no peer takes pages" if has_peers(config) else "there is no lower tier"
     if not is_full:
         return Reason(
             DEGRADED,
@@ -330,13 +234,9 @@ def _pool_full_above_peers() -> Reason:
     )
 
 
-def _has_peers(config: Config) -> bool:
-    return bool(config.get("peers") or config.get("etcd"))
-
-
 def _peers_take(stats: Stats, config: Config) -> bool:
     """Whether pages can go to peers now."""
-    enough = _has_peers(config) and peers_missing(stats, config) is None
+    enough = has_peers(config) and peers_missing(stats, config) is None
     return enough and stats["remote_room_bytes"] > 0
 
 
@@ -379,7 +279,7 @@ def pool_can_fill(stats: Stats, config: Config) -> Reason | None:
     return Reason(
         DEGRADED,
         f"The pool can fill: {device} pages of device, {pool} frames of pool, "
-        f"{'no disk (peers may be full or away)' if _has_peers(config) else 'no lower tier'}. "
+        f"{'no disk (peers may be full or away)' if has_peers(config) else 'no lower tier'}. "
         f"{_when_refused(device, pool, config)}, writes will be refused.",
         "Give it a disk= of 1.05 times size= and 16M, keep swap of lower priority beside it, or "
         "choose size= nearer to pool=.",
@@ -472,6 +372,7 @@ def server_unfit(stats: Stats, config: Config) -> Reason | None:
 RULES: tuple[Rule, ...] = (
     pages_lost,
     copies_damaged,
+    device_unmended,
     disk_copies_bad,
     peer_copies_bad,
     peers_missing,

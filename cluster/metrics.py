@@ -32,7 +32,7 @@ from prometheus_client.metrics_core import (
 )
 from prometheus_client.registry import Collector
 
-from cluster.health import CRITICAL, DEGRADED, OK
+from cluster.reasons import CRITICAL, DEGRADED, OK
 from zcache_core.counters import BUCKETS, COUNTERS, HISTOGRAMS, UNITS_S, Counter
 
 PREFIX = "zcache_"

@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Any
 
 import zcache_core
-from cluster import expiry, unixsock
+from cluster import expiry, lifeline, unixsock
 from cluster.etcdurl import without_password
 from cluster.health import health
 from cluster.link import RpcError, Server
@@ -74,6 +74,8 @@ class Node:
         self._started_s = server_start_s(server_pid)
         self._booted = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
         self._node_started_s = server_start_s(os.getpid())
+        # Of the device that is attached under this server's own name, if it has one.
+        self._lifeline = Path(config.get("control", "/")).with_suffix(".attach")
         self.metrics: str | None = None  # HOST:PORT once it is listened on
         self.peer_side: Any = None  # peerring.PeerSide, with peers=
         # Of those that are in use: a new file is for the next node.
@@ -170,7 +172,7 @@ class Node:
 
     async def health(self) -> dict[str, Any]:
         """status: ok, degraded or critical; reasons: what is the matter and what to do."""
-        now: dict[str, Any] = {}
+        now: dict[str, Any] = {"unmended": lifeline.unmended(self._lifeline)}
         if (side := self.peer_side) is not None:
             now = {"twin_peers": side.twins(), "etcd_silent_s": side.etcd_silent_s}
         if self._certificate_end_s is not None:

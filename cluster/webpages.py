@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster import addresses, metrics
-from cluster.health import CRITICAL
+from cluster.reasons import CRITICAL
 from cluster.webserver import Answer, Get, WebServer
 from zcache_core.counters import COUNTERS
 from zcache_core.errors import ZcacheError

@@ -305,7 +305,8 @@ class Mender:
         """Whether the kernel has no living connection.
 
         It takes our socket pair then, and a request sent there waits for its timeout: so this
-        is only for who has no copy of the real one.
+        is only for who has no copy of the real one.  The offer carries the request timeout: if
+        the link lives, the kernel itself finds a hang from now on, as we could not.
         """
         try:
             ours, offered = socket.socketpair()

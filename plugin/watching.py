@@ -93,7 +93,7 @@ def _top(args: argparse.Namespace, find: Find) -> int:
 
 
 def _health(args: argparse.Namespace, find: Find) -> int:
-    from cluster import health as rules
+    from cluster import reasons
     from plugin import show
     from plugin.reach import reach
 
@@ -106,7 +106,7 @@ def _health(args: argparse.Namespace, find: Find) -> int:
         for reason in found["reasons"]:
             rows += [show.Line("", reason["what"]), show.Line("", f"-> {reason['do']}")]
         show.print_lines(rows)
-    return {rules.OK: 0, rules.DEGRADED: 1, rules.CRITICAL: 2}[found["status"]]
+    return {reasons.OK: 0, reasons.DEGRADED: 1, reasons.CRITICAL: 2}[found["status"]]
 
 
 def _stats_fs(args: argparse.Namespace, find: Find) -> int:

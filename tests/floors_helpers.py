@@ -35,9 +35,9 @@ FLOORS = {
     },
     "cluster": {
         1: "wire frames tls unixsock logrelay addresses connections peeraddress etcdurl "
-        "certificates placement understudy roll",
+        "certificates placement understudy roll reasons lifeline",
         2: "lanesend lane session peerwire seats replicas peersocket expiry",
-        3: "link webserver laneport peerchannel members",
+        3: "link webserver laneport peerchannel members peerhealth",
         4: "courier donorlane health steering metrics webpages peerlink generosity donor renewal "
         "overflow farewell rack peerring",
         5: "lending node",

@@ -77,6 +77,8 @@ TROUBLE: list[tuple[dict[str, int], dict[str, Any], str, str, str]] = [
     ({"remote_short_pages": 7}, {}, "degraded", "7 copies of pages are with", "renewed elsewhere"),
     ({"backup_missing_pages": 5}, {"backup": "disk"}, "degraded", "on the disk alone", "has room"),
     ({"mended_loads": 2}, {}, "degraded", "answered from the disk instead", "memtest"),
+    ({}, {"unmended": None}, "ok", "", ""),
+    ({}, {"unmended": "/dev/nbd3"}, "degraded", "connection of /dev/nbd3: its helper", "zcache up"),
     ({"disk_read_errors": 5}, {}, "critical", "5 could not be read", "kernel log"),
     (FAILING, ALL, "degraded", "(Input/output error, 4 times so far)", "goes on by itself"),
     (

@@ -38,6 +38,7 @@ from tests.swaplab import (
     read_hog,
     trouble,
 )
+from tests.swaplab.clock import Deadline, until
 from tests.swaplab.guest import SHARE
 from tests.swaplab.zattach import kill_in, kill_mender, start_zcache, state, zcache_in
 
@@ -123,6 +124,13 @@ def test_up_a_workload_and_down(rng: random.Random) -> None:
         assert "Swap is still on" in refusals[0]
         assert state(guest)["takeovers"] == 2
         assert len(swaps(guest)) == 1
+
+        kill_mender(guest, spare_too=True)
+        until(
+            lambda: "Nobody mends" in zcache_in(guest, "health", expect=1), Deadline(30), "health"
+        )
+        assert "has a new helper" in zcache_in(guest, "up", *SETTINGS)
+        assert "Nobody mends" not in zcache_in(guest, "health", expect=1)  # (the pool can fill)
 
         assert "no swap any more" in zcache_in(guest, "down")
         assert all_gone(guest)
