@@ -4,6 +4,7 @@
     RUNTIME/NAME.ctl       the control socket (the node process)
     RUNTIME/NAME.mem       the memory file's lock: the server's for its life (owner.py)
     RUNTIME/NAME.serve     the supervisor's lock; its text says whom it supervises
+    RUNTIME/NAME.lone      where the standby can be reached without a supervisor (lone.py)
     RUNTIME/NAME.attach    the attach helper's lock; its text says what is attached
     RUNTIME/NAME.tls/      nbd= with tls=: the certificates as nbdkit reads them
 
@@ -76,6 +77,11 @@ class Instance:
     def serve(self) -> Path:
         """The supervisor's lock and state."""
         return self._path("serve")
+
+    @property
+    def lone(self) -> Path:
+        """Where the standby listens for the next supervisor."""
+        return self._path("lone")
 
     @property
     def attach(self) -> Path:

@@ -6,7 +6,7 @@
                            "refused CODE TEXT\n"  it will not start, and why: one sentence
     supervisor -> origin   "f"                    make a standby (standby.py)
     supervisor -> standby  "g"                    the predecessor is gone: go on
-    end of file            the other one is gone
+    end of file            the other one is gone; a standby may have another one (lone.py)
 
 A server without a supervisor (ZCACHE_SUPERVISOR not set) tells nobody.  After
 "serving" the socket is closed: from then on the two know each other by pidfd only, so
@@ -20,6 +20,7 @@ import os
 import signal
 import socket
 from collections.abc import Iterator
+from typing import Protocol
 
 from zcache_core import process
 from zcache_core.errors import InUseError, ZcacheError
@@ -30,12 +31,21 @@ FORK, GO = b"f", b"g"
 SENTENCE_BYTES_MAX = 4000
 
 
+class Alone(Protocol):
+    """What a standby does without its supervisor (lone.py)."""
+
+    def wait(self) -> socket.socket | None: ...
+    def hang_up(self) -> None: ...
+    def close(self) -> None: ...
+
+
 class Liaison:
     """Our end of it."""
 
     def __init__(self, sock: socket.socket | None, standby: bool) -> None:
         self._sock, self.is_standby = sock, standby
         self.is_supervised = sock is not None
+        self._alone: Alone | None = None
 
     @classmethod
     def from_environment(cls) -> Liaison:
@@ -68,24 +78,45 @@ class Liaison:
         self._sock = its
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
-    def wait_turn(self) -> None:
-        """A standby: say that we are ready, return when the predecessor is gone."""
-        self._send("waiting\n")
+    def wait_turn(self, alone: Alone | None = None) -> None:
+        """A standby: say that we are ready, return when the predecessor is gone.
+
+        `alone`: what is done when the supervisor is gone; without it, nothing.
+        """
         self.is_standby = False
-        self._hear(GO)
+        while self._sock is not None:
+            self._send("waiting\n")
+            try:
+                self._hear(GO)
+                break
+            except InUseError:
+                if alone is None:
+                    raise
+                self._sock.close()
+                self._sock = alone.wait()
+        self._alone = alone
+        if alone is not None:
+            alone.hang_up()
 
     def _hear(self, order: bytes) -> None:
         assert self._sock is not None
-        if self._sock.recv(1) != order:
+        heard = b""
+        with contextlib.suppress(ConnectionError):
+            heard = self._sock.recv(1)
+        if heard != order:
             raise InUseError("the supervisor is gone; start it again with 'zcache serve'")
 
     def serving(self) -> None:
         """Pages are answered from now on, whether the supervisor lives or not.  The last word."""
-        if self._sock is not None:
+        if self.is_supervised:
             process.outlive_parent()
             self._send("serving\n")
+        if self._sock is not None:
             self._sock.close()
             self._sock = None
+        if self._alone is not None:
+            self._alone.close()
+            self._alone = None
 
     @contextlib.contextmanager
     def reporting(self) -> Iterator[None]:

@@ -31,6 +31,7 @@ from plugin import config, lower, servestate, tlsfiles
 from plugin.instance import Instance
 from plugin.leave import LEAVE
 from plugin.servestate import State, attached, is_alive
+from plugin.standby import end_lone
 from zcache_core import memfile
 from zcache_core.errors import ConfigError, InUseError, MemoryFileError, ZcacheError
 
@@ -140,6 +141,7 @@ def stop(instance: Instance, force: bool = False, keep: bool = False) -> bool:
     if state is not None and state.is_supervised:
         _end(state.supervisor_pid, state.supervisor_ticks, signal.SIGTERM, "the supervisor")
         found = True
+    end_lone(instance, state)  # before its server: it would succeed it
     if (owner := _owner(instance.name)) is not None:
         _end(*owner, LEAVE, "the server")
         found = True

@@ -32,6 +32,7 @@ from zcache_core.owner import start_ticks
 
 FILE_BYTES = 16384
 LOOK = signal.SIGUSR2  # to the supervisor: look whether this machine has its device attached
+TURN_S = 15.0  # of a lone standby
 READ_TRIES = 20
 READ_PAUSE_S = 0.005
 
@@ -65,6 +66,7 @@ class State:
     upgrade_error: str = ""
     takeovers: int = 0  # of them, by a standby after a server's death
     standby_pid: int = 0
+    standby_ticks: int = 0
     standby_ready: bool = False
     looks: bool = False  # it knows the signal LOOK
     error: str = ""  # why the last server ended
@@ -73,6 +75,11 @@ class State:
     def is_supervised(self) -> bool:
         """Whether the supervisor lives."""
         return is_alive(self.supervisor_pid, self.supervisor_ticks)
+
+    @property
+    def has_standby(self) -> bool:
+        """Whether its standby lives."""
+        return is_alive(self.standby_pid, self.standby_ticks)
 
     @property
     def has_server(self) -> bool:
@@ -245,7 +252,11 @@ class ServeLock:
 
     @classmethod
     def acquire(cls, instance: Instance) -> ServeLock:
-        """Take the lock at once, or raise InUseError."""
+        """Take the lock, or raise InUseError: at once if a supervisor lives who has it.
+
+        A lone standby has it for its turn, after which it can be adopted (lone.py).
+        """
+        until_s = time.monotonic() + TURN_S
         while True:
             fd = os.open(
                 instance.serve, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
@@ -254,6 +265,10 @@ class ServeLock:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 os.close(fd)
+                state = read(instance)
+                if time.monotonic() < until_s and not (state and state.is_supervised):
+                    time.sleep(READ_PAUSE_S)
+                    continue
                 raise InUseError(
                     f"the server {instance.name} runs already; ask it with 'zcache status', or "
                     f"start another one with --name"

@@ -71,7 +71,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, LOOK)
 class Supervisor:
     """`tell` hears once: (0, "") when pages are answered, or (exit code, why not).
 
-    `left_behind` is the living server of a predecessor, as it wrote it down.
+    `before` is what a predecessor wrote down.
     """
 
     def __init__(
@@ -80,14 +80,15 @@ class Supervisor:
         lock: ServeLock,
         state: State,
         tell: Callable[[int, str], None],
-        left_behind: int | None,
+        before: State | None,
         realtime: bool = False,
     ) -> None:
         self._realtime = realtime
         self._instance, self._lock, self._state, self._tell = instance, lock, state, tell
-        self._left_behind = left_behind
+        self._before = before
+        self._left_behind = before.server_pid if before is not None and before.has_server else None
         self._server: Server | None = None
-        self._standby = Standby(self._on_standby_ready, self._on_standby_end)
+        self._standby = Standby(self._on_standby_ready, self._on_standby_end, self._write)
         self._upgrading = False  # it is to replace a living server
         self._served = False  # some server did, since we are there
         self._stopping = False
@@ -109,11 +110,14 @@ class Supervisor:
 
     def run(self, upgrade: bool = False) -> int:
         """Until told to stop, or the first start is refused; the exit code."""
+        if not upgrade:
+            self._standby.adopt(self._instance, self._before, self._state)
         self._write()
-        self._look()
         self._adopt()
         if upgrade:
             self._upgrade()
+        elif self._server is None and self._standby.ready:
+            self._hand_over()
         while True:
             self._start_if_due()
             if self._stopping and self._server is None and not self._standby.exists:
@@ -261,6 +265,7 @@ class Supervisor:
         if not self._served:
             self._served = True
             self._tell(0, "")
+            self._look()
         else:
             self._say(f"the server (process {self._server.pid}) is {how}")
         self._want_standby()
@@ -283,7 +288,9 @@ class Supervisor:
             self._hand_over()
             return
         self._state.error = server.refused[1] if server.refused else f"the server ended ({how})"
-        if not self._served and living_owner(self._instance.name) is None:
+        # (A standby that we found, and that failed, was not started with our words.)
+        is_first = not self._served and not self._state.takeovers
+        if is_first and living_owner(self._instance.name) is None:
             code, sentence = server.refused or (ZcacheError.exit_code, "")
             self._give_up(code, sentence or f"{self._state.error}; its log says why")
             return
@@ -411,6 +418,7 @@ class Supervisor:
         state.server_ticks = server.ticks if server is not None else 0
         standby = self._standby.server
         state.standby_pid = standby.pid if standby is not None else 0
+        state.standby_ticks = standby.ticks if standby is not None else 0
         state.standby_ready = self._standby.ready
         self._lock.write(state)
 
@@ -436,6 +444,7 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     resume = json.loads(os.environ.pop(RESUME, "null"))
     tell = Teller(args.tell_fd if resume is None else None)
+    prepare(realtime=args.realtime == "yes")  # before the lock: who has it decides at once
     try:
         instance = Instance(args.name)
         if resume is not None:
@@ -446,7 +455,6 @@ def main(argv: list[str] | None = None) -> int:
     except ZcacheError as error:
         tell(error.exit_code, str(error))
         return error.exit_code
-    prepare(realtime=args.realtime == "yes")
     state = State(
         supervisor_pid=os.getpid(), supervisor_ticks=start_ticks(os.getpid()),
         words=args.words, root=str(ROOT), version=zcache_core.__version__, looks=True,
@@ -456,9 +464,7 @@ def main(argv: list[str] | None = None) -> int:
         state.upgrades_asked = resume["asked"]
         state.takeovers = resume.get("takeovers", 0)  # whom we replace may be older
     before = servestate.read(instance)
-    left_behind = before.server_pid if before is not None and before.has_server else None
-    realtime = args.realtime == "yes"
-    supervisor = Supervisor(instance, lock, state, tell, left_behind, realtime)
+    supervisor = Supervisor(instance, lock, state, tell, before, args.realtime == "yes")
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     code = supervisor.run(upgrade=resume is not None)
     lock.release(forget=code != 0)  # words that were refused are nobody's

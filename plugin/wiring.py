@@ -12,6 +12,7 @@ and close a connection, and when the node process has died.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import gc
 import json
@@ -28,9 +29,10 @@ from plugin import logpipe, lower, messages
 from plugin.amounts import PAGE_BYTES, human
 from plugin.codeckeys import CODECS
 from plugin.config import AHEAD, ALLOCATORS, KEYS, Config
-from plugin.instance import parse_export
+from plugin.instance import Instance, parse_export
 from plugin.keeper import Keeper
 from plugin.logpipe import STDERR, LogPipe
+from plugin.lone import Vigil
 from plugin.messages import warn
 from plugin.places import Listening, control_path, listening, own_command_line
 from plugin.spawn import Program
@@ -65,6 +67,7 @@ class Before(NamedTuple):
     log: LogPipe | None = None
     store: Store | None = None
     ballast: mmap.mmap | None = None  # as much memory as the tiers below will take
+    vigil: Vigil | None = None  # for when the supervisor is gone
 
 
 class Checked(NamedTuple):
@@ -239,7 +242,12 @@ def settle(config: Config) -> Before:
     memory = MemoryFile.expect(config.memory) if config.memory is not None else None
     store = make_store(config, memory) if memory is not None else None
     has_below = config.disk is not None or config.has_peers
-    return Before(log, store, process.hold_memory(below_bytes(config)) if has_below else None)
+    ballast = process.hold_memory(below_bytes(config)) if has_below else None
+    vigil = None
+    if memory is not None and config.memory is not None:
+        with contextlib.suppress(ConfigError, OSError):  # without it, it ends with the supervisor
+            vigil = Vigil(Instance(config.memory), memory)
+    return Before(log, store, ballast, vigil)
 
 
 def below_bytes(config: Config) -> int:

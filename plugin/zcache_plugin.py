@@ -68,7 +68,7 @@ def get_ready() -> None:
             wiring.warm_up(_settings)
             _supervisor.be_forked()
             before = wiring.settle(_settings)
-            _supervisor.wait_turn()
+            _supervisor.wait_turn(before.vigil)
         _checked = wiring.check(_settings, _supervisor.is_supervised, before)
 
 

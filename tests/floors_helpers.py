@@ -45,8 +45,9 @@ FLOORS = {
     "plugin": {
         6: "interrupts messages logpipe amounts instance peerkeys codeckeys config liaison teller "
         "handshake relays dialer statepage swift spare tlsfiles genetlink nbdmessage",
-        7: "spawn keeper leave places fitness show lent lower wiring servestate supervised "
-        "nbdnetlink swaparea upfile rates terminal reach counterfiles recording sampling",
+        7: "spawn keeper leave places fitness show lent lower servestate lone wiring "
+        "supervised nbdnetlink swaparea upfile rates terminal reach counterfiles recording "
+        "sampling",
         8: "control drain standby supervisor serve mender attach foreground swapping topview top "
         "statsfs record plot slowness doctor watching estimate",
         9: "zcache_plugin attachcli nodecli reference estimatecli fitswap cli writepages",

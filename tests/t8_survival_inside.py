@@ -8,6 +8,7 @@ Every run prints how long nothing moved.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -19,7 +20,13 @@ from typing import Any
 import pytest
 
 from bench.corpus import pages_file
-from tests.survival_helpers import Kills, assert_survived, kill_server_in, serve_state
+from tests.survival_helpers import (
+    Kills,
+    assert_survived,
+    kill_server_in,
+    kill_supervisor_in,
+    serve_state,
+)
 from tests.swaplab import (
     SELF_SERVING_SYSCTL,
     Guest,
@@ -32,6 +39,7 @@ from tests.swaplab import (
     read_stress,
     stress_ng,
 )
+from tests.swaplab.errors import CommandFailedError
 from tests.swaplab.zattach import state, zcache_in
 
 pytestmark = pytest.mark.skipif(
@@ -72,6 +80,24 @@ def kill_exhausted(guest: Guest) -> None:
     kill_server_in(guest)
 
 
+def kill_both_exhausted(guest: Guest) -> None:
+    """kill -9 of the supervisor, and of the server at once; before that there is one again."""
+    if not is_supervised(guest):
+        zcache_in(guest, "up", *SETTINGS)
+        guest.link.wait_for(lambda: has_standby(guest), STANDBY_S, "a supervisor")
+    guest.link.wait_for(
+        lambda: guest.meminfo_kb()["MemAvailable"] < RESERVE_KB, 30, "memory to be exhausted"
+    )
+    kill_supervisor_in(guest)
+    kill_server_in(guest)
+
+
+def is_supervised(guest: Guest) -> bool:
+    with contextlib.suppress(CommandFailedError):
+        return "zcache" in guest.read(f"/proc/{serve_state(guest)['supervisor_pid']}/cmdline")
+    return False
+
+
 def upgrade_in(guest: Guest) -> None:
     zcache_in(guest, "upgrade")
 
@@ -105,11 +131,12 @@ def hog_run(
     rng: random.Random,
     limit_s: float,
     disk: Path | None = None,
+    both_count: int = 0,
 ) -> None:
     with Lab(limit_s) as lab:
         guest = up(lab, disk)
         first = serve_state(guest)["server_pid"]
-        seconds = 4.0 * kill_count + 20.0 * upgrade_count
+        seconds = 4.0 * (kill_count + both_count) + 20.0 * upgrade_count
         seed = rng.getrandbits(30)
         result = run(
             lab,
@@ -124,9 +151,14 @@ def hog_run(
                 seed=seed,
             ),
             [
-                (kill_count, "kill -9, server inside", kill_exhausted),
-                (upgrade_count, "upgrade, server inside", upgrade_in),
-            ][: 2 if upgrade_count else 1],
+                (count, what, end)
+                for count, what, end in (
+                    (kill_count, "kill -9, server inside", kill_exhausted),
+                    (upgrade_count, "upgrade, server inside", upgrade_in),
+                    (both_count, "kill -9, supervisor and server", kill_both_exhausted),
+                )
+                if count
+            ],
             rng,
         )
         assert read_hog(result.stdout).bad == 0
@@ -134,7 +166,8 @@ def hog_run(
         assert served["server_pid"] != first
         assert served["takeovers"] == kill_count, "every one was a standby"
         assert served["upgrades"] == upgrade_count
-        assert state(guest)["mended"] >= kill_count + upgrade_count
+        assert state(guest)["mended"] >= kill_count + upgrade_count + both_count
+        assert is_supervised(guest) == (not both_count)
         if disk is not None:
             stats = json.loads(zcache_in(guest, "status", "--json"))["stats"]
             assert stats["written_back_pages"] > 5000
@@ -144,7 +177,32 @@ def hog_run(
 
 @pytest.mark.timeout(200)
 def test_kill_9_of_its_own_server(rng: random.Random) -> None:
-    hog_run(5, 0, rng, limit_s=180)
+    """The last time its supervisor, too: its standby goes on by itself."""
+    hog_run(4, 0, rng, limit_s=180, both_count=1)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(500)
+def test_kill_9_of_its_supervisor_and_its_server(rng: random.Random) -> None:
+    """Again and again: the next supervisor, started with memory exhausted, finds all as it was."""
+    count = 5
+    with Lab(490) as lab:
+        guest = up(lab)
+        seed, seconds = rng.getrandbits(30), 20.0 * count
+        result = run(
+            lab,
+            guest,
+            lambda: hog(
+                guest, HOG_MIB, pages_file(64), seconds, seconds, audit_s=seconds, seed=seed
+            ),
+            [(count, "kill -9, supervisor and server", kill_both_exhausted)],
+            rng,
+        )
+        assert read_hog(result.stdout).bad == 0
+        assert not is_supervised(guest)
+        zcache_in(guest, "up", *SETTINGS)
+        assert is_supervised(guest)
+        zcache_in(guest, "down")
 
 
 @pytest.mark.soak

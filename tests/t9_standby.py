@@ -181,18 +181,6 @@ def test_a_killed_standby_is_replaced(it: Served, who: str) -> None:
     assert it.serving(other_than=now.server_pid).server_pid == now.standby_pid
 
 
-def test_it_ends_with_the_supervisor_and_not_with_the_server(it: Served) -> None:
-    it.serve(*WORDS, "standby=yes")
-    state = ready(it)
-    waits = {state.standby_pid, origin(state)}
-    kill(state.supervisor_pid)
-    wait_for("their end", lambda: all(is_zombie(pid) for pid in waits))
-    it.serve()
-    now = ready(it)
-    assert now.server_pid == state.server_pid
-    assert not {now.standby_pid, origin(now)} & waits
-
-
 def test_upgraded_with_its_standby(it: Served) -> None:
     """Both are of the new version afterwards, and of the old ones nobody is left."""
     it.serve(*WORDS, "standby=yes")
