@@ -82,6 +82,9 @@ while spare.line is not None:
                 sys.exit(0)
         except BlockingIOError:
             time.sleep(0.01)
+        except ConnectionResetError:  # with what we sent still unread
+            say("spare died")
+            sys.exit(0)
 """
 
 
