@@ -1,32 +1,33 @@
 """Whether somebody mends the connection of the device that is attached to this server.
 
-    RUNTIME/NAME.attach    locked by the attach helper, and by its spare when that one is dead
+    RUNTIME/NAME.attach      the attach helper's page: who it is, and its spare
     /sys/block/nbdN/backend  whose device it is, as the kernel says
 
-Nothing is locked here, or who attaches just then would be refused: /proc/locks says whose it is.
+Nothing is locked here, or who attaches just then would be refused.
 
 What it is not: a proof that the helper does its work; and it knows of devices attached under the
-server's own name on this machine, no others.
+server's own name on this machine, no others.  In the moment in which a spare goes on it may say
+that nobody is there.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
 from pathlib import Path
+from typing import Any
+
+from zcache_core.owner import start_ticks
 
 SYSFS = Path("/sys/block")
-LOCKS = Path("/proc/locks")
 
 
 def unmended(page: Path) -> str | None:
     """The attached device (/dev/nbdN) with neither helper nor spare; None: there is none such."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        with open(page, "rb") as file:
-            about, text = os.fstat(file.fileno()), file.read()
-        device = str(json.loads(text).get("device", ""))
-        if _is_attached(device, page) and not _is_locked(about):
+    with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
+        said = json.loads(page.read_bytes())
+        device = str(said.get("device", ""))
+        if _is_attached(device, page) and not _is_mended(said):
             return device
     return None
 
@@ -37,7 +38,8 @@ def _is_attached(device: str, page: Path) -> bool:
     return (folder / "pid").exists() and backend == f"zcache:{page.with_suffix('')}"
 
 
-def _is_locked(about: os.stat_result) -> bool:
-    device = f"{os.major(about.st_dev):02x}:{os.minor(about.st_dev):02x}:{about.st_ino}"
-    lines = (line.split() for line in LOCKS.read_text().splitlines())
-    return any("FLOCK" in words and device in words for words in lines)
+def _is_mended(said: dict[str, Any]) -> bool:
+    pid, spare = int(said.get("pid", 0)), int(said.get("spare_pid", 0))
+    return (pid > 0 and start_ticks(pid) == said.get("start_ticks")) or (
+        spare > 0 and Path(f"/proc/{spare}").exists()
+    )

@@ -191,6 +191,7 @@ class Watching(_Talker):
         self.roll = Roll(url.donors)
 
     def talk(self, client: Any) -> None:
+        self.roll.doubt()  # another host, or one that was started again, perhaps with another store
         while not self._stopping.is_set():
             self._say(self._read(client))
             self._wait_s = RETRY_FIRST_S

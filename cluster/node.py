@@ -75,7 +75,8 @@ class Node:
         self._booted = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
         self._node_started_s = server_start_s(os.getpid())
         # Of the device that is attached under this server's own name, if it has one.
-        self._lifeline = Path(config.get("control", "/")).with_suffix(".attach")
+        control = config.get("control")
+        self._lifeline = Path(control).with_suffix(".attach") if control else None
         self.metrics: str | None = None  # HOST:PORT once it is listened on
         self.peer_side: Any = None  # peerring.PeerSide, with peers=
         # Of those that are in use: a new file is for the next node.
@@ -172,9 +173,11 @@ class Node:
 
     async def health(self) -> dict[str, Any]:
         """status: ok, degraded or critical; reasons: what is the matter and what to do."""
-        now: dict[str, Any] = {"unmended": lifeline.unmended(self._lifeline)}
+        now: dict[str, Any] = {}
+        if self._lifeline is not None:
+            now["unmended"] = lifeline.unmended(self._lifeline)
         if (side := self.peer_side) is not None:
-            now = {"twin_peers": side.twins(), "etcd_silent_s": side.etcd_silent_s}
+            now |= {"twin_peers": side.twins(), "etcd_silent_s": side.etcd_silent_s}
         if self._certificate_end_s is not None:
             now["certificate_days"] = expiry.days_left(self._certificate_end_s)
         return health(counters.read(self._memory), await self.config() | now)

@@ -77,10 +77,13 @@ class Backed:
         alone = self.node.ring.alone
         return self.now()["backup_missing_pages"] == 0 and alone == 0 and self.has_settled()
 
+    def at_one_peer(self) -> int:
+        """Pages that have a copy there and no other."""
+        return sum(not is_backed(w) and len(rows_of_where(w)) < 2 for _, _, w, _ in self.copies())
+
     def has_settled(self) -> bool:
         now = self.now()
-        at_one = sum(not is_backed(w) and len(rows_of_where(w)) < 2 for _, _, w, _ in self.copies())
-        return at_one == 0 and now["disk_pages"] == now["backed_pages"]
+        return self.at_one_peer() == 0 and now["disk_pages"] == now["backed_pages"]
 
     def assert_sound(self) -> None:
         """What is counted is what there is, at donors and in the index."""
@@ -199,12 +202,12 @@ def test_parts_on_a_disk_that_is_cut_are_given_up(
     model = fill(backed, rng)
     at_peers = [page for page in range(PAGES) if backed.state(page) == PEER]
     os.ftruncate(fd, 0)
-    wait_until(lambda: backed.now()["disk_errno"] == errno.ENODATA, "the cut is noticed")
+    wait_until(lambda: backed.node.ring.alone > 0, "parts are given up")
     wait_until(lambda: backed.now()["disk_errno"] == 0, "the disk is taken again")
     where = {page: where for page, _, where, _ in backed.copies()}
     assert at_peers
     assert not any(is_backed(where[page]) for page in at_peers)
-    assert backed.node.ring.alone == len(at_peers), "the node is told that they need another"
+    wait_until(lambda: backed.node.ring.alone == backed.at_one_peer(), "the node is told of all")
     assert backed.now()["disk_corrupt_pages"] == 0
     check(backed, model)
     assert backed.now()["lost_pages"] == 0

@@ -351,11 +351,11 @@ def test_pages_that_share_ghosts_are_promoted_all_the_same(
 
     The line of a page is as in fetching.pyx: 4096 cells in lines of 16.
     """
-    pages, lines = 6000, defaultdict(list)
+    pages, lines = 16000, defaultdict(list)
     for page in range(pages):
         lines[((page + 1) * 0x9E3779B97F4A7C15 % 2**64 >> 20) % 4096 // 16].append(page)
     shared = max(lines.values(), key=len)
-    assert 17 <= len(shared) <= 40  # read within the window of 512 reads, and fit the pool
+    assert 40 <= len(shared) <= 80  # read within the window of 512 reads, and fit the pool
     rng.shuffle(shared)
     with cold_store(tmp_path, pages * PAGE, 1 * MIB, 16 * MIB) as cold:
         for page in shared:

@@ -23,7 +23,7 @@ import pytest
 from cluster import certificates, members
 from cluster.etcdurl import EtcdUrl
 from cluster.members import Member, chosen
-from cluster.roll import Roll
+from cluster.roll import WHOLE_EVERY, Roll
 from tests.lender_helpers import PAGES, Lender, Model, live, stats
 from tests.plugin_helpers import ROOT, WAIT_S, Server, environment, run_nbdkit, wait_for
 from zcache_core import memfile
@@ -247,7 +247,7 @@ def test_only_what_has_changed_is_read(etcd: Etcd, rng: random.Random) -> None:
         return dict(roll.ask(ask))
 
     client = members.Registration(url, None, nobody)._client()
-    for _ in range(80):
+    for _ in range(WHOLE_EVERY - 1):
         wholes, unseen = roll.wholes, False
         for _ in range(rng.randrange(4)):
             key = url.donors + str(rng.randrange(8))

@@ -130,7 +130,8 @@ def test_the_cluster(tmp_path: Path, browser: Browser) -> None:
             lenders[0].kill()
             page.wait_for("1 of 2 answer")
             page.wait_for("1 of 2 peers answer and 2 are needed")
-            assert page.value("document.querySelectorAll('#peers td.bad').length") == 1
+            bad = "document.querySelectorAll('#peers td.bad').length"
+            wait_for("its row to be marked", lambda: page.value(bad) == 1)
             assert page.value("document.documentElement.scrollWidth") <= 390
             assert page.complaints() == []
 

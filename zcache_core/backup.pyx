@@ -17,8 +17,8 @@ compare-and-swap: a kill at any moment leaves no half of it.
 A donor that is lost, lies or wants to be rid of a page: its node says so (NOTE_GONE), the page is
 on the disk alone from then on, and the next ticks send it to another donor.  A disk whose writes
 fail (not one that is full): the node is told (disk_fails) and gives pages beside it their second
-copy elsewhere, as `replicas` says.  A copy on the disk that is found damaged is given up, and the
-node makes another from the peer's.
+copy elsewhere, as `replicas` says.  A copy on the disk that is found damaged, or that was cut off
+with the end of its file, is given up, and the node makes another from the peer's.
 
 Bounds: a read waits no longer for a peer than HEDGE_MOST_US before it reads the disk; a tick works
 for SWEEP_US and one batch; the disk has 512 GiB at most (the address).

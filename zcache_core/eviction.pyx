@@ -282,7 +282,8 @@ cdef void keep_if_cut_off(Tiers *t, uint64_t page) noexcept nogil:
 cdef bint keep_cut_off(Tiers *t) noexcept nogil:
     """A piece of the walk that a cut file waits for; False: there is nothing more to do.
 
-    What is in RAM, and was on the disk too, is in RAM alone from then on.  The file is made long
+    What is in RAM, and was on the disk too, is in RAM alone from then on; what is at a peer and was
+    on the disk too, at that peer.  The file is made long
     again only after that: as long as it is short, every next server knows.
     """
     cdef uint64_t bytes = disk_to_keep(t.disk) if t.disk != NULL else <uint64_t>DISK_WHOLE

@@ -65,9 +65,12 @@ cdef bint earns_ram(Tiers *t, uint64_t page) noexcept nogil:
     cdef uint64_t hash = (page + 1) * GOLDEN
     cdef uint32_t tag = <uint32_t>(hash & 0xFFFF) | 1
     cdef uint32_t *cell = t.ghosts + (hash >> 20) % t.ghost_cells // GHOST_WAYS * GHOST_WAYS
-    cdef uint32_t place = <uint32_t>(reads * GOLDEN >> 32) % GHOST_WAYS
+    cdef uint64_t mixed = reads * GOLDEN
+    cdef uint32_t place
     cdef uint32_t oldest = 0
     cdef uint32_t i, seen, age
+    mixed = (mixed ^ mixed >> 32) * GOLDEN      # (without it the places come almost in turn)
+    place = <uint32_t>(mixed >> 60) % GHOST_WAYS
     for i in range(GHOST_WAYS):
         seen = zc_load32(cell + i)
         age = (now - seen) & 0xFFFF if seen else 0x10000

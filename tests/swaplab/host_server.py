@@ -124,7 +124,7 @@ class HostServer:
         late = Deadline(limit_s)
         while True:
             try:
-                return self._stats_now(limit_s)
+                return self._stats_now(max(1.0, late.left_s()))
             except CommandFailedError:
                 if late.passed() or not self.running():
                     raise
