@@ -81,7 +81,7 @@ def test_a_store_over_peers(tmp_path: Path, rng: random.Random, with_disk: bool)
                 below.store.invalidate(page)
                 model.pop(page, None)
         assert below.now()["pers_pages_remoted"] > 200
-        assert below.store.check() == 0
+        wait_until(lambda: below.store.check() == 0, "index and pool agree")
         held = below.node.held
         below.stop()
         memory.close()
@@ -89,7 +89,7 @@ def test_a_store_over_peers(tmp_path: Path, rng: random.Random, with_disk: bool)
         below = Below(memory, fd, held)
         for page in range(900):
             assert below.store.get(page) == model.get(page, bytes(PAGE)), page
-        assert below.store.check() == 0
+        wait_until(lambda: below.store.check() == 0, "index and pool agree")
         now = below.now()
         assert now["lost_pages"] == now["remote_pers_pages_unsucc_get"] == 0
         below.store.invalidate(0, 1024)
@@ -131,7 +131,7 @@ def test_read_twice_is_moved_up_and_dropped_below(below: Below, rng: random.Rand
     wait_until(
         lambda: not any(key[1:] == (page, version) for key in below.node.held), "dropped below"
     )
-    assert below.store.check() == 0
+    wait_until(lambda: below.store.check() == 0, "index and pool agree")
 
 
 def test_nothing_is_put_while_somebody_may_still_tell_a_drop(
@@ -167,7 +167,7 @@ def test_a_page_that_no_donor_has_is_lost_and_counted(below: Below, rng: random.
         assert error.value.errno == errno.EIO
     assert below.state(page) == LOST
     assert below.now()["lost_pages"] == 1
-    assert below.store.check() == 0
+    wait_until(lambda: below.store.check() == 0, "index and pool agree")
     below.store.put(page, b"n" * PAGE)
     assert below.store.get(page) == b"n" * PAGE
 
@@ -212,7 +212,7 @@ def test_moved_copies_are_found_at_their_new_place(below: Below, rng: random.Ran
     wait_until(node.ring.heard, "it is heard")
     for p in range(599):
         assert below.store.get(p) == model[p]
-    assert below.store.check() == 0
+    wait_until(lambda: below.store.check() == 0, "index and pool agree")
 
 
 def test_peers_that_refuse_leave_it_to_the_disk(tmp_path: Path, rng: random.Random) -> None:
@@ -228,7 +228,7 @@ def test_peers_that_refuse_leave_it_to_the_disk(tmp_path: Path, rng: random.Rand
         assert below.now()["pers_pages_remoted"] == 0
         for page, data in model.items():
             assert below.store.get(page) == data
-        assert below.store.check() == 0
+        wait_until(lambda: below.store.check() == 0, "index and pool agree")
     finally:
         below.stop()
         memory.close()

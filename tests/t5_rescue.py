@@ -111,7 +111,7 @@ def test_all_donors_come_back_empty(below: Below, rng: random.Random, told: bool
         for page in range(900):
             model.check(page)
     assert below.now()["rescued_pages"] > 0
-    assert below.store.check() == 0
+    wait_until(lambda: below.store.check() == 0, "index and pool agree")
     below.store.invalidate(0, PAGES)
     wait_until(lambda: not below.node.held, "everything is dropped at the donors")
     assert below.now()["pers_pages_remoted"] == below.now()["remote_bytes"] == 0
@@ -142,7 +142,7 @@ def test_no_room_is_made_of_pages_whose_donors_are_away(below: Below, rng: rando
         model.step()
     for page in range(900):
         model.check(page)
-    assert below.store.check() == 0
+    wait_until(lambda: below.store.check() == 0, "index and pool agree")
 
 
 @pytest.mark.parametrize("back", [True, False])
