@@ -27,6 +27,9 @@ What it is not: on the data path.  Pages pass it by.
 
 from __future__ import annotations
 
+from plugin.napping import RESUME  # first: it makes the imports below take naps
+
+# isort: split
 import argparse
 import json
 import os
@@ -64,7 +67,6 @@ LOADING_S = 10.0
 # be swapped out, or still be loading: with memory exhausted, twenty kills left nineteen of them,
 # their pages filled the swap, and the OOM killer came.
 NODE_S = 2.0
-RESUME = "ZCACHE_RESUME"  # what a supervisor tells itself through exec
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, LOOK)
 
 
@@ -347,7 +349,7 @@ class Supervisor:
         try:
             words = [sys.executable, *sys.orig_argv[1:]]
             flush()
-            # Its start takes half a second of a slow CPU, which belongs to those who serve, too.
+            # Its start takes half a second of a slow CPU, which belongs to others, too: `napping`.
             # (As an ordinary process, where memory is short, it took more than a minute.)
             process.in_turns()
             os.execve(words[0], words, os.environ | {RESUME: json.dumps(resume)})

@@ -22,7 +22,7 @@ from typing import NamedTuple
 # Lowest first: a package imports only from itself and those before it.
 FLOORS = {
     "zcache_core": {
-        0: "native pthread layout counter_ids errors counters commands owner process",
+        0: "native pthread layout counter_ids errors counters commands owner naps process",
         1: "inventory geometry memfile headroom backing arena committer adoption stacks samefill "
         "slots codec crypt crew",
         2: "allocator accounting budframe buds zbud z3fold sizeclass zspage zsmalloc several index",
@@ -44,7 +44,7 @@ FLOORS = {
     },
     "plugin": {
         6: "interrupts messages logpipe amounts instance peerkeys codeckeys config liaison teller "
-        "handshake relays dialer statepage swift spare tlsfiles genetlink nbdmessage",
+        "handshake relays dialer statepage swift spare tlsfiles genetlink nbdmessage napping",
         7: "spawn keeper leave places fitness show lent lower servestate lone wiring "
         "supervised nbdnetlink swaparea upfile rates terminal reach counterfiles recording "
         "sampling",

@@ -29,6 +29,8 @@ import os
 import re
 import resource
 
+from zcache_core.naps import Naps
+
 MCL_CURRENT, MCL_FUTURE, MCL_ONFAULT = 1, 2, 4
 PR_SET_PDEATHSIG = 1
 PR_SET_DUMPABLE = 4
@@ -137,7 +139,7 @@ def load_files(copy: bool = True) -> int:
     Before Linux 5.14 nothing happens, and nothing for an ordinary user with secrets in memory
     (PR_SET_DUMPABLE is off), who may not look at his own pages.
     """
-    total = 0
+    total, naps = 0, Naps()
     if not os.access("/proc/self/pagemap", os.R_OK):
         return 0
     with open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
@@ -148,7 +150,7 @@ def load_files(copy: bool = True) -> int:
             continue
         start, end = (int(number, 16) for number in row[0].split("-"))
         advice = MADV_POPULATE_WRITE if copy and row[1][1] == "w" else MADV_POPULATE_READ
-        os.sched_yield()
+        naps.breathe()
         _libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), advice)
         total += end - start
     return total
@@ -160,7 +162,7 @@ def own_memory() -> int:
     Returns bytes.  Pages that were never touched stay so (nbdkit's tables are 192 MiB of them).
     Before Linux 5.14 nothing happens.
     """
-    total = 0
+    total, naps = 0, Naps()
     with open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
         rows = [line.split(maxsplit=5) for line in maps]
     with open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
@@ -174,17 +176,18 @@ def own_memory() -> int:
                 at, length = (start + run.start()) * PAGE_BYTES, len(run[0]) * PAGE_BYTES
                 _libc.madvise(ctypes.c_void_p(at), ctypes.c_size_t(length), MADV_POPULATE_WRITE)
                 total += length
-                os.sched_yield()  # to those of our class: who serves comes first
+                naps.breathe()
     return total
 
 
 def hold_memory(size_bytes: int) -> mmap.mmap:
     """So much memory, touched: closing it makes room for who needs as much a moment later."""
+    naps = Naps()
     held = mmap.mmap(-1, -(-size_bytes // PAGE_BYTES) * PAGE_BYTES, mmap.MAP_PRIVATE)
     for at in range(0, len(held), PAGE_BYTES):
         held[at] = 1
         if at % (64 * PAGE_BYTES) == 0:
-            os.sched_yield()  # to those of our class: who serves comes first
+            naps.breathe()
     return held
 
 
