@@ -24,7 +24,7 @@ from posix.unistd cimport close, read
 from cluster.frames cimport (
     FRAME_MORE, HEAD_MOST, RECORD_BYTES, SEALED_LEAST, Answer, begins_answer, read_answer, write_get,
 )
-from cluster.lane cimport LaneEnd
+from cluster.putlane cimport PutLane, Puts, is_a_puts, put_answered
 from cluster.lanesend cimport LANE_MORE, LANE_ODD, LANE_OVER, Lane, lane_send_or_keep
 from zcache_core.layout cimport COPIES_MOST, DONORS, donor_at
 from zcache_core.native cimport zc_acquire_fence, zc_cas32, zc_load32, zc_load64, zc_store32
@@ -77,6 +77,7 @@ ctypedef struct Open:           # a get under way
 
 ctypedef struct Fetch:          # an owner's connection to one donor
     Lane *lane
+    Puts *puts
     Work *work
     bint dead                   # nothing is asked here any more
     uint32_t next_msgid
@@ -171,7 +172,7 @@ cdef void send_get(Work *w, Fetch *f, Open *o, int64_t until_us) noexcept nogil:
     cdef const GetCell *cell
     cdef uint64_t version
     o.state, o.until_us, o.msgid = WAITED, until_us, f.next_msgid
-    f.next_msgid = f.next_msgid + 1 if f.next_msgid != <uint32_t>0xFFFFFFFF else <uint32_t>1 << 31
+    f.next_msgid = f.next_msgid + 1 if not is_a_puts(f.next_msgid + 1) else <uint32_t>1 << 31
     at = write_get(bytes, o.msgid, o.n)
     for i in range(o.n):
         cell = &w.ring.cell[o.cell[i]]
@@ -302,6 +303,8 @@ cdef int64_t fetched(Lane *lane, const uint8_t *bytes, uint64_t have) noexcept n
         return LANE_MORE if used == FRAME_MORE else LANE_ODD
     if msgid < <uint32_t>1 << 31:
         return LANE_ODD
+    if is_a_puts(msgid):
+        return put_answered(f.puts, lane, bytes, have, msgid)
     used = read_answer(bytes, have, &answer)
     if used == FRAME_MORE:
         return LANE_MORE
@@ -449,8 +452,8 @@ cdef class Courier:
         return found
 
 
-cdef class OwnerLane(LaneEnd):
-    """An owner's connection to one donor, over which its courier asks."""
+cdef class OwnerLane(PutLane):
+    """An owner's connection to one donor, over which its courier asks, and puts go."""
 
     cdef Fetch fetch
     cdef Courier courier
@@ -459,16 +462,19 @@ cdef class OwnerLane(LaneEnd):
         self.courier = courier
         self.alike = True
         memset(&self.fetch, 0, sizeof(Fetch))
-        self.fetch.lane, self.fetch.work = &self.lane, &courier.work
+        self.fetch.lane, self.fetch.work, self.fetch.puts = &self.lane, &courier.work, &self.puts
         self.fetch.next_msgid = OTHERS_MSGID
         self.lane.about, self.lane.handle, self.lane.ended = &self.fetch, fetched, fetch_ended
 
-    def settled(self, uint32_t msgid):
-        """Whether this answer, which the session has read, was to one of the courier's.
+    def settled(self, response):
+        """Whether this answer, which the session has read, was to a put of ours, or one of the courier's gets.
 
-        It may be a good one that came close behind something of the session's: asked again then.
+        It may be a good one that came close behind something of the session's: such a get is asked again.
         """
+        cdef uint32_t msgid = response.msgid
         cdef Open *o
+        if is_a_puts(msgid):
+            return self._put_is_read(response)
         lock_take(&self.courier.work.lock)
         o = open_of(&self.fetch, msgid)
         if o != NULL:

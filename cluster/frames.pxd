@@ -22,7 +22,7 @@ ctypedef struct Asked:          # a request; pointers into the frame
     const uint8_t *payload
     uint64_t payload_bytes
 
-ctypedef struct Answer:         # a get's
+ctypedef struct Answer:         # a get's; a put's has no payload
     uint32_t msgid
     uint64_t offer[3]
     uint32_t n
@@ -32,8 +32,12 @@ ctypedef struct Answer:         # a get's
 
 cdef int64_t read_asked(const uint8_t *bytes, uint64_t have, Asked *asked) noexcept nogil
 cdef int64_t read_answer(const uint8_t *bytes, uint64_t have, Answer *answer) noexcept nogil
+cdef int64_t read_put_answer(const uint8_t *bytes, uint64_t have, Answer *answer) noexcept nogil
 cdef int begins_answer(const uint8_t *bytes, uint64_t have, uint32_t *msgid) noexcept nogil
 cdef uint32_t write_get(uint8_t *to, uint32_t msgid, uint32_t n) noexcept nogil
+cdef uint32_t write_put(
+    uint8_t *to, uint32_t msgid, const uint8_t *records, uint32_t n, uint64_t payload_bytes
+) noexcept nogil
 cdef uint32_t write_answer(
     uint8_t *to, uint32_t msgid, const uint64_t *offer, const uint8_t *codes, uint32_t n, int what,
     uint64_t payload_bytes

@@ -173,24 +173,37 @@ cdef int64_t read_asked(const uint8_t *bytes, uint64_t have, Asked *asked) noexc
     return c.at - bytes if c.verdict == 1 else c.verdict
 
 
+cdef inline void answer_in(Cursor *c, Answer *answer, const uint8_t *shape) noexcept nogil:
+    """An answer up to its codes; `shape`: of its result."""
+    cdef uint32_t i
+    literal(c, b"\x94\x01", 2)
+    answer.msgid = <uint32_t>number(c, 4)
+    literal(c, shape, 3)
+    for i in range(3):
+        answer.offer[i] = number(c, 8)
+    if c.verdict == 1 and answer.offer[2] > HEALTH_MOST:
+        c.verdict = FRAME_ODD
+    answer.n = <uint32_t>binary(c, 1, RECORDS_MOST)
+    answer.codes = stretch(c, answer.n)
+    answer.payload, answer.payload_bytes = NULL, 0
+
+
 cdef int64_t read_answer(const uint8_t *bytes, uint64_t have, Answer *answer) noexcept nogil:
     """The length of the get's answer that the bytes begin with; FRAME_MORE, FRAME_ODD.
 
     Whether codes and payload fit what was asked, the caller must look.
     """
     cdef Cursor c = Cursor(bytes, have, 1)
-    cdef uint32_t i
-    literal(&c, b"\x94\x01", 2)
-    answer.msgid = <uint32_t>number(&c, 4)
-    literal(&c, b"\xc0\x93\x93", 3)
-    for i in range(3):
-        answer.offer[i] = number(&c, 8)
-    if c.verdict == 1 and answer.offer[2] > HEALTH_MOST:
-        c.verdict = FRAME_ODD
-    answer.n = <uint32_t>binary(&c, 1, RECORDS_MOST)
-    answer.codes = stretch(&c, answer.n)
+    answer_in(&c, answer, b"\xc0\x93\x93")
     answer.payload_bytes = binary(&c, 0, PAYLOAD_MOST)
     answer.payload = stretch(&c, answer.payload_bytes)
+    return c.at - bytes if c.verdict == 1 else c.verdict
+
+
+cdef int64_t read_put_answer(const uint8_t *bytes, uint64_t have, Answer *answer) noexcept nogil:
+    """The same of a put's."""
+    cdef Cursor c = Cursor(bytes, have, 1)
+    answer_in(&c, answer, b"\xc0\x92\x93")
     return c.at - bytes if c.verdict == 1 else c.verdict
 
 
@@ -237,6 +250,19 @@ cdef uint32_t write_get(uint8_t *to, uint32_t msgid, uint32_t n) noexcept nogil:
     at = put_number(at + 2, msgid)
     memcpy(at, b"\xa3get\x91", 5)
     return <uint32_t>(put_binary(at + 5, n * RECORD_BYTES) - to)
+
+
+cdef uint32_t write_put(
+    uint8_t *to, uint32_t msgid, const uint8_t *records, uint32_t n, uint64_t payload_bytes
+) noexcept nogil:
+    """All of a put but its payload; how many bytes (at most HEAD_MOST, and the records)."""
+    cdef uint8_t *at = to
+    memcpy(at, b"\x94\x00", 2)
+    at = put_number(at + 2, msgid)
+    memcpy(at, b"\xa3put\x92", 5)
+    at = put_binary(at + 5, n * RECORD_BYTES)
+    memcpy(at, records, n * RECORD_BYTES)
+    return <uint32_t>(put_binary(at + n * RECORD_BYTES, payload_bytes) - to)
 
 
 cdef uint32_t write_answer(
@@ -290,6 +316,20 @@ def put_of(parts):
     return records, payload
 
 
+def keys_of(bytes records not None):
+    """The (page, version) of valid records, as a set."""
+    cdef const uint8_t *at = <const uint8_t *>PyBytes_AS_STRING(records)
+    cdef uint64_t version
+    cdef uint32_t page
+    cdef Py_ssize_t i
+    keys = set()
+    for i in range(len(records) // RECORD_BYTES):
+        memcpy(&version, at + RECORD_BYTES * i, 8)
+        memcpy(&page, at + RECORD_BYTES * i + 8, 4)
+        keys.add((page, version))
+    return keys
+
+
 # ---- as Python sees them, for tests ------------------------------------------------------
 
 def asked(bytes data not None):
@@ -315,6 +355,27 @@ def answer(bytes data not None):
         length, found.msgid, (found.offer[0], found.offer[1], found.offer[2]),
         (<const char *>found.codes)[: found.n], (<const char *>found.payload)[: found.payload_bytes],
     )
+
+
+def put_answer(bytes data not None):
+    """(length, msgid, offer, codes) of the put's answer that `data` begins with; or FRAME_*."""
+    cdef Answer found
+    cdef int64_t length = read_put_answer(data, len(data), &found)
+    if length <= 0:
+        return length
+    return (
+        length, found.msgid, (found.offer[0], found.offer[1], found.offer[2]),
+        (<const char *>found.codes)[: found.n],
+    )
+
+
+def put_bytes(uint32_t msgid, bytes records not None, bytes payload not None):
+    """A put."""
+    cdef uint8_t head[HEAD_MOST + RECORDS_MOST * RECORD_BYTES]
+    cdef uint32_t n = <uint32_t>(len(records) // RECORD_BYTES)
+    assert n <= RECORDS_MOST
+    n = write_put(head, msgid, <const uint8_t *><const char *>records, n, len(payload))
+    return (<char *>head)[:n] + payload
 
 
 def get_bytes(uint32_t msgid, bytes records not None):

@@ -266,6 +266,9 @@ cdef class LaneEnd:
                 pthread_join(lane.thread, NULL)
         self.give_back()
 
+    def collect(self):
+        """Take what a subclass's handler has left for us; at each wake."""
+
     @property
     def wake_fd(self):
         """The eventfd."""

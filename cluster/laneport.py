@@ -97,6 +97,7 @@ class LanePort(asyncio.Transport):
     def _woken(self) -> None:
         with contextlib.suppress(BlockingIOError):
             os.read(self._lane.wake_fd, 8)
+        self._lane.collect()
         if self._lane.is_handed:
             self._our_turn()
         elif self._lane.over is not None:
@@ -140,7 +141,12 @@ class LanePort(asyncio.Transport):
         kept = self._lane.write(bytes(data))
         if kept is None:
             self._loop.call_soon(self._end, errno.EPIPE)
-        elif kept > self._high_bytes and not self._paused:
+        else:
+            self.wrote(kept)
+
+    def wrote(self, kept: int) -> None:
+        """Something was sent, here or by the lane: so much is kept now."""
+        if kept > self._high_bytes and not self._paused:
             self._paused = True
             self._protocol.pause_writing()
             if not self._lane.is_handed:

@@ -47,4 +47,5 @@ cdef bint send_wire(Lane *lane) noexcept nogil
 cdef int64_t send_now(Lane *lane, const uint8_t *bytes, uint64_t n) noexcept nogil
 cdef bint flush_kept(Lane *lane) noexcept nogil
 cdef bint lane_send(Lane *lane, Piece *pieces, uint32_t n) noexcept nogil
+cdef bint lane_send_pieces(Lane *lane, const Piece *pieces, uint32_t n) noexcept nogil
 cdef bint lane_send_or_keep(Lane *lane, const uint8_t *bytes, uint64_t n) noexcept nogil

@@ -1,7 +1,7 @@
 """What a lane sends: whole frames, one sender at a time, plain or in TLS records.
 
     thread --lane_send--> [kept before] pieces [kept meanwhile] --> socket      waits for it
-    others --lane_send_or_keep--> socket, or kept (`out`) --flush_kept--> socket       never waits
+    others --lane_send_or_keep, _pieces--> socket, or kept (`out`) --flush_kept--> socket       never waits
 
 Who sends makes records of what it sends (its is the wire of `tls`); what is kept is not one yet.  So they
 are sent in the order in which they are made.
@@ -223,14 +223,26 @@ cdef bint keep(Lane *lane, const uint8_t *bytes, uint64_t n) noexcept nogil:
 
 cdef bint lane_send_or_keep(Lane *lane, const uint8_t *bytes, uint64_t n) noexcept nogil:
     """By anybody but the thread: never waits.  False: the connection is of no use."""
-    cdef int64_t sent = 0
+    cdef Piece piece
+    piece.at, piece.bytes = bytes, n
+    return lane_send_pieces(lane, &piece, 1)
+
+
+cdef bint lane_send_pieces(Lane *lane, const Piece *pieces, uint32_t n) noexcept nogil:
+    """The same of some pieces, with nothing of others between them."""
+    cdef int64_t sent
+    cdef uint32_t i
     cdef bint good = True
     lock_take(&lane.lock)
-    if not lane.sending and not lane.handed and unsent(lane) == 0:
-        sent = send_now(lane, bytes, n)
-        good = sent >= 0
-    if good and <uint64_t>sent < n:
-        good = keep(lane, bytes + sent, n - <uint64_t>sent)
+    for i in range(n):
+        sent = 0
+        if not lane.sending and not lane.handed and unsent(lane) == 0:
+            sent = send_now(lane, pieces[i].at, pieces[i].bytes)
+            good = sent >= 0
+        if good and <uint64_t>sent < pieces[i].bytes:
+            good = keep(lane, pieces[i].at + sent, pieces[i].bytes - <uint64_t>sent)
+        if not good:
+            break
     if good and not lane.sending and not lane.handed and unsent(lane):
         eventfd_write(lane.wake_fd, 1)          # somebody has to flush it
     pthread_mutex_unlock(&lane.lock)

@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterable, Sequence
 
 from cluster.peerwire import Donor, LinkState, Page, unpack
 from cluster.renewal import Renewal
-from cluster.replicas import DEVICE, Asked, Got, Options, Replicas, Stored
-from cluster.seats import LIES_MOST, Copy, Identity, Ledger, Seats
-from zcache_core.ringside import rows_of_where
+from cluster.replicas import Asked, Got, Options, Replicas, Stored
+from cluster.seats import LIES_MOST, Identity, Ledger, Seats
+from cluster.sheaf import Sheaf, sheaves_of
 
 LOOK_S = 0.1
 COMPARE_S = 600.0  # what donors lost, or hold for nobody, is found within that time
@@ -97,44 +97,37 @@ class Overflow:
 
     # ---- what the owner asks ---------------------------------------------------------------
 
-    async def put(
-        self, pages: Sequence[tuple[int, int, int, bytes]], copies: int = 0
-    ) -> list[Stored]:
+    async def put(self, sheaves: Sequence[Sheaf], copies: int = 0) -> list[Stored]:
         """Store sealed pages; the rows that have each, or an errno.
 
         Not those that are being renewed: when the owner hears where they went, and that it was too
         late, it drops them there, and this copy could be the one that is dropped.
         """
         busy = self.renewal.renewing
-        if not busy:
-            return await self.replicas.put(pages, copies)
-        free = [page for page in pages if (page[0], page[1]) not in busy]
-        places = {(page[0], page[1]) for page in free}
-        stored = iter(await self.replicas.put(free, copies) if free else ())
+        if not busy or all(busy.isdisjoint(sheaf.keys) for sheaf in sheaves):
+            return await self.replicas.put(sheaves, copies)
+        parts = [part for sheaf in sheaves for part in sheaf]
+        free = [part for part in parts if (part[0], part[1]) not in busy]
+        places = {(part[0], part[1]) for part in free}
+        stored = iter(await self.replicas.put(sheaves_of(free), copies) if free else ())
         later = Stored((), errno.EIO)
-        return [next(stored) if (page[0], page[1]) in places else later for page in pages]
+        return [next(stored) if (part[0], part[1]) in places else later for part in parts]
 
-    def forget(
-        self, pages: Sequence[tuple[int, int, int, bytes]], stored: Sequence[Stored]
-    ) -> None:
+    def forget(self, sheaves: Sequence[Sheaf], stored: Sequence[Stored]) -> None:
         """Nobody took note of what was stored: drop it."""
-        for (page, version, length_codec, _), where in zip(pages, stored, strict=True):
+        pages = [page for sheaf in sheaves for page in sheaf.pages()]
+        for page, where in zip(pages, stored, strict=True):
             for row in where.rows:
-                self._drop(row, Page(DEVICE, page, version, length_codec))
+                self._drop(row, page)
 
     async def get(self, asked: Sequence[Asked]) -> list[Got]:
         """Pages with the same rows and the same wrong copies."""
         return await self.replicas.get(asked)
 
-    def drop(self, copies: Iterable[Copy]) -> None:
-        """Copies that the owner does not need any more."""
-        rows_at: dict[int, tuple[int, ...]] = {}  # thousands at once, at a few donors
-        drop = self.renewal.drop
-        for page, version, where, length_codec in copies:
-            rows = rows_at.get(where) or rows_at.setdefault(where, rows_of_where(where))
-            gone = Page(DEVICE, page, version, length_codec)
-            for row in rows:
-                drop(row, gone)
+    def drop(self, copies: Iterable[tuple[int, bytes]]) -> None:
+        """Copies that the owner does not need any more: (row, records) each."""
+        for row, records in copies:
+            self.renewal.drop_all(row, records)
 
     def compare_all(self) -> None:
         """Drops went missing on the way to us: look at all donors for what nobody needs."""

@@ -128,7 +128,7 @@ class Channel(asyncio.Protocol):
         loop = asyncio.get_running_loop()
         msgid, data = self._session.call(method, *params)
         future = self._waiting[msgid] = loop.create_future()
-        overdue = loop.call_at(end_s, _give_up, future)
+        overdue = loop.call_at(end_s, give_up, future)
         try:
             self._transport.write(data)
             return await future
@@ -274,6 +274,7 @@ class Channel(asyncio.Protocol):
         )
 
 
-def _give_up(future: asyncio.Future[Any]) -> None:
+def give_up(future: asyncio.Future[Any]) -> None:
+    """It has waited long enough."""
     if not future.done():
         future.set_exception(TimeoutError())

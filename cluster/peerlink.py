@@ -22,16 +22,17 @@ import contextlib
 import logging
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from cluster import laneport, peerwire
 from cluster.courier import Courier, OwnerLane
 from cluster.lane import LaneEnd
+from cluster.laneport import LanePort
 from cluster.link import RpcError
 from cluster.peeraddress import PeerAddress
-from cluster.peerchannel import Channel, ChannelClosedError, ChannelOptions
+from cluster.peerchannel import Channel, ChannelClosedError, ChannelOptions, give_up
 from cluster.peerwire import (
     BadAnswerError,
     Changed,
@@ -92,6 +93,24 @@ class _OwnersEnd(Channel):
         self._session.settled_elsewhere = self.owners_lane.settled
         return self.owners_lane
 
+    async def put(self, records: bytes, payload: bytes, deadline_s: float) -> Any:
+        """As `call`: the lane's, which needs no session, or through that."""
+        lane = self.owners_lane
+        if lane is None or not self.is_open or not self._writable.is_set():
+            return await self.call("put", records, payload, deadline_s=deadline_s)
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Any] = loop.create_future()
+        msgid = lane.begin_put(future, records, payload)
+        if msgid is None:
+            return await self.call("put", records, payload, deadline_s=deadline_s)
+        cast(LanePort, self._transport).wrote(lane.kept_bytes)
+        overdue = loop.call_later(deadline_s, give_up, future)
+        try:
+            return await future
+        finally:
+            overdue.cancel()
+            lane.forget_put(msgid)
+
     def notified(self, method: str, params: list[Any]) -> None:
         if method == "recall":
             records, left_s = peerwire.recall(params)
@@ -103,6 +122,8 @@ class _OwnersEnd(Channel):
                 self._link.on_offer(self._link)
 
     def lost(self, why: str) -> None:
+        if self.owners_lane is not None:
+            self.owners_lane.end_puts(ChannelClosedError(why))
         self._link.lost.set()
 
 
@@ -164,25 +185,27 @@ class PeerLink:
 
     async def put(self, records: bytes, payload: bytes) -> bytes:
         """A Code for each page."""
-        result = await self._call("put", records, payload)
+        result = await self._call(
+            "put", lambda channel: channel.put(records, payload, self._times.call_s)
+        )
         n = len(records) // peerwire.RECORD_BYTES
         self.offer, codes = self._read(peerwire.put_answer, result, n)
         return codes
 
     async def get(self, records: bytes) -> tuple[bytes, bytes]:
         """Codes, and the sealed bytes of those with OK behind one another."""
-        result = await self._call("get", records)
+        result = await self._ask("get", records)
         self.offer, codes, payload = self._read(peerwire.get_answer, result, records)
         return codes, payload
 
     async def drop(self, records: bytes) -> int:
         """How many were there."""
-        self.offer, dropped = self._read(peerwire.drop_answer, await self._call("drop", records))
+        self.offer, dropped = self._read(peerwire.drop_answer, await self._ask("drop", records))
         return dropped
 
     async def reconcile(self, cursor: int) -> tuple[int | None, bytes]:
         """The next cursor (None: that was all) and some of what is held."""
-        result = await self._call("reconcile", cursor)
+        result = await self._ask("reconcile", cursor)
         self.offer, following, records = self._read(peerwire.reconcile_answer, result)
         return following, records
 
@@ -190,29 +213,35 @@ class PeerLink:
         """Measure the latency, fetch the offer."""
         loop = asyncio.get_running_loop()
         began_s = loop.time()
-        self.offer = self._read(peerwire.ping_answer, await self._call("ping"))
+        self.offer = self._read(peerwire.ping_answer, await self._ask("ping"))
         us = (loop.time() - began_s) * 1e6
         self.latency_us += (us - self.latency_us) / SMOOTH if self.latency_us else us
 
     async def bye(self) -> int:
         """Our epoch is over: the donor drops all of it; how many pages that were."""
-        result = await self._call("bye", self._hello.owner, self._hello.epoch)
+        result = await self._ask("bye", self._hello.owner, self._hello.epoch)
         self.offer, dropped = self._read(peerwire.bye_answer, result)
         return dropped
 
     async def stats(self) -> dict[str, int]:
         """The donor's own numbers."""
-        self.offer, numbers = self._read(peerwire.stats_answer, await self._call("stats"))
+        self.offer, numbers = self._read(peerwire.stats_answer, await self._ask("stats"))
         return numbers
 
     # ---- calls ------------------------------------------------------------------------------
 
-    async def _call(self, method: str, *params: Any) -> Any:
+    async def _ask(self, method: str, *params: Any) -> Any:
+        return await self._call(
+            method,
+            lambda channel: channel.call(method, *params, deadline_s=self._times.call_s),
+        )
+
+    async def _call(self, method: str, ask: Callable[[_OwnersEnd], Awaitable[Any]]) -> Any:
         channel = self._channel
         if channel is None or self.state not in (LinkState.UP, LinkState.SUSPECT):
             raise PeerError(self.name, self.why_down or "it is being dialled")
         try:
-            result = await channel.call(method, *params, deadline_s=self._times.call_s)
+            result = await ask(channel)
         except TimeoutError:
             if channel is self._channel and channel.is_open:
                 self._become(LinkState.SUSPECT)

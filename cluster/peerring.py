@@ -35,6 +35,7 @@ from cluster.peerwire import NAME_BYTES, Donor, Hello, LinkState
 from cluster.rack import Rack
 from cluster.replicas import Asked, Options
 from cluster.seats import Copy
+from cluster.sheaf import Sheaf
 from zcache_core import ringside
 from zcache_core.errors import MemoryFileError
 from zcache_core.memfile import MemoryFile
@@ -44,7 +45,6 @@ from zcache_core.ringside import (
     Wanted,
     is_backed,
     rows_of_where,
-    where_of_rows,
 )
 
 DROPS_AT_ONCE = 8192
@@ -211,7 +211,7 @@ class RingPump:
         # forgotten of the first must not be a copy of the second.  It is taken before the drops:
         # what was dropped before it was asked for must not be dropped after it is put.
         batch = self._ring.batch() if not self._putting else None
-        while (drops := self._ring.drops(DROPS_AT_ONCE)) != []:
+        while (drops := self._ring.drops(DROPS_AT_ONCE)) is not None:
             self._overflow.drop(drops)
         if batch is not None:
             self._putting = True
@@ -231,15 +231,14 @@ class RingPump:
             self._ring.answer_get(wanted, got.error, got.sealed, got.copy)
 
     async def _put(self, batch: Batch) -> None:
+        sheaves = [Sheaf(records, payload) for records, payload in batch.pages]
         try:
-            stored = await self._overflow.put(batch.pages, batch.copies)
+            stored = await self._overflow.put(sheaves, batch.copies)
         finally:
             self._putting = False
-        at = {rows: where_of_rows(rows) for rows in {one.rows for one in stored} if rows}
-        answers = [(at[one.rows] if not one.error else 0, one.error or 0) for one in stored]
         self._tell_rows()  # before pages are counted on there
-        if not self._ring.answer_batch(batch.turn, answers):
-            self._overflow.forget(batch.pages, stored)
+        if not self._ring.answer_batch(batch.turn, stored):
+            self._overflow.forget(sheaves, stored)
             self.pump()
 
 

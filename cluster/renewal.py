@@ -27,12 +27,12 @@ Bound: DROPS_KEPT drops a donor; more are forgotten, and found by comparing.
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import Sequence
 
-from cluster.peerwire import RECORDS_MOST, Donor, Page, PeerError, pack, unpack
+from cluster.peerwire import RECORD_BYTES, RECORDS_MOST, Donor, Page, PeerError, pack, unpack
 from cluster.replicas import DEVICE, Asked, Options, Replicas
 from cluster.seats import Copy, Ledger, Seat, Seats, Standing
+from cluster.sheaf import Sheaf
 from zcache_core.ringside import is_backed, rows_of_where, where_of_rows
 
 DROPS_KEPT = 65536
@@ -48,7 +48,7 @@ class Renewal:
     def __init__(self, ledger: Ledger, seats: Seats, replicas: Replicas, options: Options) -> None:
         self._ledger, self._seats, self._replicas = ledger, seats, replicas
         self._options = options
-        self._drops: dict[int, deque[Page]] = {}
+        self._drops: dict[int, bytearray] = {}  # records
         self._telling: set[int] = set()
         self.to_compare: set[int] = set()  # rows whose donor may hold what nobody needs
         self._comparing: set[int] = set()
@@ -63,29 +63,35 @@ class Renewal:
 
     def drop(self, row: int, page: Page) -> None:
         """This copy at that donor is not needed any more."""
+        self.drop_all(row, pack([page]))
+
+    def drop_all(self, row: int, records: bytes) -> None:
+        """The same of many copies (records, peerwire)."""
         seat = self._seats.get(row)
         if seat is None or seat.empty:
             return
-        queue = self._drops.setdefault(row, deque())
-        if len(queue) >= DROPS_KEPT:
+        queue = self._drops.setdefault(row, bytearray())
+        room = DROPS_KEPT * RECORD_BYTES - len(queue)
+        if len(records) > room:
             self.to_compare.add(row)
-            return
-        queue.append(page)
-        seat.dropping.add((page.page, page.version))
+            records = records[:room]
+        seat.dropping.add(records)
+        queue += records
 
     async def _tell_drops(self, seat: Seat) -> None:
         """All that are queued for one donor; what it does not hear is found by comparing."""
         queue = self._drops[seat.row]
         try:
             while queue and seat.is_up and seat.donor is not None:
-                batch = [queue.popleft() for _ in range(min(len(queue), RECORDS_MOST))]
+                batch = bytes(queue[: RECORDS_MOST * RECORD_BYTES])
+                del queue[: len(batch)]
                 try:
                     async with asyncio.timeout(self._options.call_s):
-                        await seat.donor.drop(pack(batch))
+                        await seat.donor.drop(batch)
                 except (PeerError, TimeoutError):
                     self.to_compare.add(seat.row)
                 finally:
-                    seat.dropping -= {(page.page, page.version) for page in batch}
+                    seat.dropping.remove(batch)
         finally:
             self._telling.discard(seat.row)
 
@@ -199,8 +205,7 @@ class Renewal:
         if not (good or is_backed(where)):
             self._keep(group)
             return
-        busy = self.renewing | self._replicas.putting
-        group = [c for c in group if (c[0], c[1]) not in busy and self._is_current(c)]
+        group = [c for c in group if not self._is_busy(c) and self._is_current(c)]
         keys = {(copy[0], copy[1]) for copy in group}
         self.renewing |= keys
         try:
@@ -217,9 +222,8 @@ class Renewal:
 
     def _keep(self, group: Sequence[Copy]) -> None:
         """No donor has these any more: those that are in RAM too stay there."""
-        busy = self.renewing | self._replicas.putting
         for copy in group:
-            if (copy[0], copy[1]) not in busy and self._ledger.in_ram(copy):
+            if not self._is_busy(copy) and self._ledger.in_ram(copy):
                 self._ledger.gone(copy)  # (no room for the note: the next round finds it again)
 
     async def _leave(self, group: Sequence[Copy], rows: tuple[int, ...]) -> set[tuple[int, int]]:
@@ -238,6 +242,11 @@ class Renewal:
         if gone:
             self._unheard.append((self._ledger.ticks, gone))
         return told | gone
+
+    def _is_busy(self, copy: Copy) -> bool:
+        """Whether it is just being renewed or put."""
+        key = copy[0], copy[1]
+        return key in self.renewing or self._replicas.is_being_put(key)
 
     def _is_current(self, copy: Copy) -> bool:
         """Whether the index still has this copy at this address."""
@@ -262,13 +271,13 @@ class Renewal:
     ) -> set[tuple[int, int]]:
         """Put the pages at new donors and tell the owner; those that are told."""
         told: set[tuple[int, int]] = set()
-        flat = [(c[0], c[1], c[3], sealed) for c, sealed in parts]
+        flat = Sheaf.of([(c[0], c[1], c[3], sealed) for c, sealed in parts])
         need = self._wanted(parts[0][0][2]) - len(good)
         again = [row for row in rows if row not in good and self._may_have_again(row, flat)]
         again = again if good else []  # (it is to be rid of them)
         new = again[:need]
         new += self._replicas.choose_for(flat, need - len(new), rows) if need > len(new) else []
-        have: list[list[int]] = [list(good) for _ in flat]
+        have: list[list[int]] = [list(good) for _ in parts]
         for row in new:
             for i in await self._replicas.put_at(row, flat):
                 have[i].append(row)
@@ -288,12 +297,12 @@ class Renewal:
             self._unheard.append((self._ledger.ticks, told))
         return told
 
-    def _may_have_again(self, row: int, flat: Sequence[tuple[int, int, int, bytes]]) -> bool:
+    def _may_have_again(self, row: int, flat: Sheaf) -> bool:
         """Whether a donor that has lost pages, and answers, is given them once more."""
         seat = self._seats.get(row)
         if seat is None or seat.lies or seat.candidate() is None:
             return False
-        return not any((part[0], part[1]) in seat.dropping for part in flat)
+        return not seat.dropping.meets(flat.records)
 
     async def _pace(self, n_bytes: int) -> None:
         """Wait until so many bytes more are within the limit."""

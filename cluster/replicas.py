@@ -1,6 +1,6 @@
 """Pages out to donors and back: as many copies as there must be, from whoever has one.
 
-    put   groups of 64 pages -> donors by placement -> every copy acknowledged, or none counts
+    put   sheaves of pages -> donors by placement -> every copy acknowledged, or none counts
     get   the fastest donor -> none answered in time? the next one too -> the first good copy
 
 Put: a copy that a donor does not take is tried at another one, once; a page that still has too
@@ -21,20 +21,20 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import itertools
 import random
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from cluster.frames import put_of
-from cluster.peerwire import BATCH_PAGES, Code, Donor, Page, PeerError, pack, pieces, sealed_bytes
+from cluster.keyset import KeySet
+from cluster.peerwire import BATCH_PAGES, Code, Donor, Page, PeerError, pack, pieces
 from cluster.placement import Candidate, choose, room_bytes
 from cluster.seats import LIES_MOST, Ledger, Seat, Seats, Standing
+from cluster.sheaf import Sheaf
 
 DEVICE = 0  # pages are numbered through all devices of a memory file
-GROUP_PAGES = 64
 PUT_GROUPS = 8
-assert GROUP_PAGES <= BATCH_PAGES
 
 
 @dataclass(frozen=True)
@@ -111,8 +111,8 @@ class Replicas:
         self._ledger, self.seats, self._rng, self.options = ledger, seats, rng, options
         self._drop, self._doubt = drop, doubt
         self.numbers = Numbers()
-        self.putting: set[tuple[int, int]] = set()  # (page, version) on their way out now
-        self._answered: list[tuple[int, set[tuple[int, int]]]] = []  # and not surely in the index
+        self.putting: list[KeySet] = []  # pages in a version on their way out now
+        self._answered: list[tuple[int, KeySet]] = []  # and not surely in the index
         self._tasks: set[asyncio.Task[Any]] = set()
         self._changed = asyncio.Event()
 
@@ -155,29 +155,26 @@ class Replicas:
 
     # ---- put ---------------------------------------------------------------------------
 
-    async def put(
-        self, pages: Sequence[tuple[int, int, int, bytes]], copies: int = 0
-    ) -> list[Stored]:
-        """Store (page, version, length_codec, sealed) each, on as many donors as there must be.
+    async def put(self, sheaves: Sequence[Sheaf], copies: int = 0) -> list[Stored]:
+        """Store these pages, on as many donors as there must be; of each what became of it.
 
         `copies`: so many instead, because there is another copy on the disk.
         """
-        keys = {(page, version) for page, version, *_ in pages}
-        self.putting |= keys
+        keys = KeySet(b"".join([sheaf.records for sheaf in sheaves]))
+        self.putting.append(keys)
         gate = asyncio.Semaphore(PUT_GROUPS)
 
-        async def one(group: Sequence[tuple[int, int, int, bytes]]) -> list[Stored]:
+        async def one(sheaf: Sheaf) -> list[Stored]:
             async with gate:
-                return await self._put_group(group, copies or self.options.copies)
+                return await self._put_group(sheaf, copies or self.options.copies)
 
-        groups = [pages[i : i + GROUP_PAGES] for i in range(0, len(pages), GROUP_PAGES)]
         try:
-            answers = await asyncio.gather(*(one(group) for group in groups))
+            answers = await asyncio.gather(*(one(sheaf) for sheaf in sheaves))
         finally:
-            self.putting -= keys
+            self.putting.remove(keys)
             self._answered = [one for one in self._answered if not self._is_heard(one[0])]
             self._answered.append((self._ledger.ticks, keys))
-        return [stored for group in answers for stored in group]
+        return list(itertools.chain.from_iterable(answers))
 
     def _is_heard(self, ticks: int) -> bool:
         """Whether what was answered when the owner was at `ticks` is in the index."""
@@ -185,62 +182,68 @@ class Replicas:
 
     def is_on_its_way(self, key: tuple[int, int]) -> bool:
         """Whether this (page, version) is being put, or was and the index may not know it yet."""
-        return key in self.putting or any(
+        return self.is_being_put(key) or any(
             key in keys and not self._is_heard(ticks) for ticks, keys in self._answered
         )
 
-    async def _put_group(
-        self, group: Sequence[tuple[int, int, int, bytes]], wanted: int
+    def is_being_put(self, key: tuple[int, int]) -> bool:
+        """Whether this (page, version) is on its way out now."""
+        return any(key in keys for keys in self.putting)
+
+    async def _put_group(self, group: Sheaf, wanted: int) -> list[Stored]:
+        chosen = self.choose_for(group, wanted, ())
+        if not chosen:
+            return [Stored((), errno.ENOSPC)] * len(group)
+        results = await asyncio.gather(*(self.put_at(row, group) for row in chosen))
+        if all(len(good) == len(group) for good in results):
+            return [Stored(tuple(chosen), 0)] * len(group)  # as nearly always
+        return await self._put_rest(group, wanted, chosen, results)
+
+    async def _put_rest(
+        self, group: Sheaf, wanted: int, chosen: list[int], results: list[list[int]]
     ) -> list[Stored]:
-        rows: list[list[int]] = [[] for _ in group]
-        tried: set[int] = set()
+        """What was refused is tried at others, once; `results`: what the `chosen` took."""
+        rows: list[list[int]] = [[] for _ in range(len(group))]
+        for row, good in zip(chosen, results, strict=True):
+            for i in good:
+                rows[i].append(row)
         error = errno.EIO
-        for _ in range(2):
-            missing = [i for i in range(len(group)) if len(rows[i]) < wanted]
-            if not missing:
-                break
-            # Pages that have some of their copies need fewer, at donors not tried for any.
-            need = wanted - min(len(rows[i]) for i in missing)
-            chosen = self.choose_for([group[i] for i in missing], need, tried)
-            if not chosen:
-                error = errno.ENOSPC
-                break
-            tried |= set(chosen)
-            parts = [group[i] for i in missing]
-            made = put_of(parts)  # once: all of them get the same bytes
-            results = await asyncio.gather(*(self.put_at(row, parts, made) for row in chosen))
-            if not any(rows) and all(len(good) == len(group) for good in results):
-                return [Stored(tuple(chosen), 0)] * len(group)  # as nearly always
-            for row, good in zip(chosen, results, strict=True):
-                for i in good:
-                    if len(rows[missing[i]]) < wanted:
-                        rows[missing[i]].append(row)
-                    else:
-                        self._drop(row, _page(group[missing[i]]))
+        missing = [i for i in range(len(group)) if len(rows[i]) < wanted]
+        # Pages that have some of their copies need fewer, at donors not tried for any.
+        need = wanted - min(len(rows[i]) for i in missing)
+        parts = group.some(missing)
+        chosen = self.choose_for(parts, need, chosen)
+        if not chosen:
+            error = errno.ENOSPC
+        results = await asyncio.gather(*(self.put_at(row, parts) for row in chosen))
+        for row, good in zip(chosen, results, strict=True):
+            for i in good:
+                if len(rows[missing[i]]) < wanted:
+                    rows[missing[i]].append(row)
+                else:
+                    self._drop(row, group.pages()[missing[i]])
         answers = []
-        for part, have in zip(group, rows, strict=True):
+        for page, have in zip(group.pages(), rows, strict=True):
             if len(have) == wanted:
                 answers.append(Stored(tuple(have), 0))
                 continue
             for row in have:
-                self._drop(row, _page(part))
+                self._drop(row, page)
             answers.append(Stored((), error))
         return answers
 
-    def choose_for(
-        self, parts: Sequence[tuple[int, int, int, bytes]], copies: int, without: Iterable[int]
-    ) -> list[int]:
+    def choose_for(self, sheaf: Sheaf, copies: int, without: Iterable[int]) -> list[int]:
         """Donors for so many new copies of these pages, none of `without`; [] without enough."""
-        refused, keys = set(without), {(p[0], p[1]) for p in parts}
+        refused = set(without)
         candidates: list[Candidate] = []
         slow: list[Candidate] = []
         for seat in self.seats.all():
             # A drop that is under way must not meet the same version, put there again.
-            if seat.row in refused or not seat.dropping.isdisjoint(keys):
+            if seat.row in refused or seat.dropping.meets(sheaf.records):
                 continue
             if (candidate := seat.candidate()) is not None:
                 (slow if self._is_slow(seat) else candidates).append(candidate)
-        need_bytes = sum(len(p[3]) for p in parts)
+        need_bytes = len(sheaf.payload)
         return choose(candidates, copies, need_bytes, self._rng) or choose(
             candidates + slow, copies, need_bytes, self._rng
         )
@@ -266,35 +269,28 @@ class Replicas:
     def _note_slow(self, seat: Seat) -> None:
         seat.slow_until_s = asyncio.get_running_loop().time() + self.options.slow_s
 
-    async def put_at(
-        self,
-        row: int,
-        parts: Sequence[tuple[int, int, int, bytes]],
-        made: tuple[bytes, bytes] | None = None,
-    ) -> list[int]:
-        """Which of the pages are at that donor now, by their places; a failure is none.
-
-        made: put_of(parts), if it is there.
-        """
+    async def put_at(self, row: int, sheaf: Sheaf) -> list[int]:
+        """Which of the pages are at that donor now, by their places; a failure is none."""
         seat = self.seats.get(row)
         if seat is None or seat.donor is None:
             return []
-        records, payload = made or put_of(parts)
-        size = len(payload)
+        size = len(sheaf.payload)
         seat.reserved_bytes += size
         try:
             async with seat.puts, asyncio.timeout(self.options.put_s):
-                codes = await seat.donor.put(records, payload)
+                codes = await seat.donor.put(sheaf.records, sheaf.payload)
         except (PeerError, TimeoutError):
             self._note_slow(seat)
             # Nothing is known about them: they may be there.
-            for part in parts:
-                self._drop(row, _page(part))
+            for page in sheaf.pages():
+                self._drop(row, page)
             return []
         finally:
             seat.reserved_bytes -= size
         if seat.empty:
             return []
+        if not any(codes):
+            return list(range(len(codes)))
         return [i for i, code in enumerate(codes) if code == Code.OK]
 
     # ---- get ---------------------------------------------------------------------------
@@ -429,12 +425,6 @@ class Replicas:
         except (PeerError, TimeoutError):
             return None
         return None if seat.empty else answers
-
-
-def _page(part: tuple[int, int, int, bytes]) -> Page:
-    page, version, length_codec, sealed = part
-    assert len(sealed) == sealed_bytes(length_codec)
-    return Page(DEVICE, page, version, length_codec)
 
 
 __all__ = ["Asked", "Donor", "Got", "Options", "Replicas", "Stored"]

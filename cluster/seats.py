@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
+from cluster.keyset import KeySet
 from cluster.peerwire import Donor, Health, LinkState
 from cluster.placement import Candidate
 
@@ -98,7 +99,7 @@ class Seat:
     empty: bool = False  # the donor of that name has another epoch now
     slow_until_s: float = 0.0  # it kept somebody waiting: not chosen until then if others can be
     reserved_bytes: int = 0  # of what is on its way there
-    dropping: set[tuple[int, int]] = field(default_factory=set)  # (page, version), not yet told
+    dropping: KeySet = field(default_factory=KeySet)  # pages in a version, not yet told
     link: Donor | None = None  # where it was met last, whoever answers there now
     # Of CALLS_MOST calls of a connection; one each is left for drops, comparing and pings.
     puts: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(4))

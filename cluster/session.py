@@ -145,7 +145,8 @@ class Session:
         self._awaited: set[int] = set()
         self._abandoned: set[int] = set()
         self._owed: set[int] = set()
-        self.settled_elsewhere: Callable[[int], bool] | None = None  # an answer to who else asks
+        # an answer to who else asks
+        self.settled_elsewhere: Callable[[Response], bool] | None = None
 
     @property
     def state(self) -> State:
@@ -255,7 +256,7 @@ class Session:
                     self._abandoned.remove(msgid)
                     return False
                 elsewhere = self.settled_elsewhere if msgid >= OTHERS_MSGID else None
-                if elsewhere is not None and elsewhere(msgid):
+                if elsewhere is not None and elsewhere(message):
                     return False
                 if msgid not in self._awaited:
                     raise UnknownAnswerError(msgid)

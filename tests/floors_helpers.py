@@ -34,12 +34,12 @@ FLOORS = {
         6: "device",
     },
     "cluster": {
-        1: "wire frames tls unixsock logrelay addresses connections peeraddress etcdurl "
+        1: "wire frames keyset tls unixsock logrelay addresses connections peeraddress etcdurl "
         "certificates placement understudy roll reasons lifeline",
-        2: "lanesend lane session peerwire seats replicas peersocket expiry",
+        2: "lanesend lane session peerwire seats sheaf replicas peersocket expiry",
         3: "link webserver laneport peerchannel members peerhealth",
-        4: "courier donorlane health steering metrics webpages peerlink generosity donor renewal "
-        "overflow farewell rack peerring",
+        4: "putlane courier donorlane health steering metrics webpages peerlink generosity donor "
+        "renewal overflow farewell rack peerring",
         5: "lending node",
     },
     "plugin": {

@@ -10,12 +10,19 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
+from cluster.peerwire import unpack
+from cluster.sheaf import Part, Sheaf
 from zcache_core import ringside
 from zcache_core.memfile import MemoryFile
 from zcache_core.peertier import PeerTier
-from zcache_core.ringside import RingSide, Wanted, is_backed, rows_of_where, where_of_rows
+from zcache_core.ringside import Batch, RingSide, Wanted, is_backed, rows_of_where, where_of_rows
 
 Key = tuple[int, int, int]  # row, page, version
+
+
+def parts_of(batch: Batch) -> list[Part]:
+    """Its pages."""
+    return [part for records, payload in batch.pages for part in Sheaf(records, payload)]
 
 
 class FakeNode:
@@ -72,25 +79,26 @@ class FakeNode:
         for wanted in self.ring.gets():
             self._answer(wanted)
         batch = self.ring.batch()  # before the drops, as cluster/peerring.py says
-        for page, version, where, _ in self.ring.drops(1 << 20):
-            for row in rows_of_where(where):
-                self.held.pop((row, page, version), None)
+        for row, records in self.ring.drops(1 << 20) or ():
+            for gone in unpack(records):
+                self.held.pop((row, gone.page, gone.version), None)
         if batch is not None:
-            answers, known = [], ringside.donors(self.memory)
-            for page, version, _, sealed in batch.pages:
+            answers: list[tuple[tuple[int, ...], int]] = []
+            known = ringside.donors(self.memory)
+            for page, version, _, sealed in parts_of(batch):
                 self.turn += 1
                 if self.put_error:
-                    answers.append((0, self.put_error))
+                    answers.append(((), self.put_error))
                     continue
                 alive = [row for row in self.rows if row not in self.absent and row in known]
                 n = batch.copies or self.copies
                 if len(alive) < n:
-                    answers.append((0, errno.ENOSPC))
+                    answers.append(((), errno.ENOSPC))
                     continue
                 rows = [alive[(self.turn + i) % len(alive)] for i in range(n)]
                 for row in rows:
                     self.held[row, page, version] = sealed
-                answers.append((where_of_rows(rows), 0))
+                answers.append((tuple(rows), 0))
             self._tell_rows()  # before pages are counted on there, as cluster/peerring.py does
             self.ring.answer_batch(batch.turn, answers)
 

@@ -19,6 +19,7 @@ from cluster.peerwire import (
     payload_bytes,
     sealed_bytes,
 )
+from cluster.sheaf import sheaves_of
 from cluster.wire import (
     NEED_DATA,
     Decoder,
@@ -148,6 +149,8 @@ def test_requests_of_our_own(data: bytes, behind: bytes) -> None:
         assert frames.asked(data[:cut]) == MORE
     if said[2] == "get":
         assert frames.get_bytes(said[1], said[3]) == data
+    else:
+        assert frames.put_bytes(said[1], said[3], said[4] or b"") == data
 
 
 @settings(max_examples=200)
@@ -160,6 +163,9 @@ def test_answers_of_our_own(data: bytes, behind: bytes) -> None:
         assert frames.answer_bytes(msgid, offer, codes, payload) == data
         put = encode(Response(msgid, None, [list(offer), codes]), PEER_LIMITS)
         assert frames.answer_bytes(msgid, offer, codes) == put
+        assert frames.put_answer(put + behind) == (len(put), msgid, offer, codes)
+        for cut in range(len(put)):
+            assert frames.put_answer(put[:cut]) == MORE
         for cut in {*range(min(len(data), 40)), len(data) // 2, len(data) - 1}:
             assert frames.answer(data[:cut]) == MORE
 
@@ -168,6 +174,35 @@ def test_answers_of_our_own(data: bytes, behind: bytes) -> None:
 @given(spoiled(requests()))
 def test_spoiled_requests(data: bytes) -> None:
     check(frames.asked(data), as_asked(data), data)
+
+
+@st.composite
+def put_answers(draw: st.DrawFn) -> bytes:
+    codes = draw(st.binary(min_size=1, max_size=140))
+    offer = [draw(words), draw(words), draw(st.integers(0, 4))]
+    return encode(Response(draw(msgids), None, [offer, codes]), PEER_LIMITS)
+
+
+def as_put_answer(data: bytes) -> Any:
+    message = first(data)
+    if not isinstance(message, Response) or message.error is not None:
+        return None
+    try:
+        offer, codes = peerwire._answer("put", message.result, 2)
+    except WireError:
+        return None
+    whole = encode(message, PEER_LIMITS)
+    if not data.startswith(whole) or not isinstance(codes, bytes):
+        return None
+    if message.result[0][2] > 2 or not 1 <= len(codes) <= BATCH_PAGES:
+        return None
+    return len(whole), message.msgid, tuple(map(int, offer)), codes
+
+
+@settings(max_examples=400)
+@given(put_answers() | spoiled(put_answers()))
+def test_spoiled_answers_to_puts(data: bytes) -> None:
+    check(frames.put_answer(data), as_put_answer(data), data)
 
 
 @settings(max_examples=400)
@@ -199,6 +234,22 @@ def test_a_put_is_made_as_pack_makes_it(rng: random.Random) -> None:
         for other in others:
             with pytest.raises(TypeError, match="bytes"):
                 frames.put_of([*parts[:-1], (page, version, length_codec, other)])
+
+
+def test_a_sheaf_is_what_it_was_made_of(rng: random.Random) -> None:
+    parts = []
+    for page in rng.sample(range(2**32), 3 * BATCH_PAGES // 2):
+        length_codec = rng.randrange(2**16)
+        sealed = rng.randbytes(sealed_bytes(length_codec))
+        parts.append((page, rng.randrange(2**52), length_codec, sealed))
+    made = sheaves_of(parts)
+    assert [len(sheaf) for sheaf in made] == [BATCH_PAGES, BATCH_PAGES // 2]
+    assert [part for sheaf in made for part in sheaf] == parts
+    assert made[0].keys | made[1].keys == {part[:2] for part in parts}
+    assert not made[0].keys & made[1].keys
+    places = sorted(rng.sample(range(BATCH_PAGES), 20))
+    assert list(made[0].some(places)) == [parts[i] for i in places]
+    assert made[0].some(range(BATCH_PAGES)) is made[0]
 
 
 def test_the_largest_and_one_more(rng: random.Random) -> None:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from cluster.peerwire import Page, sealed_bytes, unpack
+from cluster.sheaf import Sheaf
 from tests.cold_helpers import DISK_BYTES, make_object, refused
 from tests.core_helpers import PAGE
 from tests.peer_helpers import FakeNode, wait_until
@@ -21,7 +23,14 @@ from zcache_core.crypt import CIPHER_NAMES, Sealer
 from zcache_core.errors import MemoryFileError
 from zcache_core.memfile import MemoryFile
 from zcache_core.peertier import PeerTier
-from zcache_core.ringside import Batch, RingSide, Wanted, rows_of_where, where_of_rows
+from zcache_core.ringside import (
+    AT_ONCE,
+    Batch,
+    RingSide,
+    Wanted,
+    rows_of_where,
+    where_of_rows,
+)
 
 
 @pytest.fixture
@@ -292,6 +301,66 @@ def test_a_put_under_way_fails_when_the_node_dies(
     assert answers == [errno.EIO]
 
 
+def test_drops_are_told_by_donor(probe: ColdProbe, tier: PeerTier, rng: random.Random) -> None:
+    """Each donor's records, in the order in which they were told; a model beside it."""
+    ring = RingSide(tier.fd, tier.wake_fd)
+    assert ring.drops(10) is None
+    told: list[tuple[int, Page]] = []
+    for turn in range(4):
+        made: list[list[tuple[int, Page]]] = []
+        for _ in range(n := rng.randrange(1, 300)):
+            rows = rng.sample(range(96), rng.randrange(1, 4))
+            page = Page(0, rng.randrange(64), rng.randrange(1 << 52), (rng.randrange(4096)) << 4)
+            probe.drop(where_of_rows(rows), sealed_bytes(page.length_codec) - 24, *page[1:3])
+            made.append([(row, page) for row in rows])
+        most = rng.choice([n, n + 1, n // 2 + 1])
+        found = []
+        while (some := ring.drops(most)) is not None:
+            found += [(row, page) for row, records in some for page in unpack(records)]
+        told = [one for group in made for one in group]
+        assert sorted(found) == sorted(told), turn
+        for row in range(96):
+            assert [p for at, p in found if at == row] == [p for at, p in told if at == row]
+    ring.close()
+
+
+def test_a_large_batch_is_taken_in_sheaves(
+    probe: ColdProbe, tier: PeerTier, rng: random.Random
+) -> None:
+    """Every page once, in its order; an answer of each kind reaches its page."""
+    ring = RingSide(tier.fd, tier.wake_fd)
+    for row in range(2):
+        assert ring.donor(row, bytes([row + 1] * 16), 7)
+    ring.publish(True, 1 << 40, 2, 0, 0, 0)
+    probe.tick()
+    ring.beat()
+    tier.set_bounds(60_000_000, 60_000_000)
+    things = [make_object(rng, page, 1 + page) for page in range(2 * AT_ONCE + 1)]
+    answers: list[tuple[int, int]] = []
+    putter = threading.Thread(target=lambda: answers.extend(probe.put(things)))
+    putter.start()
+    batches: list[Batch] = []
+
+    def has_come() -> bool:
+        batches.extend(filter(None, [ring.batch()]))
+        return bool(batches)
+
+    wait_until(has_come, "the batch is there")
+    sheaves = [Sheaf(*part) for part in batches[0].pages]
+    assert [len(sheaf) for sheaf in sheaves] == [AT_ONCE, AT_ONCE, 1]
+    parts = [part for sheaf in sheaves for part in sheaf]
+    assert [part[:3] for part in parts] == [thing[:3] for thing in things]
+    assert all(
+        len(part[3]) == len(thing[3]) + 24 for part, thing in zip(parts, things, strict=True)
+    )
+    kinds = [((0, 1), 0), ((1, 0), 0), ((), errno.ENOSPC)]
+    said = [rng.choice(kinds) for _ in things]
+    assert ring.answer_batch(batches[0].turn, said)
+    putter.join(20)
+    assert [(rows_of_where(w) if not e else (), e) for w, e in answers] == said
+    ring.close()
+
+
 def test_a_put_half_answered_fails_with_the_next_node(
     probe: ColdProbe, tier: PeerTier, memory: MemoryFile, rng: random.Random
 ) -> None:
@@ -315,8 +384,8 @@ def test_a_put_half_answered_fails_with_the_next_node(
 
     wait_until(has_come, "the batch is there")
 
-    def half() -> Iterator[tuple[int, int]]:
-        yield where_of_rows([0, 1]), 0
+    def half() -> Iterator[tuple[list[int], int]]:
+        yield [0, 1], 0
         raise InterruptedError
 
     with pytest.raises(InterruptedError):

@@ -43,6 +43,7 @@ class Donor:
         self.name, self.epoch = name, int.from_bytes(name.encode())  # each one its own
         self.held: dict[Page, bytes] = {}
         self.manner = "well"
+        self.ends: list[Channel] = []
         self.asked_by_courier = self.asked_by_python = 0
 
     def get(self, end: Channel, records: bytes) -> Any:
@@ -72,6 +73,7 @@ class End(Channel):
     def __init__(self, donor: Donor) -> None:
         super().__init__()
         self.donor = donor
+        donor.ends.append(self)
 
     def _answer(self, request: Request) -> None:
         donor = self.donor
@@ -150,6 +152,10 @@ class Node:
         await self.side.stop()
         for server in servers:
             server.close()
+        for donor in self.donors:
+            for end in donor.ends:
+                end.close("the test is over")  # (it may not have heard of ours yet)
+        await asyncio.sleep(0.01)
 
     async def _serve(self, name: str, make: Callable[[], Channel]) -> tuple[Any, str]:
         if self.ca is None:

@@ -7,7 +7,9 @@ from typing import Any, cast
 
 from cluster.overflow import Overflow
 from cluster.peerring import RingPump
+from cluster.peerwire import Page, pack
 from cluster.replicas import Stored
+from cluster.sheaf import Sheaf
 from tests.plugin_helpers import wait_for
 from zcache_core.memfile import MemoryFile
 from zcache_core.peertier import PeerTier
@@ -30,16 +32,16 @@ class SlowOverflow:
     def spawn(self, work: Any) -> None:
         self.tasks.append(asyncio.get_running_loop().create_task(work))
 
-    async def put(self, pages: list[tuple[int, int, int, bytes]], copies: int = 0) -> list[Stored]:
+    async def put(self, sheaves: list[Sheaf], copies: int = 0) -> list[Stored]:
         self.running += 1
         self.most_running = max(self.most_running, self.running)
         await self.go.wait()
         self.running -= 1
-        return [Stored((0, 1), 0) for _ in pages]
+        return [Stored((0, 1), 0) for sheaf in sheaves for _ in sheaf]
 
-    def forget(self, pages: list[tuple[int, int, int, bytes]], stored: list[Stored]) -> None:
+    def forget(self, sheaves: list[Sheaf], stored: list[Stored]) -> None:
         assert self.running == 0, "a copy of the next batch could be dropped"
-        self.forgotten += [page[0] for page in pages]
+        self.forgotten += [page.page for sheaf in sheaves for page in sheaf.pages()]
 
     def drop(self, copies: Any) -> None:
         pass
@@ -55,14 +57,16 @@ class Ring:
     drops_missed = 0
 
     def __init__(self) -> None:
-        self.batches = [Batch(turn, [(turn, turn, 1, b"")]) for turn in range(3)]
+        self.batches = [
+            Batch(turn, [(pack([Page(0, turn, turn, 0)]), bytes(25))]) for turn in range(3)
+        ]
         self.taken = 0
 
     def gets(self) -> list[Any]:
         return []
 
-    def drops(self, most: int) -> list[Any]:
-        return []
+    def drops(self, most: int) -> list[Any] | None:
+        return None
 
     def batch(self) -> Batch | None:
         if self.taken == len(self.batches):
@@ -105,11 +109,11 @@ class LateRing(Ring):
         self.asked = False
         self.told: list[Any] = []
 
-    def drops(self, most: int) -> list[Any]:
+    def drops(self, most: int) -> list[Any] | None:
         told, self.told = self.told, []
         if not self.asked:
-            self.asked, self.told = True, [(0, 0, 1 << 47 | 1, 1)]
-        return told
+            self.asked, self.told = True, [(0, pack([Page(0, 0, 0, 1)]))]
+        return told or None
 
     def batch(self) -> Batch | None:
         return super().batch() if self.asked else None
@@ -120,9 +124,9 @@ class Log(SlowOverflow):
         super().__init__()
         self.log: list[str] = []
 
-    async def put(self, pages: list[tuple[int, int, int, bytes]], copies: int = 0) -> list[Stored]:
+    async def put(self, sheaves: list[Sheaf], copies: int = 0) -> list[Stored]:
         self.log.append("put")
-        return await super().put(pages, copies)
+        return await super().put(sheaves, copies)
 
     def drop(self, copies: Any) -> None:
         self.log.append("drop")

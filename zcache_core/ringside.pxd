@@ -1,6 +1,6 @@
 """C face of the node's end of the ring."""
 
-from libc.stdint cimport uint64_t
+from libc.stdint cimport uint32_t, uint64_t
 
 from zcache_core.ring cimport Note, Ring
 
@@ -12,5 +12,6 @@ cdef class RingSide:
     cdef uint64_t attached
 
     cdef object _take_over(self)
+    cdef object _put_part(self, uint32_t first, uint32_t n)
     cdef Note *_note(self)
     cdef object _send(self)

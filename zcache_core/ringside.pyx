@@ -9,8 +9,10 @@ is answered as failed.
 A page is (page, version, where, length_codec); `where` as peers.pyx has it.
 """
 
+from cpython.bytearray cimport PyByteArray_AS_STRING
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.errno cimport EIO
-from libc.stdint cimport uint8_t, uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy, memset
 from posix.fcntl cimport O_RDWR, open
 from posix.mman cimport MAP_FAILED, MAP_SHARED, PROT_READ, PROT_WRITE, mmap, munmap
@@ -23,9 +25,7 @@ from zcache_core.layout cimport (
     is_backed as where_is_backed, length_of, lower_state, state_of, version_of, where_of,
 )
 from zcache_core.memfile cimport MemoryFile
-from zcache_core.native cimport (
-    zc_acquire_fence, zc_cas32, zc_load32, zc_load64, zc_release_fence, zc_store32, zc_store64,
-)
+from zcache_core.native cimport zc_acquire_fence, zc_cas32, zc_load32, zc_load64, zc_release_fence, zc_store32, zc_store64
 from zcache_core.pthread cimport now_us
 from zcache_core.ring cimport (
     DROPS, NOTE_DONOR, NOTE_GONE, NOTE_MOVED, NOTES, PUT_ROOM, RING_ANSWERED, RING_ASKED, RING_CELLS, RING_FILLING, RING_MAGIC,
@@ -38,6 +38,11 @@ from typing import NamedTuple
 
 from zcache_core.errors import MemoryFileError
 
+cdef enum:
+    RECORD_BYTES = 16
+    PAGES_AT_ONCE = 128         # peerwire.BATCH_PAGES
+
+AT_ONCE = PAGES_AT_ONCE
 ROWS = DONORS
 COPIES = COPIES_MOST
 
@@ -55,13 +60,15 @@ class Wanted(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Pages to be put: (page, version, length_codec, sealed bytes) each, with so many copies.
+    """Pages to be put, with so many copies: (records, payload) of up to AT_ONCE pages each.
 
-    0 copies: as many as there are to be without a disk beside.
+    records: version u64, page u32, length_codec u16, 0 u16 of each page, little-endian; payload:
+    the sealed bytes of all, behind one another.  0 copies: as many as there are to be without a
+    disk beside.
     """
 
     turn: int
-    pages: list[tuple[int, int, int, bytes]]
+    pages: list[tuple[bytes, bytes]]
     copies: int = 0
 
 
@@ -87,6 +94,21 @@ def rows_of_where(uint64_t where):
 def is_backed(uint64_t where):
     """Whether the page has a copy on the disk beside that of its one donor."""
     return bool(where_is_backed(where))
+
+
+cdef inline void write_record(uint8_t *to, uint64_t version, uint32_t page, uint32_t length_codec) noexcept nogil:
+    """A page as donors are told of it (peerwire)."""
+    cdef uint16_t length = <uint16_t>length_codec
+    memcpy(to, &version, 8)
+    memcpy(to + 8, &page, 4)
+    memcpy(to + 12, &length, 2)
+    to[14] = to[15] = 0         # pages are numbered through all devices
+
+
+cdef inline uint32_t donor_in(uint64_t where, uint32_t copy) noexcept nogil:
+    """As donor_at; 0 too when there is no such row."""
+    cdef uint32_t donor = donor_at(where, copy)
+    return donor if donor <= DONORS else 0
 
 
 cdef class RingSide:
@@ -192,37 +214,62 @@ cdef class RingSide:
     def batch(self):
         """The batch that is to be put, or None."""
         cdef uint32_t word = zc_load32(&self.ring.head.put_word)
-        cdef uint32_t i
-        cdef PutRow *row
+        cdef uint32_t first, rows, copies
         if word & RING_STATE != RING_ASKED:
             return None
         zc_acquire_fence()
         pages = []
         copies = self.ring.head.put_copies
-        for i in range(min(self.ring.head.put_rows, <uint32_t>COLD_BATCH)):
-            row = &self.ring.row[i]
-            length = length_of(row.length_codec) + SEAL_BYTES
-            if row.offset + <uint64_t>length > PUT_ROOM:
+        rows = min(self.ring.head.put_rows, <uint32_t>COLD_BATCH)
+        for first in range(0, rows, PAGES_AT_ONCE):
+            part = self._put_part(first, min(rows - first, <uint32_t>PAGES_AT_ONCE))
+            if part is None:
                 break
-            sealed = (<char *>self.ring.put_bytes + row.offset)[:length]
-            pages.append((row.page, row.version, row.length_codec & 0xFFFF, sealed))
+            pages.append(part)
         if not zc_cas32(&self.ring.head.put_word, word, word - RING_ASKED + RING_TAKEN):
             return None
         return Batch(word >> 4, pages, copies)
 
-    def is_wanted(self, turn):
-        """Whether the server still waits for the batch of that turn."""
-        return zc_load32(&self.ring.head.put_word) == (<uint32_t>turn << 4) + RING_TAKEN
+    cdef object _put_part(self, uint32_t first, uint32_t n):
+        """(records, payload) of n rows; None where a row is none."""
+        cdef uint64_t total = 0
+        cdef uint32_t lengths[PAGES_AT_ONCE]
+        cdef PutRow rows[PAGES_AT_ONCE]         # looked at once: another process may write there
+        cdef uint32_t i
+        cdef uint8_t *record
+        cdef uint8_t *at
+        memcpy(rows, &self.ring.row[first], n * sizeof(PutRow))
+        for i in range(n):
+            lengths[i] = length_of(rows[i].length_codec) + SEAL_BYTES
+            if rows[i].offset + <uint64_t>lengths[i] > PUT_ROOM:
+                return None
+            total += lengths[i]
+        records = PyBytes_FromStringAndSize(NULL, n * RECORD_BYTES)
+        payload = PyBytes_FromStringAndSize(NULL, <Py_ssize_t>total)
+        record, at = <uint8_t *>PyBytes_AS_STRING(records), <uint8_t *>PyBytes_AS_STRING(payload)
+        for i in range(n):
+            write_record(record + i * RECORD_BYTES, rows[i].version, rows[i].page, rows[i].length_codec)
+            memcpy(at, self.ring.put_bytes + rows[i].offset, lengths[i])
+            at += lengths[i]
+        return records, payload
 
     def answer_batch(self, turn, answers):
-        """(where, errno) of each page; False when nobody waits any more: then nothing was put."""
+        """(rows, errno) of each page; False when nobody waits any more: then nothing was put."""
         cdef uint32_t word = (<uint32_t>turn << 4) + RING_TAKEN
-        cdef uint32_t i
+        cdef uint64_t where = 0
+        cdef int error = 0
+        cdef uint32_t i = 0
         if zc_load32(&self.ring.head.put_word) != word:
             return False
-        for i, (where, error) in enumerate(answers):
+        last = None
+        for answer in answers:
+            assert i < COLD_BATCH
+            if answer is not last:      # nearly always it is, for a hundred pages
+                rows, error = answer
+                last, where = answer, where_of_rows(rows) if error == 0 else 0
             self.ring.row[i].where = where
             self.ring.row[i].error = error
+            i += 1
         zc_release_fence()
         if not zc_cas32(&self.ring.head.put_word, word, word - RING_TAKEN + RING_ANSWERED):
             return False
@@ -230,18 +277,38 @@ cdef class RingSide:
         return True
 
     def drops(self, uint32_t most):
-        """Up to `most` copies not needed any more: (page, version, where, length_codec) each."""
-        cdef uint64_t at = self.ring.head.drops_begin
-        cdef uint64_t end = zc_load64(&self.ring.head.drops_end)
+        """Up to `most` pages' copies not needed any more: (row, records as in Batch) by donor; None without any."""
+        cdef uint64_t begin = self.ring.head.drops_begin
+        cdef uint64_t at, end = zc_load64(&self.ring.head.drops_end)
+        cdef uint32_t n[DONORS + 1]
+        cdef uint8_t *to[DONORS + 1]
+        cdef uint32_t i, donor
         cdef Drop *drop
-        found = []
+        if begin == end:
+            return None
         zc_acquire_fence()
-        while at != end and len(found) < most:
+        end = min(end, begin + most)
+        memset(n, 0, sizeof(n))
+        memset(to, 0, sizeof(to))
+        found = []
+        for at in range(begin, end):
+            for i in range(COPIES_MOST):
+                n[donor_in(self.ring.drop[at % DROPS].where, i)] += 1
+        for donor in range(1, DONORS + 1):
+            if n[donor]:
+                records = bytearray(n[donor] * RECORD_BYTES)
+                to[donor] = <uint8_t *>PyByteArray_AS_STRING(records)
+                found.append((donor - 1, records))
+        for at in range(begin, end):
             drop = &self.ring.drop[at % DROPS]
-            found.append((drop.page, drop.version, drop.where, drop.length_codec))
-            at += 1
-        zc_store64(&self.ring.head.drops_begin, at)
-        return found
+            for i in range(COPIES_MOST):
+                donor = donor_in(drop.where, i)
+                if donor and n[donor]:      # (who changes it meanwhile gets no further than that)
+                    n[donor] -= 1
+                    write_record(to[donor], drop.version, drop.page, drop.length_codec)
+                    to[donor] += RECORD_BYTES
+        zc_store64(&self.ring.head.drops_begin, end)
+        return [(row, bytes(records)) for row, records in found]
 
     @property
     def drops_waiting(self):

@@ -16,11 +16,13 @@ from cluster.peerwire import Code, Donor, Health, LinkState, Offer, Page, PeerEr
 from cluster.renewal import Renewal
 from cluster.replicas import Asked, Options, Replicas
 from cluster.seats import Seat, Seats, donor_id
+from cluster.sheaf import Sheaf, sheaves_of
 from tests.sim.loop import run
 from tests.sim.world import Owner, bytes_of
 
 PAGE, VERSION, LENGTH = 3, 9, 63 << 4 | 1
 PART = (PAGE, VERSION, LENGTH, bytes_of(PAGE, VERSION, LENGTH))
+SHEAF = Sheaf.of([PART])
 OPTIONS = Options(copies=2, away_s=1.0, give_up_s=5.0, put_s=0.4)
 
 
@@ -91,11 +93,11 @@ def test_an_answer_of_a_new_epoch_is_none() -> None:
         asked = [Asked(PAGE, VERSION, LENGTH, (0,))]
         assert await side.replicas.get_at(0, asked) is None
         side.seat(0).empty = False
-        assert await side.replicas.put_at(0, [PART]) == []
+        assert await side.replicas.put_at(0, SHEAF) == []
         machine.before_answer = lambda: None
         side.seat(0).empty = False
         assert await side.replicas.get_at(0, asked) == [PART[3]]
-        assert await side.replicas.put_at(0, [PART]) == [0]
+        assert await side.replicas.put_at(0, SHEAF) == [0]
 
     run(work())
 
@@ -105,15 +107,15 @@ def test_what_is_being_dropped_there_is_not_put_there() -> None:
 
     async def work() -> None:
         side = Side([Machine("a"), Machine("b"), Machine("c")])
-        side.seat(1).dropping.add((PAGE, VERSION))
+        side.seat(1).dropping.add(SHEAF.records)
         for _ in range(50):
-            assert 1 not in side.replicas.choose_for([PART], 2, ())
-        assert side.replicas.choose_for([PART], 3, ()) == []
+            assert 1 not in side.replicas.choose_for(SHEAF, 2, ())
+        assert side.replicas.choose_for(SHEAF, 3, ()) == []
         other = (PAGE, VERSION + 1, LENGTH, PART[3])
-        assert sorted(side.replicas.choose_for([other], 3, ())) == [0, 1, 2]
-        assert not side.renewal._may_have_again(1, [PART])
-        assert side.renewal._may_have_again(1, [other])
-        assert side.renewal._may_have_again(0, [PART])
+        assert sorted(side.replicas.choose_for(Sheaf.of([other]), 3, ())) == [0, 1, 2]
+        assert not side.renewal._may_have_again(1, SHEAF)
+        assert side.renewal._may_have_again(1, Sheaf.of([other]))
+        assert side.renewal._may_have_again(0, SHEAF)
 
     run(work())
 
@@ -136,7 +138,7 @@ def test_a_copy_more_than_is_counted_on_is_dropped() -> None:
         for machine in machines:
             machine.put = answering(machine)  # type: ignore[assignment,method-assign]
         other = (PAGE + 1, VERSION, LENGTH, PART[3])
-        first, second = await side.replicas.put([PART, other])
+        first, second = await side.replicas.put(sheaves_of([PART, other]))
         assert len(asked) == 4
         assert not first.error
         assert not second.error
@@ -159,9 +161,9 @@ def test_what_may_have_been_put_is_dropped(how: str) -> None:
     async def work() -> None:
         bad = Machine("bad", silent_s=9.0 if how == "late" else 0.0, fails=True)
         side = Side([bad, Machine("good")])
-        assert await side.replicas.put_at(0, [PART]) == []
+        assert await side.replicas.put_at(0, SHEAF) == []
         assert side.dropped == [(0, Page(0, PAGE, VERSION, LENGTH))]
-        assert await side.replicas.put_at(1, [PART]) == [0]
+        assert await side.replicas.put_at(1, SHEAF) == [0]
         assert len(side.dropped) == 1
 
     run(work())
@@ -265,7 +267,7 @@ def test_one_machine_at_two_addresses() -> None:
         first, second = Machine("a@1", 11), Machine("a@2", 11)
         side = Side([first])
         assert twins_of(side, [second, first], 1.0) == [(second, first, True)]
-        assert side.replicas.choose_for([PART], 2, ()) == []
+        assert side.replicas.choose_for(SHEAF, 2, ()) == []
         assert not side.owner.wanted_rows
 
     run(work())

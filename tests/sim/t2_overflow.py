@@ -16,10 +16,11 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from cluster.peerwire import Health, Page
+from cluster.peerwire import Health, Page, pack
 from cluster.renewal import Renewal
 from cluster.replicas import Options, Replicas, Stored
 from cluster.seats import Seat, Seats
+from cluster.sheaf import sheaves_of
 from tests.sim.loop import run
 from tests.sim.world import PAGE_COST, Owner, World, bytes_of, random_length
 
@@ -227,7 +228,7 @@ def test_what_is_on_its_way_into_the_index_is_needed() -> None:
         _, replicas, renewal = parts(owner)
         seat, page = Seat(0, None, 0.0), Page(0, 1, 5, 4095 << 4)
         assert not renewal._is_needed(seat, page)
-        putting = asyncio.create_task(replicas.put([(1, 5, 4095 << 4, SEALED)]))
+        putting = asyncio.create_task(replicas.put(sheaves_of([(1, 5, 4095 << 4, SEALED)])))
         while not replicas.putting:
             await asyncio.sleep(0)
         assert renewal._is_needed(seat, page)
@@ -250,7 +251,7 @@ def test_what_is_being_renewed_is_not_put() -> None:
         await world.start()
         world.overflow.renewal.renewing.add((1, 5))
         first, second, third = await world.overflow.put(
-            [(page, 5, 4095 << 4, bytes_of(page, 5, 4095 << 4)) for page in range(3)]
+            sheaves_of([(page, 5, 4095 << 4, bytes_of(page, 5, 4095 << 4)) for page in range(3)])
         )
         assert (first.error, second, third.error) == (0, Stored((), errno.EIO), 0)
         await world.stop()
@@ -268,14 +269,14 @@ def test_a_row_that_is_anothers_begins_anew() -> None:
         seat = seats.get(0)
         assert seat is not None
         seat.lies, seat.empty = 3, True
-        seat.dropping.add((1, 1))
+        seat.dropping.add(pack([Page(0, 1, 1, 1)]))
         seats.refresh(1.0)
         assert seats.get(0) is seat
         owner.table[0] = b"b" * 16, 1
         seats.refresh(2.0)
         seat = seats.get(0)
         assert seat is not None
-        assert (seat.lies, seat.empty, seat.dropping) == (0, False, {(1, 1)})
+        assert (seat.lies, seat.empty, (1, 1) in seat.dropping) == (0, False, True)
 
     run(work())
 

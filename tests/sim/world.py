@@ -36,6 +36,7 @@ from cluster.peerwire import (
 )
 from cluster.replicas import Asked, Options
 from cluster.seats import Copy, donor_id
+from cluster.sheaf import sheaves_of
 from zcache_core.ringside import rows_of_where, where_of_rows
 
 ROWS = 96
@@ -359,7 +360,11 @@ class Owner:
         """The ring of drops is emptied by the node."""
         dropped, self.dropped = self.dropped, []
         assert self.overflow is not None
-        self.overflow.drop(dropped)
+        self.overflow.drop(
+            (row, pack([Page(0, page, version, length_codec)]))
+            for page, version, where, length_codec in dropped
+            for row in rows_of_where(where)
+        )
 
     async def cool(self, pages: Sequence[int], gap_s: float = 0.0) -> int:
         """Put pages of RAM to peers; how many left.  `gap_s`: until the index knows."""
@@ -370,7 +375,7 @@ class Owner:
             assert where is None
             batch.append((page, version, length_codec, bytes_of(page, version, length_codec)))
         self.is_cooling = True
-        stored = await self.overflow.put(batch)
+        stored = await self.overflow.put(sheaves_of(batch))
         await asyncio.sleep(gap_s)
         self.is_cooling = False
         left = 0
