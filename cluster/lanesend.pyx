@@ -242,6 +242,7 @@ cdef bint lane_send_pieces(Lane *lane, const Piece *pieces, uint32_t n) noexcept
         if good and <uint64_t>sent < pieces[i].bytes:
             good = keep(lane, pieces[i].at + sent, pieces[i].bytes - <uint64_t>sent)
         if not good:
+            shutdown(lane.fd, SHUT_RDWR)        # half of it may be gone: nothing may come after that
             break
     if good and not lane.sending and not lane.handed and unsent(lane):
         eventfd_write(lane.wake_fd, 1)          # somebody has to flush it

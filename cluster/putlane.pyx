@@ -25,9 +25,6 @@ from zcache_core.pthread cimport lock_init, lock_take, pthread_mutex_unlock
 
 from cluster.link import RpcError
 
-cdef extern from "<sys/socket.h>" nogil:
-    enum: SHUT_RDWR
-    int shutdown(int fd, int how)
 cdef extern from "<sys/eventfd.h>" nogil:
     int eventfd_write(int fd, uint64_t value)
 
@@ -117,8 +114,7 @@ cdef class PutLane(LaneEnd):
         pieces[0].at = head
         pieces[0].bytes = write_put(head, msgid, <const uint8_t *><const char *>records, n, len(payload))
         pieces[1].at, pieces[1].bytes = <const uint8_t *><const char *>payload, len(payload)
-        if not lane_send_pieces(&self.lane, pieces, 2):
-            shutdown(self.lane.fd, SHUT_RDWR)       # half of it may be gone; the thread tells of the end
+        lane_send_pieces(&self.lane, pieces, 2)     # (if that fails the thread tells of the end)
         return msgid
 
     def forget_put(self, uint32_t msgid):

@@ -123,6 +123,8 @@ class Renewal:
         for row, queue in list(self._drops.items()):
             seat = self._seats.get(row)
             if seat is None or seat.empty:
+                if seat is not None:
+                    seat.dropping.remove(bytes(queue))  # the row's next one has none of them
                 del self._drops[row]
             elif queue and seat.is_up and row not in self._telling:
                 self._telling.add(row)

@@ -216,14 +216,15 @@ class Replicas:
         if not chosen:
             error = errno.ENOSPC
         results = await asyncio.gather(*(self.put_at(row, parts) for row in chosen))
+        pages = group.pages()
         for row, good in zip(chosen, results, strict=True):
             for i in good:
                 if len(rows[missing[i]]) < wanted:
                     rows[missing[i]].append(row)
                 else:
-                    self._drop(row, group.pages()[missing[i]])
+                    self._drop(row, pages[missing[i]])
         answers = []
-        for page, have in zip(group.pages(), rows, strict=True):
+        for page, have in zip(pages, rows, strict=True):
             if len(have) == wanted:
                 answers.append(Stored(tuple(have), 0))
                 continue

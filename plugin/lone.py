@@ -8,6 +8,8 @@
         ├─ the server has ended, nobody supervises     ──► its turn: it holds the supervisor's
         │                                                  lock until it serves
         ├─ the server ended and left the memory file   ──► ends: it is not to be succeeded
+        ├─ the supervisor was told to end, or the name
+        │  was given up ('zcache stop')                ──► ends, too
         ├─ the memory file is another server's         ──► ends
         └─ there is a supervisor that does not call    ──► ends, after UNCALLED_S
 
@@ -24,6 +26,7 @@ Bound: it looks once a second.  What it is not: a supervisor; it starts nobody.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import select
@@ -34,7 +37,7 @@ from pathlib import Path
 
 from cluster import unixsock
 from plugin.instance import Instance
-from plugin.servestate import Kept
+from plugin.servestate import HeldState, Kept
 from zcache_core.errors import InUseError
 from zcache_core.memfile import MemoryFile
 from zcache_core.owner import start_ticks
@@ -52,9 +55,11 @@ class Vigil:
     def __init__(self, instance: Instance, memory: MemoryFile) -> None:
         self._memory, self._path, self._serve = memory, instance.lone, instance.serve
         self._kept = Kept(instance.memory_lock)
+        self._has_turn = False
         self._owner = memory.owner_pid, memory.owner_start_ticks
         self._pidfd = _pidfd_of(*self._owner)
         self._lock_fd = os.open(self._serve, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._state = HeldState(self._lock_fd)
         self._socket: socket.socket | None = _listen(self._path)
         self._inode = os.stat(self._path).st_ino
 
@@ -65,6 +70,7 @@ class Vigil:
         while True:
             ended = self._pidfd < 0 or _is_readable(self._pidfd)
             self._sleep(ended)
+            ended = ended or _is_readable(self._pidfd)
             with contextlib.suppress(BlockingIOError, ConnectionError):
                 line, _ = self._socket.accept()
                 line.setblocking(True)
@@ -72,6 +78,7 @@ class Vigil:
             if self._take_lock():
                 self._check_owner()
                 if ended:
+                    self._has_turn = True
                     return None
                 fcntl.flock(self._lock_fd, fcntl.LOCK_UN)
                 uncalled_s = None
@@ -93,6 +100,9 @@ class Vigil:
         self.hang_up()
         if self._pidfd >= 0:
             os.close(self._pidfd)
+        if self._has_turn:
+            self._state.tell_heir(os.getpid())
+        self._state.close()
         fcntl.flock(self._lock_fd, fcntl.LOCK_UN)  # a child just starting may have it, too
         os.close(self._lock_fd)
         self._kept.close()
@@ -108,9 +118,11 @@ class Vigil:
     def _check_owner(self) -> None:
         """Nobody else decides just now."""
         now = self._memory.owner_pid, self._memory.owner_start_ticks
-        if now != self._owner:
+        if now != self._owner or not now[0]:
             whom = "nobody's: it was ended in good order" if not now[0] else "another server's"
             raise InUseError(f"the memory file is {whom}; start with 'zcache serve'")
+        if self._state.is_stopping:
+            raise InUseError("the server was told to end; start it with 'zcache serve'")
 
     def _take_lock(self) -> bool:
         """The supervisor's lock, if there is none; of the file that has the name now."""
@@ -119,11 +131,15 @@ class Vigil:
                 fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 return False
-            with contextlib.suppress(FileNotFoundError):
+            try:
                 if os.stat(self._serve).st_ino == os.fstat(self._lock_fd).st_ino:
                     return True
+                new_fd = os.open(self._serve, os.O_RDWR | os.O_CLOEXEC)
+            except FileNotFoundError:
+                raise InUseError("the server was stopped; start it with 'zcache serve'") from None
+            self._state.close()
             os.close(self._lock_fd)
-            self._lock_fd = os.open(self._serve, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            self._lock_fd, self._state = new_fd, HeldState(new_fd)
         return False
 
 
@@ -155,12 +171,18 @@ def _listen(path: Path) -> socket.socket:
 
 
 def _pidfd_of(pid: int, ticks: int) -> int:
-    """-1 when that process is gone."""
-    with contextlib.suppress(OSError):
+    """-1 when that process is gone.  Raises OSError when that cannot be known."""
+    try:
         pidfd = os.pidfd_open(pid)
-        if start_ticks(pid) == ticks:
-            return pidfd
-        os.close(pidfd)
+    except ProcessLookupError:
+        return -1
+    found = start_ticks(pid)
+    if found == ticks:
+        return pidfd
+    is_over = found != 0 or _is_readable(pidfd)
+    os.close(pidfd)
+    if not is_over:
+        raise OSError(errno.EIO, f"/proc says nothing of process {pid}")
     return -1
 
 

@@ -141,7 +141,7 @@ def stop(instance: Instance, force: bool = False, keep: bool = False) -> bool:
     if state is not None and state.is_supervised:
         _end(state.supervisor_pid, state.supervisor_ticks, signal.SIGTERM, "the supervisor")
         found = True
-    end_lone(instance, state)  # before its server: it would succeed it
+    end_lone(instance, servestate.read(instance))  # before its server: it would succeed it
     if (owner := _owner(instance.name)) is not None:
         _end(*owner, LEAVE, "the server")
         found = True

@@ -242,6 +242,44 @@ class Kept:
             self._map = None
 
 
+class HeldState:
+    """The state's file, mapped and held in memory as Kept does: for a lone standby (lone.py)."""
+
+    def __init__(self, fd: int) -> None:
+        self._map: mmap.mmap | None = None
+        if os.fstat(fd).st_size >= FILE_BYTES:  # else no supervisor has written it yet
+            self._map = mmap.mmap(fd, FILE_BYTES)
+            for at in range(0, FILE_BYTES, mmap.PAGESIZE):
+                self._map[at]
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether the supervisor was told to end, and the server with it."""
+        return self._values().get("phase") in (STOPPING, STOPPED)
+
+    def tell_heir(self, pid: int) -> None:
+        """By who has the lock: this one serves, and nobody waits behind it."""
+        if self._map is None or not (values := self._values()):
+            return
+        values |= {"server_pid": pid, "server_ticks": start_ticks(pid)}
+        values |= {"standby_pid": 0, "standby_ticks": 0, "standby_ready": False}
+        text = json.dumps(values).encode()
+        if len(text) <= FILE_BYTES:
+            self._map[:] = text.ljust(FILE_BYTES, b"\0")
+
+    def _values(self) -> dict[str, Any]:
+        if self._map is not None:
+            with contextlib.suppress(ValueError):
+                found = json.loads(self._map[:].rstrip(b"\0"))
+                return found if isinstance(found, dict) else {}
+        return {}
+
+    def close(self) -> None:
+        if self._map is not None:
+            self._map.close()
+            self._map = None
+
+
 class ServeLock:
     """The held lock; writes the state.  Survives exec when it is given on by number."""
 

@@ -232,6 +232,8 @@ class Standby:
         assert self._origin is not None
         origin, self._origin, self._loaded, self._forking = self._origin, None, False, False
         self._ended(origin)
+        if self.server is not None and self.due_s is None:
+            self.retry()  # behind one that waits already
 
     def _on_server_end(self) -> None:
         assert self.server is not None

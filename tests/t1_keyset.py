@@ -16,7 +16,7 @@ def test_beside_pythons_set(rng: random.Random) -> None:
     """Few pages, so that they meet; now and then thousands, and now and then none is left."""
     edges = [(0, 0), (2**32 - 1, 2**52 - 1), (0, 2**52 - 1), (2**32 - 1, 0)]
     pool = edges + [(rng.randrange(2**32), rng.randrange(2**52)) for _ in range(60)]
-    pool += [(page, 5) for page in range(3000)]
+    pool += [(page, 5) for page in range(3000)] + [(page, page + 1) for page in range(3000)]
     ours, model = KeySet(), set[tuple[int, int]]()
     for turn in range(3000):
         some = rng.choices(pool[: rng.choice([8, 64, len(pool)])], k=rng.choice([0, 1, 3, 40]))

@@ -80,6 +80,8 @@ def succeeded(it: Served, heir: int) -> None:
     """It serves, without a supervisor."""
     wait_for("the standby to serve", lambda: living_owner(it.name) == heir)
     assert wait_for("an answer", lambda: answer(it)) == DATA
+    state = wait_for("it to say so", lambda: (s := it.state()).server_pid == heir and s)
+    assert (state.has_server, state.standby_pid, state.is_supervised) == (True, 0, False)
 
 
 def nothing_is_left(it: Served, folder: Path) -> None:
@@ -306,6 +308,26 @@ def test_the_lock_is_that_of_the_file_that_has_the_name(
         vigil.wait()
     lock.release(forget=False)
     vigil.close()
+
+
+@pytest.mark.parametrize("phase", [servestate.STOPPING, servestate.STOPPED, "removed"])
+def test_nobody_succeeds_what_was_stopped(
+    alone: tuple[Instance, MemoryFile], monkeypatch: pytest.MonkeyPatch, phase: str
+) -> None:
+    """Forked just then, and not known to who stopped it: it ends, and leaves nothing."""
+    monkeypatch.setattr(lone, "LOOK_S", 0.05)
+    monkeypatch.setattr(lone, "_pidfd_of", lambda pid, ticks: -1)
+    instance, memory = alone
+    lock = ServeLock.acquire(instance)
+    lock.write(State(phase=servestate.SERVING))
+    vigil = Vigil(instance, memory)
+    if phase != "removed":
+        lock.write(State(phase=phase))
+    lock.release(forget=phase == "removed")
+    with pytest.raises(InUseError, match="stopped" if phase == "removed" else "told to end"):
+        vigil.wait()
+    vigil.close()
+    assert instance.serve.exists() == (phase != "removed")
 
 
 def test_who_calls_has_its_line(alone: tuple[Instance, MemoryFile]) -> None:

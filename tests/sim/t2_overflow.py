@@ -281,6 +281,26 @@ def test_a_row_that_is_anothers_begins_anew() -> None:
     run(work())
 
 
+def test_drops_for_who_came_back_empty_are_forgotten() -> None:
+    """They were for its last life: in the next one, or of who has its row, none is on its way."""
+
+    async def work() -> None:
+        owner = Owner(PAGES)
+        owner.table[0] = b"a" * 16, 1
+        seats, _, renewal = parts(owner)
+        seat = seats.get(0)
+        assert seat is not None
+        renewal.drop_all(0, pack([Page(0, page, 1, 1) for page in range(9)]))
+        assert len(seat.dropping) == 9
+        renewal.look(1.0)
+        assert len(seat.dropping) == 9, "it is away, and may come back"
+        seat.empty = True
+        renewal.look(2.0)
+        assert not seat.dropping
+
+    run(work())
+
+
 def test_a_drain_empties_a_donor(rng: random.Random) -> None:
     """It recalls its pages; their copies go elsewhere, and every page stays readable."""
 
