@@ -153,7 +153,8 @@ def test_another_allocator_is_chosen(store: Store, rng: random.Random, chosen: s
     with opened_store(PAGES * PAGE, POOL, allocator=chosen, tidy=False) as fresh:
         for page, data in model.items():
             fresh.put(page, data)
-        assert frames(fresh) / frames(store) >= 0.93
+        # (what z3fold's frames still have room for depends on the order: 0.93 to 0.99 in 40 runs)
+        assert frames(fresh) / frames(store) >= (0.9 if chosen == "z3fold" else 0.98)
     with pytest.raises(ConfigError, match="use zbud or z3fold or zsmalloc"):
         store.set_allocator("buddy")
 
