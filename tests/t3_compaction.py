@@ -68,7 +68,8 @@ def test_after_churn_as_dense_as_a_fresh_fill(store: Store, rng: random.Random) 
             fresh.put(page, data)
         least = frames(fresh)
     assert after <= before < full
-    assert least / after >= 0.95, (least, after)
+    # (z3fold: 0.956 to 0.988 in 12 runs, whichever frames have room for what)
+    assert least / after >= (0.93 if store.allocator_name == "z3fold" else 0.98), (least, after)
     assert store.compact() == 0, "and then nothing is left to do"
     now = counters.read(store.memory)
     assert now["moved_pages"] >= now["compacted_frames"] > 0
