@@ -49,6 +49,7 @@ class Renewal:
         self._ledger, self._seats, self._replicas = ledger, seats, replicas
         self._options = options
         self._drops: dict[int, bytearray] = {}  # records
+        self._unsure: dict[tuple[int, int], tuple[Copy, set[int]]] = {}  # recalled, or absent
         self._telling: set[int] = set()
         self.to_compare: set[int] = set()  # rows whose donor may hold what nobody needs
         self._comparing: set[int] = set()
@@ -100,10 +101,11 @@ class Renewal:
     def doubt(self, asked: Asked, row: int) -> None:
         """The copy at `row` is wrong or not there: it is to be renewed."""
         key = asked.page, asked.version
-        if len(self._doubted) < DOUBTED_MOST or key in self._doubted:
+        doubted = self._doubted if asked.wrong >> asked.rows.index(row) & 1 else self._unsure
+        if len(doubted) < DOUBTED_MOST or key in doubted:
             where = asked.where or where_of_rows(asked.rows)
             copy = (asked.page, asked.version, where, asked.length_codec)
-            self._doubted.setdefault(key, (copy, set()))[1].add(row)
+            doubted.setdefault(key, (copy, set()))[1].add(row)
 
     def recall(self, donor: Donor, pages: Sequence[Page]) -> None:
         """A donor asks to be rid of pages: their copies there go elsewhere."""
@@ -112,9 +114,9 @@ class Renewal:
             return
         for page in pages:
             found, _ = self._ledger.pages(page.page, 1, 1)
-            if found and found[0][1] == page.version and len(self._doubted) < DOUBTED_MOST:
+            if found and found[0][1] == page.version and len(self._unsure) < DOUBTED_MOST:
                 key = page.page, page.version
-                self._doubted.setdefault(key, (found[0], set()))[1].add(seat.row)
+                self._unsure.setdefault(key, (found[0], set()))[1].add(seat.row)
 
     # ---- the round -------------------------------------------------------------------------
 
@@ -147,7 +149,7 @@ class Renewal:
             for s in self._seats.all()
             if self._replicas.standing(s) is not Standing.LIVE
         )
-        due = lost or self._doubted or self._is_unsafe()
+        due = lost or self._doubted or self._unsure or self._is_unsafe()
         if not self._working and now_s >= self._next_look_s and due:
             self._working = True
             self._replicas.spawn(self._renew(set(lost)))
@@ -164,6 +166,9 @@ class Renewal:
             for first in range(0, len(doubted), RENEW_PAGES):
                 for copy, rows in doubted[first : first + RENEW_PAGES]:
                     await self._renew_pages([copy], rows)
+            unsure, self._unsure = list(self._unsure.values()), {}
+            for copy, rows in unsure:
+                await self._renew_pages([copy], rows, unsure=True)
             at = 0
             unsafe = self._is_unsafe()
             while (lost or unsafe) and at < self._ledger.device_pages:
@@ -185,7 +190,7 @@ class Renewal:
                         await self._renew_pages(group, lost)
                 await asyncio.sleep(0)
         finally:
-            again = lost or self._doubted or self._is_unsafe()
+            again = lost or self._doubted or self._unsure or self._is_unsafe()
             self._next_look_s = loop.time() + (RETRY_S if again else 0.2)
             self._working = False
 
@@ -198,8 +203,15 @@ class Renewal:
         beside = is_backed(where) and not self._ledger.disk_fails
         return 1 if beside else self._options.copies
 
-    async def _renew_pages(self, group: Sequence[Copy], bad: set[int]) -> None:
-        """New copies in place of those at `bad` rows, of pages with the same kind of address."""
+    async def _renew_pages(
+        self, group: Sequence[Copy], bad: set[int], unsure: bool = False
+    ) -> None:
+        """New copies in place of those at `bad` rows, of pages with the same kind of address.
+
+        unsure: what is at `bad` was never seen to be wrong: it was recalled, or was not there, but
+        has perhaps been put there since.  Then both copies are read, and the page stays as it is if
+        they differ: one of them is a lie, and only the owner can tell which.
+        """
         rows, where = rows_of_where(group[0][2]), group[0][2]
         good = [row for row in rows if row not in bad]
         if len(good) >= self._wanted(where):
@@ -217,6 +229,10 @@ class Renewal:
                 return
             wrong = sum(1 << n for n, row in enumerate(rows) if row in bad)
             parts = await self._read(group, rows, wrong)
+            if parts and unsure:
+                every = (1 << len(rows)) - 1
+                theirs = dict(await self._read(group, rows, every ^ wrong))
+                parts = [(copy, data) for copy, data in parts if theirs.get(copy, data) == data]
             if parts:
                 keys -= await self._replace(parts, rows, good)
         finally:

@@ -47,6 +47,7 @@ pytestmark = pytest.mark.skipif(
 SWAPPER = GuestConfig(mem_mib=128, sample_ms=50, sysctl={"vm.min_free_kbytes": "8192"})
 STRESS_MIB = 160
 CUT_S = 20
+HANG_S = 10  # --timeout is 3 s
 
 
 class Survivor:
@@ -174,15 +175,19 @@ def test_the_network_is_cut_and_the_helper_killed(memory_name: str, rng: random.
             lab.network.mend(one.guest.tap)
 
         def hang() -> None:
-            """It answers nothing, and its connection stands: somebody has to end that."""
+            """It answers nothing, and its connection stands: somebody has to end that.
+
+            (The guest is asked afterwards: meanwhile it may want a page that is out.)
+            """
             before = state(one.guest).get("stuck", 0)
             one.server.kill(signal.SIGSTOP)
+            time.sleep(HANG_S)
+            one.server.kill(signal.SIGCONT)
             until(
                 lambda: state(one.guest).get("stuck", 0) > before,
                 lab.deadline.nearer(30),
                 "the helper to end the link",
             )
-            one.server.kill(signal.SIGCONT)
 
         def helper_and_server() -> None:
             old = kill_mender(one.guest)

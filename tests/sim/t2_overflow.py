@@ -18,11 +18,12 @@ import pytest
 
 from cluster.peerwire import Health, Page, pack
 from cluster.renewal import Renewal
-from cluster.replicas import Options, Replicas, Stored
+from cluster.replicas import Asked, Options, Replicas, Stored
 from cluster.seats import Seat, Seats
 from cluster.sheaf import sheaves_of
 from tests.sim.loop import run
-from tests.sim.world import PAGE_COST, Owner, World, bytes_of, random_length
+from tests.sim.world import PAGE_COST, Link, Owner, World, bytes_of, random_length
+from zcache_core.ringside import rows_of_where
 
 PAGES = 100
 SEALED = bytes(4096 + 24)
@@ -325,6 +326,48 @@ def test_a_drain_empties_a_donor(rng: random.Random) -> None:
             await world.stop()
 
     run(work())
+
+
+@pytest.mark.parametrize("why", ["absent", "recalled"])
+def test_a_doubt_that_is_old_spreads_no_lie(rng: random.Random, why: str) -> None:
+    """A copy that is there again, or was only recalled, is not written over with a liar's bytes."""
+
+    async def work() -> None:
+        world = World(rng, 3, PAGES * PAGE_COST * 4, PAGES, OPTIONS)
+        await world.start()
+        try:
+            for page in range(PAGES):
+                world.owner.write(page, random_length(rng))
+            assert await world.owner.cool(range(PAGES)) == PAGES
+            for page, (version, where, length_codec) in world.owner.index.items():
+                assert where is not None
+                rows = rows_of_where(where)
+                lies, right = (seat_at(world, row) for row in rows)
+                lies.machine.lies = True
+                if why == "absent":
+                    asked = Asked(page, version, length_codec, rows, 0)
+                    world.overflow.renewal.doubt(asked, rows[1])
+                else:
+                    records = [Page(0, page, version, length_codec)]
+                    world.overflow.renewal.recall(right, records)
+                await asyncio.sleep(3)
+                held = right.machine.held[page]
+                assert held[2] == bytes_of(page, version, length_codec)
+                lies.machine.lies = False
+                if page == 20:
+                    break
+        finally:
+            await world.stop()
+
+    run(work())
+
+
+def seat_at(world: World, row: int) -> Link:
+    """The donor of that row."""
+    seat = world.overflow.seats.get(row)
+    assert seat is not None
+    assert isinstance(seat.donor, Link)
+    return seat.donor
 
 
 @pytest.mark.soak
