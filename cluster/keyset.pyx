@@ -10,8 +10,9 @@ from libc.stdint cimport uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy
 
+from cluster.frames cimport RECORD_BYTES
+
 cdef enum:
-    RECORD_BYTES = 16
     SLOTS_LEAST = 64            # powers of two
 
 ctypedef struct Key:

@@ -32,14 +32,23 @@ def unmended(page: Path) -> str | None:
     return None
 
 
+def backend(page: Path) -> str:
+    """The text by which the kernel knows whose a device is."""
+    return f"zcache:{page.with_suffix('')}"
+
+
+def mender_pid(said: dict[str, Any]) -> int:
+    """The helper's process, if the one that the page tells of is still it; else 0."""
+    pid = int(said.get("pid", 0))
+    return pid if pid and start_ticks(pid) == said.get("start_ticks") else 0
+
+
 def _is_attached(device: str, page: Path) -> bool:
     folder = SYSFS / device.removeprefix("/dev/")
-    backend = (folder / "backend").read_text().strip()
-    return (folder / "pid").exists() and backend == f"zcache:{page.with_suffix('')}"
+    is_ours = (folder / "backend").read_text().strip() == backend(page)
+    return is_ours and (folder / "pid").exists()
 
 
 def _is_mended(said: dict[str, Any]) -> bool:
-    pid, spare = int(said.get("pid", 0)), int(said.get("spare_pid", 0))
-    return (pid > 0 and start_ticks(pid) == said.get("start_ticks")) or (
-        spare > 0 and Path(f"/proc/{spare}").exists()
-    )
+    spare = int(said.get("spare_pid", 0))
+    return bool(mender_pid(said)) or (spare > 0 and Path(f"/proc/{spare}").exists())

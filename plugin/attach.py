@@ -26,6 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cluster import lifeline
+from cluster.lifeline import mender_pid
 from plugin import nbdnetlink, servestate, statepage, tlsfiles
 from plugin.dialer import Generations, Target, dial, explain
 from plugin.instance import NBD_PORT, Instance, parse_export
@@ -34,7 +36,6 @@ from plugin.relays import Relays
 from plugin.statepage import StatePage
 from zcache_core import process
 from zcache_core.errors import AttachError, ConfigError, InUseError
-from zcache_core.owner import start_ticks
 
 MENDER = Path(__file__).resolve().parent / "mender.py"
 PYTHON = "/usr/bin/python3"
@@ -150,7 +151,7 @@ def parse_device(text: str | None) -> int | None:
 
 def backend(instance: Instance) -> str:
     """The text by which the kernel's device is known as this instance's."""
-    return f"zcache:{instance.attach.with_suffix('')}"
+    return lifeline.backend(instance.attach)
 
 
 def look(instance: Instance) -> Attached | None:
@@ -165,12 +166,6 @@ def look(instance: Instance) -> Attached | None:
     if not indexes:
         return None
     return Attached(indexes[0], mender_pid(statepage.read(instance.attach)))
-
-
-def mender_pid(state: dict[str, Any]) -> int:
-    """The helper's process, if the one that the page tells of is still it; else 0."""
-    pid = int(state.get("pid", 0))
-    return pid if pid and start_ticks(pid) == state.get("start_ticks") else 0
 
 
 def attach(instance: Instance, wish: Wish, say: Say) -> Attached:

@@ -324,10 +324,8 @@ def test_drops_are_told_by_donor(probe: ColdProbe, tier: PeerTier, rng: random.R
     ring.close()
 
 
-def test_a_large_batch_is_taken_in_sheaves(
-    probe: ColdProbe, tier: PeerTier, rng: random.Random
-) -> None:
-    """Every page once, in its order; an answer of each kind reaches its page."""
+def patient_ring(probe: ColdProbe, tier: PeerTier) -> RingSide:
+    """A node's end with two donors that take everything; the server waits a minute for it."""
     ring = RingSide(tier.fd, tier.wake_fd)
     for row in range(2):
         assert ring.donor(row, bytes([row + 1] * 16), 7)
@@ -335,6 +333,14 @@ def test_a_large_batch_is_taken_in_sheaves(
     probe.tick()
     ring.beat()
     tier.set_bounds(60_000_000, 60_000_000)
+    return ring
+
+
+def test_a_large_batch_is_taken_in_sheaves(
+    probe: ColdProbe, tier: PeerTier, rng: random.Random
+) -> None:
+    """Every page once, in its order; an answer of each kind reaches its page."""
+    ring = patient_ring(probe, tier)
     things = [make_object(rng, page, 1 + page) for page in range(2 * AT_ONCE + 1)]
     answers: list[tuple[int, int]] = []
     putter = threading.Thread(target=lambda: answers.extend(probe.put(things)))
@@ -365,13 +371,7 @@ def test_a_put_half_answered_fails_with_the_next_node(
     probe: ColdProbe, tier: PeerTier, memory: MemoryFile, rng: random.Random
 ) -> None:
     """What a node has written of its answer when it is killed is no answer."""
-    ring = RingSide(tier.fd, tier.wake_fd)
-    for row in range(2):
-        assert ring.donor(row, bytes([row + 1] * 16), 7)
-    ring.publish(True, 1 << 40, 2, 0, 0, 0)
-    probe.tick()
-    ring.beat()
-    tier.set_bounds(60_000_000, 60_000_000)
+    ring = patient_ring(probe, tier)
     answers: list[int] = []
     things = [make_object(rng, page, 1) for page in (1, 2)]
     putter = threading.Thread(target=lambda: answers.extend(e for _, e in probe.put(things)))

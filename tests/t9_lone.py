@@ -250,18 +250,16 @@ def test_one_that_does_not_answer_is_ended(it: Served) -> None:
 @pytest.fixture
 def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Instance, MemoryFile]]:
     monkeypatch.setenv("ZCACHE_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.setattr(lone, "UNCALLED_S", 0.1)
+    monkeypatch.setattr(lone, "LOOK_S", 0.05)
     instance = Instance(f"t9-vi-{os.getpid()}")
     memory = MemoryFile.create(instance.name, 1 << 20, 1 << 20)
     yield instance, memory
     memory.destroy()
 
 
-def test_one_that_no_supervisor_knows_ends(
-    alone: tuple[Instance, MemoryFile], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_that_no_supervisor_knows_ends(alone: tuple[Instance, MemoryFile]) -> None:
     """Forked in the moment of its supervisor's death, say: the next one has another."""
-    monkeypatch.setattr(lone, "UNCALLED_S", 0.1)
-    monkeypatch.setattr(lone, "LOOK_S", 0.05)
     instance, memory = alone
     lock = ServeLock.acquire(instance)
     vigil = Vigil(instance, memory)
@@ -275,8 +273,6 @@ def test_its_turn_is_without_a_supervisor(
     alone: tuple[Instance, MemoryFile], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The server is dead: while a supervisor lives it decides; none begins before the turn ends."""
-    monkeypatch.setattr(lone, "UNCALLED_S", 0.1)
-    monkeypatch.setattr(lone, "LOOK_S", 0.05)
     monkeypatch.setattr(lone, "_pidfd_of", lambda pid, ticks: -1)
     turn_s = servestate.TURN_S
     monkeypatch.setattr(servestate, "TURN_S", 0.1)
@@ -295,11 +291,9 @@ def test_its_turn_is_without_a_supervisor(
 
 
 def test_the_lock_is_that_of_the_file_that_has_the_name(
-    alone: tuple[Instance, MemoryFile], monkeypatch: pytest.MonkeyPatch
+    alone: tuple[Instance, MemoryFile],
 ) -> None:
     """The file was removed and made anew by a supervisor that lives: it decides."""
-    monkeypatch.setattr(lone, "UNCALLED_S", 0.1)
-    monkeypatch.setattr(lone, "LOOK_S", 0.05)
     instance, memory = alone
     vigil = Vigil(instance, memory)
     instance.serve.unlink()
@@ -315,7 +309,6 @@ def test_nobody_succeeds_what_was_stopped(
     alone: tuple[Instance, MemoryFile], monkeypatch: pytest.MonkeyPatch, phase: str
 ) -> None:
     """Forked just then, and not known to who stopped it: it ends, and leaves nothing."""
-    monkeypatch.setattr(lone, "LOOK_S", 0.05)
     monkeypatch.setattr(lone, "_pidfd_of", lambda pid, ticks: -1)
     instance, memory = alone
     lock = ServeLock.acquire(instance)
